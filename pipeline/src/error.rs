@@ -1,0 +1,118 @@
+//! The one error type of this crate, and the exit code each kind of failure ends with.
+
+use miette::{Diagnostic, NamedSource, SourceSpan};
+use thiserror::Error;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong, grouped by who can mend it.
+#[derive(Debug, Error, Diagnostic)]
+pub enum Error {
+    /// Something the user wrote (a conf, a recipe, a `--set`) is wrong; points at the place.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Written(#[from] Box<Written>),
+
+    /// The input data is not what the conf says it is.
+    #[error("{message}")]
+    Data { message: String, #[help] help: Option<String> },
+
+    /// Object storage or a file system refused, failed or timed out.
+    #[error("cannot {doing} {url}")]
+    Storage { doing: &'static str, url: String, #[source] source: object_store::Error },
+
+    /// A stored file is not what its manifest says.
+    #[error("{url}: {message}")]
+    #[diagnostic(help("`lengthwise verify RUN` withdraws what is broken; the next `lengthwise run` computes it again"))]
+    Corrupt { url: String, message: String },
+
+    /// The rows or tokens of a stage do not add up to those of its inputs.
+    #[error("stage {stage} does not account for its input: {message}")]
+    #[diagnostic(help("this is a bug in lengthwise: nothing was published; please report it with the run's manifest"))]
+    Unbalanced { stage: &'static str, message: String },
+
+    /// Two digests that should be equal are not.
+    #[error("{0}")]
+    Differs(String),
+
+    /// A query failed while it ran.
+    #[error("{doing}: {source}")]
+    Query { doing: String, #[source] source: Box<datafusion::error::DataFusionError>, #[help] help: Option<String> },
+
+    /// The trainer failed.
+    #[cfg(feature = "train")]
+    #[error("training failed")]
+    Train(#[from] lengthwise_model::Error),
+
+    /// SIGTERM or SIGINT: nothing half-done was published, the same command goes on from here.
+    #[error("stopped by a signal; the same command goes on where this one was")]
+    Stopped,
+
+    /// Everything else that an operating system can refuse.
+    #[error("{doing}")]
+    Io { doing: String, #[source] source: std::io::Error },
+}
+
+/// An error with a place in a text the user wrote.
+#[derive(Debug, Error, Diagnostic)]
+#[error("{message}")]
+pub struct Written {
+    pub message: String,
+    #[source_code]
+    pub text: NamedSource<String>,
+    #[label("{label}")]
+    pub span: Option<SourceSpan>,
+    pub label: String,
+    #[help]
+    pub help: Option<String>,
+}
+
+impl Error {
+    /// A wrong place in a text the user wrote. `span` is a byte range of `text`; `label` stands under it.
+    pub fn written(
+        file: &str,
+        text: &str,
+        span: Option<std::ops::Range<usize>>,
+        message: impl Into<String>,
+        label: impl Into<String>,
+        help: Option<String>,
+    ) -> Self {
+        Error::Written(Box::new(Written {
+            message: message.into(),
+            text: NamedSource::new(file, text.to_owned()),
+            span: span.map(Into::into),
+            label: label.into(),
+            help,
+        }))
+    }
+
+    /// Wrong or unusable input data.
+    pub fn data(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Error::Data { message: message.into(), help: Some(help.into()) }
+    }
+
+    /// The exit code of the process, as documented in the README.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Written(_) => 2,
+            Error::Data { .. } | Error::Query { .. } => 3,
+            Error::Storage { .. } | Error::Io { .. } => 4,
+            Error::Corrupt { .. } | Error::Unbalanced { .. } | Error::Differs(_) => 5,
+            #[cfg(feature = "train")]
+            Error::Train(_) => 6,
+            Error::Stopped => 75,
+        }
+    }
+}
+
+/// Attaches what was being done to an I/O error.
+pub trait Doing<T> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T> Doing<T> for std::io::Result<T> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|source| Error::Io { doing: what(), source })
+    }
+}
