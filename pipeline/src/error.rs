@@ -16,21 +16,39 @@ pub enum Error {
 
     /// The input data is not what the conf says it is.
     #[error("{message}")]
-    Data { message: String, #[help] help: Option<String> },
+    Data {
+        message: String,
+        #[help]
+        help: Option<String>,
+    },
 
     /// Object storage or a file system refused, failed or timed out.
     #[error("cannot {doing} {url}")]
-    Storage { doing: &'static str, url: String, #[source] source: object_store::Error },
+    Storage {
+        doing: &'static str,
+        url: String,
+        #[source]
+        source: object_store::Error,
+    },
 
     /// A stored file is not what its manifest says.
     #[error("{url}: {message}")]
-    #[diagnostic(help("`lengthwise verify RUN` withdraws what is broken; the next `lengthwise run` computes it again"))]
+    #[diagnostic(help(
+        "`lengthwise verify RUN` withdraws what is broken; the next `lengthwise run` computes it again"
+    ))]
     Corrupt { url: String, message: String },
 
     /// The rows or tokens of a stage do not add up to those of its inputs.
     #[error("stage {stage} does not account for its input: {message}")]
-    #[diagnostic(help("this is a bug in lengthwise: nothing was published; please report it with the run's manifest"))]
+    #[diagnostic(help(
+        "this is a bug in lengthwise: nothing was published; please report it with the run's manifest"
+    ))]
     Unbalanced { stage: &'static str, message: String },
+
+    /// Asked for something of a stage that has not been computed.
+    #[error("stage {stage} has not been computed for this conf")]
+    #[diagnostic(help("`lengthwise run CONF --until {stage}` computes it"))]
+    Absent { stage: &'static str, key: String, ingredients: crate::stage::Ingredients },
 
     /// Two digests that should be equal are not.
     #[error("{0}")]
@@ -38,7 +56,17 @@ pub enum Error {
 
     /// A query failed while it ran.
     #[error("{doing}: {source}")]
-    Query { doing: String, #[source] source: Box<datafusion::error::DataFusionError>, #[help] help: Option<String> },
+    Query {
+        doing: String,
+        #[source]
+        source: Box<datafusion::error::DataFusionError>,
+        #[help]
+        help: Option<String>,
+    },
+
+    /// A tokenizer that can't be used.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::tokenizer::TokenizerError),
 
     /// The trainer failed.
     #[cfg(feature = "train")]
@@ -51,7 +79,11 @@ pub enum Error {
 
     /// Everything else that an operating system can refuse.
     #[error("{doing}")]
-    Io { doing: String, #[source] source: std::io::Error },
+    Io {
+        doing: String,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 /// An error with a place in a text the user wrote.
@@ -95,8 +127,8 @@ impl Error {
     /// The exit code of the process, as documented in the README.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Written(_) => 2,
-            Error::Data { .. } | Error::Query { .. } => 3,
+            Error::Written(_) | Error::Absent { .. } => 2,
+            Error::Data { .. } | Error::Query { .. } | Error::Tokenizer(_) => 3,
             Error::Storage { .. } | Error::Io { .. } => 4,
             Error::Corrupt { .. } | Error::Unbalanced { .. } | Error::Differs(_) => 5,
             #[cfg(feature = "train")]

@@ -1,1 +1,5 @@
-fn main(){}
+//! The `lengthwise` binary.
+
+fn main() -> std::process::ExitCode {
+    lengthwise::cli::main()
+}

@@ -1,0 +1,191 @@
+//! The command line: arguments, signals, exit codes. One file a subcommand; results go to stdout, the rest to stderr.
+
+mod plan;
+mod preview;
+mod report;
+mod reproduce;
+mod run;
+mod sql;
+mod verify;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::conf::Conf;
+use crate::run::{Goal, Run};
+use crate::sql::{Files, git};
+use crate::{Error, Result};
+
+/// Make a language model's context long by engineering its data: exact document lengths, SQL mixture recipes,
+/// packed sequences, and the training run that they feed.
+#[derive(Parser)]
+#[command(name = "lengthwise", version, max_term_width = 110, after_help = EXIT_CODES)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0   done
+  2   the command line, the conf or a recipe is wrong; nothing was written
+  3   the data is not what the conf says: too many rejected rows, a budget out of reach
+  4   storage or the operating system refused; the same command goes on where this one was
+  5   a digest or a sum differs: something is broken or was changed
+  6   training failed
+  75  stopped by SIGTERM or SIGINT; the same command goes on where this one was
+
+Examples:
+  lengthwise run conf/quickstart.toml
+  lengthwise preview conf/corpus.toml --set mixture.recipe=sql/mixtures/global.sql
+  lengthwise sql conf/corpus.toml \"select domain, tokens from domains\"";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Do all that a conf asks for; the last line of stdout is the run's directory
+    Run(run::RunArguments),
+    /// Say for every stage whether it is there already, and if not, why
+    Plan(plan::PlanArguments),
+    /// Show the mixture that a recipe gives, before anything is drawn
+    Preview(preview::PreviewArguments),
+    /// Ask the tables of a conf's stages: documents, tokens, rejects, catalog, domains, shares, mixture, drawn, packed
+    Sql(sql::SqlArguments),
+    /// Write a run's report again, to stdout or into a file
+    Report(report::ReportArguments),
+    /// Recompute every digest and every sum of a run; what is broken is withdrawn, so that `run` computes it again
+    Verify(verify::VerifyArguments),
+    /// Check a run's inputs and versions, run it again into another place, and compare digests
+    Reproduce(reproduce::ReproduceArguments),
+    /// Print completions for a shell
+    Completions { shell: clap_complete::Shell },
+}
+
+/// Which conf, and how it is changed for this once.
+#[derive(Args, Clone)]
+struct ConfArguments {
+    /// The conf's TOML file
+    conf: String,
+    /// Set a key of the conf, as in `--set mixture.budget=10M` or `--set source.0.url=s3://bucket/shards/`
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Read conf and SQL from this git commit; relative paths are from its root
+    #[arg(long, value_name = "COMMIT")]
+    at: Option<String>,
+}
+
+impl ConfArguments {
+    fn open(&self, goal: Goal) -> Result<Run> {
+        let files = match &self.at {
+            None => Files { root: PathBuf::from("."), ..Files::default() },
+            Some(commit) => {
+                let top = git(".".as_ref(), &["rev-parse", "--show-toplevel"])?;
+                if !top.status.success() {
+                    return Err(Error::data(
+                        "--at needs a git repository around this folder",
+                        "run it inside one",
+                    ));
+                }
+                let root = PathBuf::from(String::from_utf8_lossy(&top.stdout).trim());
+                let found = git(&root, &["rev-parse", "--verify", &format!("{commit}^{{commit}}")])?;
+                if !found.status.success() {
+                    return Err(Error::data(
+                        format!("there is no commit `{commit}`"),
+                        "`git log` lists them",
+                    ));
+                }
+                let commit = String::from_utf8_lossy(&found.stdout).trim().to_owned();
+                Files { root, commit: Some(commit), ..Files::default() }
+            }
+        };
+        let text = files.read(&self.conf)?;
+        let conf = Conf::parse(&text, &self.conf, &self.sets, &|name| std::env::var(name).ok())?;
+        Run::new(conf, &self.conf, files, goal)
+    }
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => error.exit(),
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LENGTHWISE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,lengthwise=info,lengthwise_model=info"));
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal)
+        .with_target(false)
+        .compact()
+        .init();
+    match start(arguments.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let code = error.exit_code();
+            eprintln!("{:?}", miette::Report::new(error));
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn start(command: Command) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Error::Io { doing: "cannot start threads".into(), source })?;
+    let result = runtime.block_on(async {
+        match command {
+            Command::Run(arguments) => run::main(arguments).await,
+            Command::Plan(arguments) => plan::main(arguments).await,
+            Command::Preview(arguments) => preview::main(arguments).await,
+            Command::Sql(arguments) => sql::main(arguments).await,
+            Command::Report(arguments) => report::main(arguments).await,
+            Command::Verify(arguments) => verify::main(arguments).await,
+            Command::Reproduce(arguments) => reproduce::main(arguments).await,
+            Command::Completions { shell } => {
+                clap_complete::generate(
+                    shell,
+                    &mut Arguments::command(),
+                    "lengthwise",
+                    &mut std::io::stdout(),
+                );
+                Ok(())
+            }
+        }
+    });
+    // work on other threads has seen the stop, or is of no use any more
+    runtime.shutdown_background();
+    result
+}
+
+/// Runs `work` until it ends or a signal says to stop.
+async fn until_stopped<T>(run: &Run, work: impl Future<Output = Result<T>>) -> Result<T> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let listen =
+        |kind| signal(kind).map_err(|source| Error::Io { doing: "cannot listen for signals".into(), source });
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    tokio::select! {
+        done = work => done,
+        _ = terminate.recv() => { run.stop.store(true, Ordering::Relaxed); Err(Error::Stopped) }
+        _ = interrupt.recv() => { run.stop.store(true, Ordering::Relaxed); Err(Error::Stopped) }
+    }
+}
+
+/// Prints a value for a machine, or a text for a person.
+fn print(json: bool, value: &impl serde::Serialize, text: impl FnOnce() -> String) {
+    use std::io::Write;
+    let text = if json { serde_json::to_string_pretty(value).expect("plain values print") } else { text() };
+    // a reader that went away (`| head`) is no failure
+    let _ = writeln!(std::io::stdout(), "{}", text.trim_end_matches('\n'));
+}
+
+/// The directory of a run, by URL or path.
+fn run_folder(url: &str) -> Result<crate::store::Location> {
+    let here = std::env::current_dir()
+        .map_err(|source| Error::Io { doing: "cannot tell the current folder".into(), source })?;
+    crate::store::Stores::new(here).open(url)
+}

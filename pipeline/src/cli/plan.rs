@@ -1,0 +1,86 @@
+//! `lengthwise plan`
+
+use std::fmt::Write;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{ConfArguments, print};
+use crate::flow::{Flow, latest_of};
+use crate::run::{Goal, Stage};
+use crate::stage::Ingredients;
+use crate::{Error, Result};
+
+#[derive(Args)]
+pub struct PlanArguments {
+    #[command(flatten)]
+    conf: ConfArguments,
+    /// Print as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const STAGES: [Stage; 9] = [
+    Stage::Tokenizer,
+    Stage::Tokens,
+    Stage::Catalog,
+    Stage::Domains,
+    Stage::Mixture,
+    Stage::Draw,
+    Stage::Shuffle,
+    Stage::Pack,
+    Stage::Train,
+];
+
+pub async fn main(arguments: PlanArguments) -> Result<()> {
+    let run = arguments.conf.open(Goal::Look)?;
+    let latest = latest_of(&run).get().await?.and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    let mut flow = Flow::default();
+    let absent = match flow.go(&run, None).await {
+        Ok(()) => None,
+        Err(Error::Absent { stage, ingredients, .. }) => Some((stage, ingredients)),
+        Err(other) => return Err(other),
+    };
+    let steps = run.steps.lock().expect("no panic while held").clone();
+    let mut lines: Vec<(&str, &str, String)> = vec![];
+    for stage in STAGES {
+        let name = stage.name();
+        let unused = (stage == Stage::Tokenizer && run.conf.tokenizer.train.is_none())
+            || (stage == Stage::Train && run.conf.train.is_none());
+        let (state, why) = if unused {
+            ("not asked for", String::new())
+        } else if let Some(step) = steps.iter().find(|step| step.stage == name) {
+            ("cached", step.key.clone())
+        } else if let Some((_, ingredients)) = absent.as_ref().filter(|(absent, _)| *absent == name) {
+            ("to compute", changes(name, ingredients, latest.as_ref()))
+        } else if stage == Stage::Shuffle && steps.iter().any(|step| step.stage == "pack") {
+            ("not needed", "what it is for is packed".to_owned())
+        } else {
+            ("to compute", "waits for the stages before it".to_owned())
+        };
+        lines.push((name, state, why));
+    }
+    let values: Vec<Value> =
+        lines.iter().map(|(stage, state, why)| json!({"stage": stage, "state": state, "why": why})).collect();
+    print(arguments.json, &values, || {
+        lines.iter().fold(String::new(), |mut out, (stage, state, why)| {
+            let _ = writeln!(out, "{stage:<10} {state:<14} {why}");
+            out
+        })
+    });
+    Ok(())
+}
+
+/// Which ingredients are not those of the last run under this name.
+fn changes(stage: &str, now: &Ingredients, latest: Option<&Value>) -> String {
+    let Some(before) = latest.and_then(|latest| latest.get(stage)?.get("ingredients")?.as_object()) else {
+        return "was never computed under this name".to_owned();
+    };
+    let names = now.keys().chain(before.keys().filter(|name| !now.contains_key(*name)));
+    let changed: Vec<&str> =
+        names.filter(|name| now.get(*name) != before.get(*name)).map(String::as_str).collect();
+    match changed.as_slice() {
+        [] => "its output is gone".to_owned(),
+        changed => format!("changed: {}", changed.join(", ")),
+    }
+}

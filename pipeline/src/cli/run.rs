@@ -1,0 +1,51 @@
+//! `lengthwise run`
+
+use clap::Args;
+use serde_json::json;
+
+use super::{ConfArguments, print, until_stopped};
+use crate::flow::{Flow, remember};
+use crate::run::{Goal, Run, Stage};
+use crate::{Error, Result};
+
+#[derive(Args)]
+pub struct RunArguments {
+    #[command(flatten)]
+    conf: ConfArguments,
+    /// Stop after this stage
+    #[arg(long, value_name = "STAGE")]
+    until: Option<Stage>,
+    /// Compute this stage and all after it again, and compare with what is there
+    #[arg(long, value_name = "STAGE")]
+    from: Option<Stage>,
+    /// Print what was done as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub async fn main(arguments: RunArguments) -> Result<()> {
+    let run = arguments.conf.open(Goal::Compute { from: arguments.from })?;
+    let started = jiff::Timestamp::now();
+    let folder = until_stopped(&run, go(&run, arguments.until, started)).await?;
+    let steps = run.steps.lock().expect("no panic while held").clone();
+    print(arguments.json, &json!({ "run": folder, "stages": steps }), || folder.clone().unwrap_or_default());
+    Ok(())
+}
+
+/// Runs to the end or to `until`; the run's directory, where it came to one.
+pub async fn go(run: &Run, until: Option<Stage>, started: jiff::Timestamp) -> Result<Option<String>> {
+    let mut flow = Flow::default();
+    let gone = flow.go(run, until).await;
+    remember(run).await?;
+    gone?;
+    for step in run.steps.lock().expect("no panic while held").iter() {
+        let how = if step.cached { "was there".to_owned() } else { format!("took {:.1} s", step.seconds) };
+        tracing::info!("{}: {how}", step.stage);
+    }
+    if flow.packed.is_none() || until.is_some_and(|until| until < Stage::Pack) {
+        return Ok(None);
+    }
+    run.check_stop()?;
+    let (folder, _) = flow.publish(run, started).await?;
+    Ok::<_, Error>(Some(folder.url()))
+}

@@ -1,0 +1,93 @@
+//! `lengthwise sql`
+
+use arrow::json::LineDelimitedWriter;
+use arrow::util::display::FormatOptions;
+use arrow::util::pretty::pretty_format_batches_with_options;
+use clap::Args;
+
+use super::ConfArguments;
+use crate::engine::{collect, query};
+use crate::flow::Flow;
+use crate::run::{Goal, Run};
+use crate::{Error, Result, tables};
+
+#[derive(Args)]
+pub struct SqlArguments {
+    #[command(flatten)]
+    conf: ConfArguments,
+    /// One SELECT over the tables of the conf's stages
+    query: String,
+    /// Print a JSON object a row
+    #[arg(long)]
+    json: bool,
+}
+
+pub async fn main(arguments: SqlArguments) -> Result<()> {
+    let run = arguments.conf.open(Goal::Look)?;
+    let mut flow = Flow::default();
+    // tables of stages that are not there are not registered; a query that needs one says which
+    let absent = match flow.go(&run, None).await {
+        Ok(()) => None,
+        Err(Error::Absent { stage, .. }) => Some(stage),
+        Err(other) => return Err(other),
+    };
+    let session = run.engine.session();
+    crate::functions::register(&session);
+    register(&run, &flow, &session).await?;
+    crate::sql::StageSql::parse("the query", &arguments.query)?;
+    let rows = collect(&session, "cannot run the query", &arguments.query).await.map_err(|error| {
+        match (error, absent) {
+            (Error::Query { doing, source, .. }, Some(stage)) => {
+                let help = format!(
+                    "stage {stage} and those after it have not been computed: `lengthwise run {}`",
+                    arguments.conf.conf
+                );
+                Error::Query { doing, source, help: Some(help) }
+            }
+            (error, _) => error,
+        }
+    })?;
+    let failed = |e: arrow::error::ArrowError| query("cannot print the rows", e.into());
+    if arguments.json {
+        let mut writer = LineDelimitedWriter::new(std::io::stdout());
+        for batch in &rows {
+            writer.write(batch).map_err(failed)?;
+        }
+        return writer.finish().map_err(failed);
+    }
+    let options = FormatOptions::default().with_display_error(true);
+    let table = pretty_format_batches_with_options(&rows, &options).map_err(failed)?;
+    super::print(false, &(), || table.to_string());
+    Ok(())
+}
+
+async fn register(run: &Run, flow: &Flow, session: &datafusion::prelude::SessionContext) -> Result<()> {
+    let engine = &run.engine;
+    if let Some(tokens) = &flow.tokens {
+        for name in ["documents", "tokens", "rejects"] {
+            tokens.register(run, session, name).await?;
+        }
+    }
+    let mut stages = vec![];
+    if let Some(catalog) = &flow.catalog {
+        stages.push((catalog, "catalog", tables::catalog(), "catalog"));
+        stages.push((catalog, "heldout", tables::heldout(), "heldout"));
+    }
+    if let Some((domains, _)) = &flow.domains {
+        stages.push((domains, "domains", tables::domains(), "domains"));
+        stages.push((domains, "shares", tables::shares(), "shares"));
+    }
+    if let Some(mixture) = &flow.mixture {
+        stages.push((mixture, "mixture", tables::mixture(), "mixture"));
+    }
+    if let Some(drawn) = &flow.drawn {
+        stages.push((drawn, "drawn", tables::drawn(), "drawn"));
+    }
+    if let Some(packed) = &flow.packed {
+        stages.push((packed, "train", tables::packed(), "packed"));
+    }
+    for (stage, table, schema, name) in stages {
+        engine.register(session, name, schema, &[(&stage.folder, &stage.table(table))], &[]).await?;
+    }
+    Ok(())
+}

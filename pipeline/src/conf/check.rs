@@ -1,0 +1,190 @@
+//! What the types of a conf cannot say: ranges, names, and keys that depend on each other.
+
+use globset::Glob;
+
+use super::{Conf, Const, Domain, Format, Param, Shares, Source};
+use crate::Result;
+
+/// The longest name of a run: stores add to it, and file systems end at 255 bytes.
+const NAME_BYTES: usize = 128;
+
+const MIN_MEMORY: u64 = 64_000_000;
+
+/// Below this a "sequence" is surely a slip, such as 8 for 8K.
+const MIN_SEQUENCE_TOKENS: u64 = 16;
+
+/// A byte-level vocabulary begins with the 256 bytes.
+const MIN_VOCAB: u32 = 256;
+
+pub fn check(conf: &Conf) -> Result<()> {
+    run(conf)?;
+    sources(conf)?;
+    tokenizer(conf)?;
+    mixture(conf)?;
+    pack(conf)?;
+    engine(conf)
+}
+
+/// Refuses what stands at `path` unless it is `good`; `rule` completes a sentence that begins with the key.
+fn ensure(conf: &Conf, good: bool, path: &[&str], rule: &str) -> Result<()> {
+    match good {
+        true => Ok(()),
+        false => Err(conf.wrong(path, format!("`{}` {rule}", key(path)), "this value", None)),
+    }
+}
+
+/// The key of a path as people write it: without the numbers of list entries.
+fn key(path: &[&str]) -> String {
+    let keys: Vec<_> = path.iter().copied().filter(|step| step.parse::<usize>().is_err()).collect();
+    keys.join(".")
+}
+
+fn run(conf: &Conf) -> Result<()> {
+    let name = &conf.run.name;
+    let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    let good = plain && !name.is_empty() && !name.starts_with('.') && name.len() <= NAME_BYTES;
+    let rule = "becomes a folder's name: 1 to 128 letters, digits, `-`, `_` and `.`, with no `.` in front";
+    ensure(conf, good, &["run", "name"], rule)
+}
+
+fn sources(conf: &Conf) -> Result<()> {
+    ensure(conf, !conf.source.is_empty(), &["source"], "is empty: a run needs at least one [[source]]")?;
+
+    for (index, source) in conf.source.iter().enumerate() {
+        let number = index.to_string();
+        let at = |key| ["source", number.as_str(), key];
+
+        ensure(conf, !source.name.is_empty(), &at("name"), "is empty")?;
+        if conf.source[..index].iter().any(|earlier| earlier.name == source.name) {
+            let help = "documents keep their source's name as `origin`; give each source its own `name`, \
+                        which is its url by default";
+            let message = format!("two sources are called \"{}\"", source.name);
+            return Err(conf.wrong(&at("name"), message, "the second one", Some(help.to_owned())));
+        }
+        ensure(
+            conf,
+            source.format != Format::Text || source.text.is_none(),
+            &at("text"),
+            "is a column, and files of format text have none: the whole file is the text",
+        )?;
+        if let Some(column) = &source.text {
+            ensure(
+                conf,
+                is_column(column),
+                &at("text"),
+                "must be a column's name, with dots into nested ones",
+            )?;
+        }
+        domain(conf, source, &at("domain"))?;
+        let share = source.max_reject_share;
+        ensure(conf, (0.0..=1.0).contains(&share), &at("max_reject_share"), "must be from 0 to 1")?;
+        ensure(conf, source.max_document_bytes.0 > 0, &at("max_document_bytes"), "must be more than 0")?;
+    }
+    Ok(())
+}
+
+fn domain(conf: &Conf, source: &Source, path: &[&str; 3]) -> Result<()> {
+    match &source.domain {
+        Domain::Column(_) if source.format == Format::Text => {
+            let help = "domain = { const = \"Book\" }, or rules on the file's path: \
+                        domain = [{ glob = \"**/*.rs\", domain = \"Rust\" }]";
+            let message = "files of format text have no columns to take the domain from";
+            Err(conf.wrong(path, message, "a column", Some(help.to_owned())))
+        }
+        Domain::Column(column) => {
+            ensure(conf, is_column(column), path, "must be a column's name, with dots into nested ones")
+        }
+        Domain::Const(Const { domain }) => ensure(conf, !domain.is_empty(), path, "is empty"),
+        Domain::Rules(rules) => {
+            ensure(conf, !rules.is_empty(), path, "has no rules, so no document would have a domain")?;
+            for (index, rule) in rules.iter().enumerate() {
+                let number = index.to_string();
+                let [table, source, key] = *path;
+                let at = |inner| [table, source, key, number.as_str(), inner];
+                ensure(conf, !rule.domain.is_empty(), &at("domain"), "is empty")?;
+                if let Err(error) = Glob::new(&rule.glob) {
+                    let message = format!("this is not a glob: {}", error.kind());
+                    let help = "`*` is anything within a name, `**` any folders, `{a,b}` one of these names, \
+                                `[ab]` one of these letters";
+                    return Err(conf.wrong(&at("glob"), message, "in this rule", Some(help.to_owned())));
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+fn is_column(path: &str) -> bool {
+    path.split('.').all(|name| !name.is_empty())
+}
+
+fn tokenizer(conf: &Conf) -> Result<()> {
+    let tokenizer = &conf.tokenizer;
+    let either =
+        "url = \"s3://bucket/tokenizer.json\", or train = { vocab = 8192 } on the run's own documents";
+    let wrong =
+        |path: &[&str], message, label| Err(conf.wrong(path, message, label, Some(either.to_owned())));
+    match (&tokenizer.url, &tokenizer.train) {
+        (None, None) => {
+            wrong(&["tokenizer"], "[tokenizer] has neither `url` nor `train`", "give one of them")
+        }
+        (Some(_), Some(_)) => {
+            wrong(&["tokenizer", "train"], "[tokenizer] has both `url` and `train`", "one of them has to go")
+        }
+        (Some(_), None) => Ok(()),
+        (None, Some(train)) => {
+            let at = |key| ["tokenizer", "train", key];
+            ensure(
+                conf,
+                train.vocab >= MIN_VOCAB,
+                &at("vocab"),
+                "must be 256 or more: the bytes come first",
+            )?;
+            ensure(conf, train.sample.0 > 0, &at("sample"), "must be more than 0")
+        }
+    }
+}
+
+fn mixture(conf: &Conf) -> Result<()> {
+    let mixture = &conf.mixture;
+    let at = |key| ["mixture", key];
+    ensure(conf, mixture.budget.0 > 0, &at("budget"), "must be more than 0")?;
+    ensure(conf, (0.0..1.0).contains(&mixture.holdout), &at("holdout"), "must be 0 or more, and below 1")?;
+    ensure(conf, mixture.long_tokens.0 > 0, &at("long_tokens"), "must be more than 0")?;
+    ensure(conf, mixture.max_span.0 > 0, &at("max_span"), "must be more than 0")?;
+    ensure(conf, mixture.max_copies >= 1, &at("max_copies"), "must be 1 or more")?;
+
+    if let Shares::Table(shares) = &mixture.shares {
+        for (domain, share) in shares {
+            let good = share.is_finite() && *share >= 0.0;
+            ensure(conf, good, &["mixture", "shares", domain], "must be a number, not negative")?;
+        }
+        let sum: f64 = shares.values().sum();
+        let rule = "must sum to more than 0, and to a finite number";
+        ensure(conf, sum > 0.0 && sum.is_finite(), &at("shares"), rule)?;
+    }
+    for (name, param) in &mixture.params {
+        // JSON, in which manifests are written, has no other numbers.
+        let good = !matches!(param, Param::Float(value) if !value.is_finite());
+        ensure(conf, good, &["mixture", "params", name], "must be a finite number")?;
+    }
+    Ok(())
+}
+
+fn pack(conf: &Conf) -> Result<()> {
+    let pack = &conf.pack;
+    let at = |key| ["pack", key];
+    let good = pack.sequence_tokens.0 >= MIN_SEQUENCE_TOKENS;
+    ensure(conf, good, &at("sequence_tokens"), "must be 16 or more")?;
+    ensure(conf, pack.sequences_per_file >= 1, &at("sequences_per_file"), "must be 1 or more")?;
+    ensure(conf, pack.sequences_per_row_group >= 1, &at("sequences_per_row_group"), "must be 1 or more")?;
+    let good = pack.sequences_per_row_group <= pack.sequences_per_file;
+    let rule = format!("must be at most `sequences_per_file`, which is {}", pack.sequences_per_file);
+    ensure(conf, good, &at("sequences_per_row_group"), &rule)
+}
+
+fn engine(conf: &Conf) -> Result<()> {
+    let engine = &conf.engine;
+    ensure(conf, engine.partitions != Some(0), &["engine", "partitions"], "must be 1 or more")?;
+    ensure(conf, engine.memory.0 >= MIN_MEMORY, &["engine", "memory"], "must be 64MB or more")
+}

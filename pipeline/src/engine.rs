@@ -1,0 +1,339 @@
+//! The embedded DataFusion: sessions under one memory limit, tables of stages as SQL tables, and query
+//! results as files whose bytes depend on rows alone.
+
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::compute::{BatchCoalescer, CastOptions, cast_with_options};
+use arrow::datatypes::SchemaRef;
+use arrow::util::display::FormatOptions;
+use datafusion::datasource::MemTable;
+use datafusion::datasource::file_format::parquet::ParquetFormat;
+use datafusion::datasource::listing::{ListingOptions, ListingTable, ListingTableConfig, ListingTableUrl};
+use datafusion::error::DataFusionError;
+use datafusion::execution::memory_pool::{FairSpillPool, TrackConsumersPool};
+use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
+use datafusion::execution::{
+    SendableRecordBatchStream, disk_manager::DiskManagerBuilder, disk_manager::DiskManagerMode,
+};
+use datafusion::prelude::{SessionConfig, SessionContext, col};
+use futures::{Stream, StreamExt, TryStreamExt};
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::arrow::arrow_writer::ArrowWriterOptions;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::WriterProperties;
+
+use crate::hash::{Digest, RowDigest};
+use crate::stage::{File, Table};
+use crate::store::Location;
+use crate::{Error, Result};
+
+/// Where queries run, and within which limits.
+pub struct Engine {
+    runtime: Arc<RuntimeEnv>,
+    /// How many jobs, and how many partitions of a query, run at a time. No result depends on it.
+    pub partitions: usize,
+}
+
+impl Engine {
+    /// `memory` in bytes; what doesn't fit spills to `spill` (the system's temporary folder by default).
+    pub fn new(partitions: usize, memory: u64, spill: Option<&str>) -> Result<Self> {
+        let mode = match spill {
+            Some(folder) => DiskManagerMode::Directories(vec![folder.into()]),
+            None => DiskManagerMode::OsTmpDirectory,
+        };
+        let pool =
+            TrackConsumersPool::new(FairSpillPool::new(memory as usize), 5.try_into().expect("not zero"));
+        let runtime = RuntimeEnvBuilder::new()
+            .with_memory_pool(Arc::new(pool))
+            .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(mode))
+            .build_arc()
+            .map_err(|e| query("cannot start the query engine", e))?;
+        Ok(Self { runtime, partitions })
+    }
+
+    /// A session without tables.
+    pub fn session(&self) -> SessionContext {
+        let mut config = SessionConfig::new().with_target_partitions(self.partitions).with_batch_size(4096);
+        let options = config.options_mut();
+        options.execution.parquet.schema_force_view_types = false;
+        options.sql_parser.map_string_types_to_utf8view = false;
+        options.sql_parser.collect_spans = true;
+        // keeps a scan in the order of its files where that order is declared
+        options.execution.split_file_groups_by_statistics = true;
+        options.optimizer.prefer_existing_sort = true;
+        SessionContext::new_with_config_rt(config, self.runtime.clone())
+    }
+
+    /// A session whose joins merge sorted tables instead of holding one in memory.
+    pub fn merging_session(&self) -> SessionContext {
+        let session = self.session();
+        session.state_ref().write().config_mut().options_mut().optimizer.prefer_hash_join = false;
+        session
+    }
+
+    /// Makes a stage's table known to a session under `name`. `sorted_by` are the columns its files are sorted
+    /// by, one file after the other.
+    pub async fn register(
+        &self,
+        session: &SessionContext,
+        name: &str,
+        schema: SchemaRef,
+        tables: &[(&Location, &Table)],
+        sorted_by: &[&str],
+    ) -> Result<()> {
+        let failed = |e| query(&format!("cannot open table {name}"), e);
+        let mut urls = Vec::new();
+        for (folder, table) in tables {
+            session.register_object_store(&folder.store_url(), folder.store.clone());
+            for file in table.files.iter().filter(|file| file.rows > 0) {
+                urls.push(ListingTableUrl::parse(folder.join(&file.name).table_url()).map_err(failed)?);
+            }
+        }
+        if urls.is_empty() {
+            let empty = MemTable::try_new(schema, vec![vec![]]).map_err(failed)?;
+            session.register_table(name, Arc::new(empty)).map_err(failed)?;
+            return Ok(());
+        }
+        let mut options =
+            ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("parquet");
+        if !sorted_by.is_empty() {
+            options = options
+                .with_file_sort_order(vec![sorted_by.iter().map(|c| col(*c).sort(true, false)).collect()]);
+        }
+        let config =
+            ListingTableConfig::new_with_multi_paths(urls).with_listing_options(options).with_schema(schema);
+        let table = ListingTable::try_new(config).map_err(failed)?;
+        session.register_table(name, Arc::new(table)).map_err(failed)?;
+        Ok(())
+    }
+}
+
+/// Wraps an error of DataFusion, with a cure where the cause is known.
+pub fn query(doing: &str, source: DataFusionError) -> Error {
+    if let DataFusionError::External(inner) = source {
+        return match inner.downcast::<Error>() {
+            Ok(ours) => *ours,
+            Err(other) => Error::Query {
+                doing: doing.to_owned(),
+                source: Box::new(DataFusionError::External(other)),
+                help: None,
+            },
+        };
+    }
+    let help = matches!(source.find_root(), DataFusionError::ResourcesExhausted(_)).then(|| {
+        "the query needs more memory than `engine.memory` allows even with spilling: raise it, or lower `engine.partitions`".to_owned()
+    });
+    Error::Query { doing: doing.to_owned(), source: Box::new(source), help }
+}
+
+/// Runs one SELECT and hands its rows on as they come, in one stream.
+pub async fn stream(session: &SessionContext, doing: &str, sql: &str) -> Result<SendableRecordBatchStream> {
+    let frame = session.sql(sql).await.map_err(|e| query(doing, e))?;
+    frame.execute_stream().await.map_err(|e| query(doing, e))
+}
+
+/// Runs one SELECT and collects its rows: for small results.
+pub async fn collect(session: &SessionContext, doing: &str, sql: &str) -> Result<Vec<RecordBatch>> {
+    let rows = stream(session, doing, sql).await?;
+    rows.try_collect().await.map_err(|e| query(doing, e))
+}
+
+/// A number that doesn't fit its column is an error, not a null.
+const STRICT: CastOptions<'static> = CastOptions { safe: false, format_options: FormatOptions::new() };
+
+/// Rows of a row group, and of a file, of narrow tables.
+const GROUP_ROWS: usize = 65_536;
+const FILE_ROWS: u64 = 1 << 20;
+
+/// How all Parquet files are written. Nothing in them says when, where or by which version.
+pub fn writer_properties() -> WriterProperties {
+    WriterProperties::builder()
+        .set_created_by("lengthwise".into())
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).expect("1 is a level")))
+        .set_max_row_group_row_count(Some(GROUP_ROWS))
+        .build()
+}
+
+/// Writes rows as `<name>-00000.parquet`, … into a folder. The bytes depend on the rows and their order, not on how
+/// the rows came in batches. A file is put whole once it is full.
+pub struct TableWriter {
+    folder: Location,
+    name: String,
+    schema: SchemaRef,
+    /// Columns that count for the digest of rows.
+    content: Vec<usize>,
+    groups: BatchCoalescer,
+    open: Option<ArrowWriter<Vec<u8>>>,
+    open_rows: u64,
+    table: Table,
+}
+
+impl TableWriter {
+    pub fn new(folder: &Location, name: &str, schema: SchemaRef) -> Self {
+        let content = (0..schema.fields().len()).filter(|i| schema.field(*i).name() != "part").collect();
+        Self {
+            folder: folder.clone(),
+            name: name.to_owned(),
+            groups: BatchCoalescer::new(schema.clone(), GROUP_ROWS),
+            schema,
+            content,
+            open: None,
+            open_rows: 0,
+            table: Table::default(),
+        }
+    }
+
+    /// Adds rows; `batch`'s columns are taken by position and brought to the table's types.
+    pub async fn write(&mut self, batch: RecordBatch) -> Result<()> {
+        // a query's columns are nullable, and its sums wider than they need be
+        let columns = self.schema.fields().iter().zip(batch.columns());
+        let columns = columns.map(|(field, column)| cast_with_options(column, field.data_type(), &STRICT));
+        let columns: Vec<_> = columns.collect::<Result<_, _>>().map_err(|e| self.failed(e.into()))?;
+        let batch = RecordBatch::try_new(self.schema.clone(), columns).map_err(|e| self.failed(e.into()))?;
+        self.groups.push_batch(batch).map_err(|e| self.failed(e.into()))?;
+        self.drain().await
+    }
+
+    /// Writes what is left and returns the table.
+    pub async fn finish(mut self) -> Result<Table> {
+        self.groups.finish_buffered_batch().map_err(|e| self.failed(e.into()))?;
+        self.drain().await?;
+        self.close().await?;
+        Ok(self.table)
+    }
+
+    async fn drain(&mut self) -> Result<()> {
+        while let Some(group) = self.groups.next_completed_batch() {
+            let rows = group.num_rows() as u64;
+            self.table
+                .digest
+                .add(RowDigest::of(&group.project(&self.content).map_err(|e| self.failed(e.into()))?));
+            if self.open.is_none() {
+                let options = ArrowWriterOptions::new()
+                    .with_properties(writer_properties())
+                    .with_skip_arrow_metadata(true);
+                let writer = ArrowWriter::try_new_with_options(Vec::new(), self.schema.clone(), options);
+                self.open = Some(writer.map_err(|e| self.failed(e.into()))?);
+            }
+            let writer = self.open.as_mut().expect("opened above");
+            writer.write(&group).and_then(|()| writer.flush()).map_err(|e| self.failed(e.into()))?;
+            self.open_rows += rows;
+            if self.open_rows >= FILE_ROWS {
+                self.close().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn close(&mut self) -> Result<()> {
+        let Some(writer) = self.open.take() else { return Ok(()) };
+        let bytes = writer.into_inner().map_err(|e| self.failed(e.into()))?;
+        let name = format!("{}-{:05}.parquet", self.name, self.table.files.len());
+        let file = put_file(&self.folder, &name, bytes, self.open_rows).await?;
+        self.table.rows += self.open_rows;
+        self.open_rows = 0;
+        self.table.files.push(file);
+        Ok(())
+    }
+
+    fn failed(&self, source: DataFusionError) -> Error {
+        query(&format!("cannot write table {}", self.name), source)
+    }
+}
+
+/// Puts a file and says what it is.
+pub async fn put_file(folder: &Location, name: &str, bytes: Vec<u8>, rows: u64) -> Result<File> {
+    let file = File { name: name.to_owned(), bytes: bytes.len() as u64, rows, blake3: Digest::of(&bytes) };
+    folder.join(name).put(bytes).await?;
+    Ok(file)
+}
+
+/// Writes a query's rows as a table.
+pub async fn write_table(
+    folder: &Location,
+    name: &str,
+    schema: SchemaRef,
+    rows: impl Stream<Item = Result<RecordBatch, DataFusionError>>,
+) -> Result<Table> {
+    let mut writer = TableWriter::new(folder, name, schema);
+    let mut rows = std::pin::pin!(rows);
+    while let Some(batch) = rows.next().await {
+        writer.write(batch.map_err(|e| query(&format!("cannot compute table {name}"), e))?).await?;
+    }
+    writer.finish().await
+}
+
+/// Reads a table's rows file by file, in order, with every file's digest checked. One file is in memory at a time.
+pub fn scan(
+    folder: Location,
+    table: Table,
+    columns: Option<Vec<&'static str>>,
+) -> impl Stream<Item = Result<RecordBatch>> {
+    let files = futures::stream::iter(table.files);
+    files
+        .then(move |file| {
+            let (folder, columns) = (folder.clone(), columns.clone());
+            async move {
+                let url = folder.join(&file.name).url();
+                let bytes = file.read(&folder).await?;
+                let corrupt = move |e: String| Error::Corrupt { url: url.clone(), message: e };
+                let mut builder =
+                    ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(|e| corrupt(e.to_string()))?;
+                if let Some(columns) = &columns {
+                    let mask = parquet::arrow::ProjectionMask::columns(
+                        builder.parquet_schema(),
+                        columns.iter().copied(),
+                    );
+                    builder = builder.with_projection(mask);
+                }
+                let reader = builder.with_batch_size(8192).build().map_err(|e| corrupt(e.to_string()))?;
+                Ok::<_, Error>(futures::stream::iter(
+                    reader.map(move |batch| batch.map_err(|e| corrupt(e.to_string()))),
+                ))
+            }
+        })
+        .try_flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::array::Int64Array;
+
+    fn numbers(range: std::ops::Range<i64>) -> RecordBatch {
+        RecordBatch::try_from_iter([("n", Arc::new(Int64Array::from_iter_values(range)) as _)]).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_table_s_bytes_do_not_depend_on_how_its_rows_came_in_batches() {
+        let stores = crate::store::Stores::new("/");
+        let mut tables = vec![];
+        for cut in [1_300_000, 7, 100_000] {
+            let folder = stores.open(&format!("memory:///t/{cut}")).unwrap();
+            let mut writer = TableWriter::new(&folder, "n", numbers(0..0).schema());
+            for batch in [numbers(0..cut), numbers(cut..1_300_000)] {
+                writer.write(batch).await.unwrap();
+            }
+            tables.push(writer.finish().await.unwrap());
+        }
+        assert_eq!(tables[0].files.len(), 2);
+        assert_eq!(tables[0], tables[1]);
+        assert_eq!(tables[0], tables[2]);
+    }
+
+    #[tokio::test]
+    async fn a_scan_of_a_changed_file_is_refused() {
+        let folder = crate::store::Stores::new("/").open("memory:///t/changed").unwrap();
+        let mut writer = TableWriter::new(&folder, "n", numbers(0..0).schema());
+        writer.write(numbers(0..10)).await.unwrap();
+        let table = writer.finish().await.unwrap();
+        let at = folder.join(&table.files[0].name);
+        let mut bytes = at.read().await.unwrap().to_vec();
+        bytes[20] ^= 1;
+        at.put(bytes).await.unwrap();
+        let read: Result<Vec<_>> = scan(folder, table, None).try_collect().await;
+        assert!(matches!(read, Err(Error::Corrupt { .. })), "{read:?}");
+    }
+}

@@ -1,0 +1,250 @@
+//! The dataflow of a run, from sources to the trained checkpoint: which stage takes what of which.
+
+use serde_json::json;
+
+use crate::publish::{self, Attempt, RunManifest, StageKey, Summary};
+use crate::run::{Goal, Run, Stage};
+use crate::stage::{Published, Table};
+use crate::stages::domains::Domain;
+use crate::stages::mixture::Asked;
+use crate::stages::shuffle::Drawn;
+use crate::stages::tokenizer::Tokenizer;
+use crate::stages::tokens::Tokens;
+use crate::stages::{self, catalog, domains, draw, mixture, pack};
+use crate::store::Location;
+use crate::{Error, Result};
+
+/// What the stages gave, as far as the run went.
+#[derive(Default)]
+pub struct Flow {
+    pub tokenizer: Option<Tokenizer>,
+    pub tokens: Option<Tokens>,
+    pub catalog: Option<Published>,
+    pub domains: Option<(Published, Vec<Domain>)>,
+    pub mixture: Option<Published>,
+    pub drawn: Option<Published>,
+    pub packed: Option<Published>,
+    pub heldout: Option<Published>,
+    pub trained: Option<Published>,
+}
+
+impl Flow {
+    /// Goes through the stages up to `until`, and leaves in `self` what there is when one fails.
+    pub async fn go(&mut self, run: &Run, until: Option<Stage>) -> Result<()> {
+        let ends = |stage: Stage| until.is_some_and(|until| until <= stage);
+
+        let tokenizer = stages::tokenizer::obtain(run).await?;
+        let tokenizer = self.tokenizer.insert(tokenizer);
+        if ends(Stage::Tokenizer) {
+            return Ok(());
+        }
+        let tokens = stages::tokens::obtain(run, tokenizer).await?;
+        let tokens = self.tokens.insert(tokens);
+        if ends(Stage::Tokens) {
+            return Ok(());
+        }
+        let catalog = catalog::obtain(run, tokens).await?;
+        let catalog = self.catalog.insert(catalog);
+        if ends(Stage::Catalog) {
+            return Ok(());
+        }
+        let described = domains::obtain(run, catalog).await?;
+        let rows = domains::read(&described).await?;
+        let (described, domain_rows) = self.domains.insert((described, rows));
+        if ends(Stage::Domains) {
+            return Ok(());
+        }
+        let mixed = mixture::obtain(run, catalog, described).await?;
+        let mixed = self.mixture.insert(mixed);
+        mixture::check_budget(run, &notes(mixed)?, domain_rows)?;
+        if ends(Stage::Mixture) {
+            return Ok(());
+        }
+        let drawn = draw::obtain(run, mixed).await?;
+        let drawn = self.drawn.insert(drawn);
+        if ends(Stage::Draw) {
+            return Ok(());
+        }
+        let chosen = Drawn {
+            folder: drawn.folder.clone(),
+            table: drawn.table("drawn"),
+            tokens: drawn.count("tokens"),
+        };
+        let packed = pack::obtain(run, tokenizer, tokens, catalog, &chosen, "train").await?;
+        self.packed = Some(packed);
+        let (table, count) = (catalog.table("heldout"), catalog.count("heldout_tokens"));
+        if count > 0 && count < run.conf.pack.sequence_tokens.0 {
+            tracing::warn!(
+                "{count} held-out tokens do not fill a sequence: there is no heldout/; raise `mixture.holdout`"
+            );
+        } else if count > 0 {
+            let all = Drawn { folder: catalog.folder.clone(), table, tokens: count };
+            self.heldout = Some(pack::obtain(run, tokenizer, tokens, catalog, &all, "heldout").await?);
+        }
+        if ends(Stage::Pack) {
+            return Ok(());
+        }
+        #[cfg(any())]
+        if let Some(packed) = &self.packed {
+            self.trained = stages::train::obtain(run, tokenizer, packed).await?;
+        }
+        Ok(())
+    }
+
+    /// The run's directory, and its manifest; only for a flow that came to packed sequences.
+    pub async fn publish(&self, run: &Run, started: jiff::Timestamp) -> Result<(Location, RunManifest)> {
+        let (
+            Some(tokenizer),
+            Some(tokens),
+            Some((_, domains)),
+            Some(catalog),
+            Some(mixed),
+            Some(drawn),
+            Some(packed),
+        ) = (
+            &self.tokenizer,
+            &self.tokens,
+            &self.domains,
+            &self.catalog,
+            &self.mixture,
+            &self.drawn,
+            &self.packed,
+        )
+        else {
+            unreachable!("publish is called after the pack stage");
+        };
+        let last: Vec<&Published> =
+            [Some(packed), self.heldout.as_ref(), self.trained.as_ref()].into_iter().flatten().collect();
+        let id = publish::id(&run.conf.run.name, &last);
+        let folder = run.output.join("runs").join(&id);
+
+        let mut files = publish::copy_table(packed, "train", &folder, "data").await?;
+        if let Some(heldout) = &self.heldout {
+            files.extend(publish::copy_table(heldout, "heldout", &folder, "heldout").await?);
+        }
+        if let Some(trained) = &self.trained {
+            files.extend(publish::copy_table(trained, "checkpoint", &folder, "checkpoint").await?);
+        }
+        let mut counts = tokens.counts();
+        for (name, stage, count) in [
+            ("distinct_documents", catalog, "documents"),
+            ("duplicates", catalog, "duplicates"),
+            ("heldout_documents", catalog, "heldout_documents"),
+            ("drawn_tokens", drawn, "tokens"),
+            ("sequences", packed, "sequences"),
+            ("padding", packed, "padding"),
+        ] {
+            *counts.entry(name.to_owned()).or_default() += stage.count(count);
+        }
+        let tables = [("train", Some(packed)), ("heldout", self.heldout.as_ref())];
+        let tables = tables.into_iter().filter_map(|(name, stage)| {
+            let Table { rows, digest, .. } = stage?.table(name);
+            Some((name.to_owned(), Table { rows, digest, files: vec![] }))
+        });
+        let steps = run.steps.lock().expect("no panic while held").clone();
+        let (commit, dirty) = publish::commit_of(run);
+        let manifest = RunManifest {
+            run: id,
+            lengthwise: env!("CARGO_PKG_VERSION").to_owned(),
+            commit,
+            dirty,
+            conf_file: run.conf_file.clone(),
+            conf: run.conf.clone(),
+            sql: run.sql.lock().expect("no panic while held").clone(),
+            inputs: tokens.inputs.clone(),
+            tokenizer: tokenizer.fingerprint,
+            stages: tokens
+                .keys()
+                .into_iter()
+                .chain(
+                    steps
+                        .iter()
+                        .filter(|s| s.stage != "tokens")
+                        .map(|s| StageKey { stage: s.stage.clone(), key: s.key.clone() }),
+                )
+                .collect(),
+            files,
+            tables: tables.collect(),
+            summary: Summary {
+                counts,
+                domains: domains.clone(),
+                asked: notes(mixed)?,
+                drawn: notes(drawn)?,
+                planned: notes(packed)?,
+            },
+        };
+        let attempt = Attempt {
+            started: started.to_string(),
+            seconds: jiff::Timestamp::now().duration_since(started).as_secs_f64(),
+            host: std::env::var("HOSTNAME")
+                .or_else(|_| std::fs::read_to_string("/etc/hostname"))
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
+            cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            steps,
+        };
+        let name = format!("attempts/{}-{}.json", started.strftime("%Y%m%dT%H%M%S"), std::process::id());
+        folder.join(&name).put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
+        let metrics = self.metrics().await?;
+        let html = crate::report::html(&manifest, &attempt, &metrics);
+        folder.join("report.html").put(html).await?;
+
+        let text = serde_json::to_vec_pretty(&manifest).expect("a manifest prints as JSON");
+        let at = folder.join("manifest.json");
+        if !at.put_new(text.clone()).await? {
+            match publish::find(&folder).await? {
+                Some(there) if there.files == manifest.files => {}
+                _ => at.put(text).await?,
+            }
+        }
+        Ok((folder, manifest))
+    }
+
+    /// The lines of the checkpoint's metrics.jsonl.
+    async fn metrics(&self) -> Result<Vec<serde_json::Value>> {
+        let Some(trained) = &self.trained else { return Ok(vec![]) };
+        let Some(bytes) = trained.folder.join("metrics.jsonl").get().await? else { return Ok(vec![]) };
+        let lines = bytes.split(|b| *b == b'\n').filter(|line| !line.is_empty());
+        Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
+    }
+}
+
+/// What a stage left in its notes.
+pub fn notes<T: serde::de::DeserializeOwned>(stage: &Published) -> Result<T> {
+    serde_json::from_value(stage.manifest.notes.clone())
+        .map_err(|e| Error::Corrupt { url: stage.folder.join("manifest.json").url(), message: e.to_string() })
+}
+
+/// Remembers what this conf's stages were made of, so that the next `plan` can say what changed.
+pub async fn remember(run: &Run) -> Result<()> {
+    if run.goal == Goal::Look {
+        return Ok(());
+    }
+    let at = latest_of(run);
+    // a preview goes less far than the run before it
+    let before = at.get().await?.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let mut latest: serde_json::Map<String, serde_json::Value> = before.unwrap_or_default();
+    for step in run.steps.lock().expect("no panic while held").iter() {
+        latest.insert(step.stage.clone(), json!({"key": step.key, "ingredients": step.ingredients}));
+    }
+    at.put(serde_json::to_vec_pretty(&latest).expect("plain values")).await
+}
+
+/// Where [`remember`] writes.
+pub fn latest_of(run: &Run) -> Location {
+    run.output.join("latest").join(&format!("{}.json", run.conf.run.name))
+}
+
+/// The preview of what a flow's mixture stage or recipe asks for.
+pub fn preview(run: &Run, domains: &[Domain], asked: &Asked) -> crate::preview::Preview {
+    let mixture = &run.conf.mixture;
+    crate::preview::Preview::new(
+        &mixture.recipe,
+        mixture.budget.0,
+        mixture.long_tokens.0,
+        mixture.max_copies,
+        domains,
+        asked,
+    )
+}

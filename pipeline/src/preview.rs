@@ -1,0 +1,219 @@
+//! preview: what a recipe makes of the corpus, before anything is drawn.
+
+use std::fmt::Write;
+
+use indicatif::HumanCount;
+use serde::Serialize;
+
+use crate::stages::domains::Domain;
+use crate::stages::mixture::{Asked, Repeated, Stratum, shortfalls};
+use crate::tables::LENGTH_BUCKET_NAMES;
+
+/// A mixture beside the corpus it is made of.
+#[derive(Clone, Debug, Serialize)]
+pub struct Preview {
+    pub recipe: String,
+    pub budget: u64,
+    pub long_tokens: u64,
+    pub domains: Vec<Mixed>,
+    /// Shares of tokens by the paper's length buckets (Figure 2): in the corpus, in the mixture.
+    pub lengths_before: Vec<f64>,
+    pub lengths_after: Vec<f64>,
+    pub most_copies: Vec<Repeated>,
+    /// What falls short, a line each.
+    pub shortfalls: Vec<String>,
+}
+
+/// What becomes of a domain.
+#[derive(Clone, Debug, Serialize)]
+pub struct Mixed {
+    pub domain: String,
+    pub documents: u64,
+    pub tokens: u64,
+    /// Of the corpus, of the target, of the mixture.
+    pub share: f64,
+    pub target: f64,
+    pub mixture_share: f64,
+    /// Expected tokens in the mixture.
+    pub drawn: u64,
+    /// How often the domain is gone through.
+    pub epochs: f64,
+    /// Share of the domain's tokens in long documents, before and after.
+    pub long_before: f64,
+    pub long_after: f64,
+    /// Shares of the domain's tokens by length, before and after.
+    pub lengths_before: Vec<f64>,
+    pub lengths_after: Vec<f64>,
+}
+
+fn share(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+}
+
+fn shares(parts: &[u64]) -> Vec<f64> {
+    let whole = parts.iter().sum();
+    parts.iter().map(|part| share(*part, whole)).collect()
+}
+
+fn sum_by_length<'a>(lists: impl Iterator<Item = &'a Vec<u64>>) -> Vec<u64> {
+    lists.fold(vec![0; LENGTH_BUCKET_NAMES.len()], |sum, list| {
+        sum.iter().zip(list).map(|(a, b)| a + b).collect()
+    })
+}
+
+impl Preview {
+    pub fn new(
+        recipe: &str,
+        budget: u64,
+        long_tokens: u64,
+        max_copies: u32,
+        domains: &[Domain],
+        asked: &Asked,
+    ) -> Self {
+        let all: u64 = asked.strata.iter().flat_map(|s| &s.by_length).sum();
+        let mixed = domains.iter().map(|domain| {
+            let strata: Vec<&Stratum> = asked.strata.iter().filter(|s| s.domain == domain.domain).collect();
+            let by_length = sum_by_length(strata.iter().map(|s| &s.by_length));
+            let drawn: u64 = by_length.iter().sum();
+            Mixed {
+                domain: domain.domain.clone(),
+                documents: domain.documents,
+                tokens: domain.tokens,
+                share: domain.share,
+                target: domain.target,
+                mixture_share: share(drawn, all),
+                drawn,
+                epochs: share(drawn, domain.tokens),
+                long_before: share(domain.long_tokens, domain.tokens),
+                long_after: share(strata.iter().map(|s| s.long).sum(), drawn),
+                lengths_before: shares(&domain.tokens_by_length),
+                lengths_after: shares(&by_length),
+            }
+        });
+        Self {
+            recipe: recipe.to_owned(),
+            budget,
+            long_tokens,
+            domains: mixed.collect(),
+            lengths_before: shares(&sum_by_length(domains.iter().map(|d| &d.tokens_by_length))),
+            lengths_after: shares(&sum_by_length(asked.strata.iter().map(|s| &s.by_length))),
+            most_copies: asked.most_copies.clone(),
+            shortfalls: shortfalls(asked, domains, budget, max_copies),
+        }
+    }
+
+    /// For a terminal.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        let (documents, tokens) =
+            self.domains.iter().fold((0, 0), |(d, t), domain| (d + domain.documents, t + domain.tokens));
+        let _ = writeln!(
+            out,
+            "{}: {} tokens from {} documents of {} tokens\n",
+            self.recipe,
+            HumanCount(self.budget),
+            HumanCount(documents),
+            HumanCount(tokens)
+        );
+        let width =
+            self.domains.iter().map(|d| d.domain.chars().count()).max().unwrap_or(0).max("domain".len());
+        let long = format!("long (>{})", self.long_tokens);
+        let _ = writeln!(
+            out,
+            "{:width$}  {:>10}  {:>14}  {:>23}  {:>12}  {:>6}  {long:>17}",
+            "domain", "documents", "tokens", "share → target → mix", "drawn", "epochs"
+        );
+        for d in &self.domains {
+            let _ = writeln!(
+                out,
+                "{:width$}  {:>10}  {:>14}  {:>5.1} → {:>5.1} → {:>5.1} %  {:>12}  {:>6.2}  {:>5.1} → {:>5.1} %",
+                d.domain,
+                HumanCount(d.documents).to_string(),
+                HumanCount(d.tokens).to_string(),
+                d.share * 100.0,
+                d.target * 100.0,
+                d.mixture_share * 100.0,
+                HumanCount(d.drawn).to_string(),
+                d.epochs,
+                d.long_before * 100.0,
+                d.long_after * 100.0,
+            );
+        }
+        let line = |out: &mut String, name: &str, shares: &[f64]| {
+            let cells: String = shares.iter().map(|s| format!("{:>8.1}", s * 100.0)).collect();
+            let _ = writeln!(out, "{name:width$}{cells}");
+        };
+        let heads: String = LENGTH_BUCKET_NAMES.iter().map(|name| format!("{name:>8}")).collect();
+        let _ = writeln!(out, "\n{:width$}{heads}   % of tokens by document length", "");
+        line(&mut out, "corpus", &self.lengths_before);
+        line(&mut out, "mixture", &self.lengths_after);
+        for d in self.domains.iter().filter(|d| d.drawn > 0) {
+            line(&mut out, &d.domain, &d.lengths_after);
+        }
+        let repeated: Vec<&Repeated> = self.most_copies.iter().filter(|r| r.copies > 1.0).collect();
+        if !repeated.is_empty() {
+            let _ = writeln!(out, "\nrepeated most");
+            for r in repeated {
+                let _ = writeln!(
+                    out,
+                    "  {:>5.2} copies  {}  {} tokens  {}",
+                    r.copies,
+                    r.doc_id,
+                    HumanCount(r.tokens as u64),
+                    r.domain
+                );
+            }
+        }
+        if !self.shortfalls.is_empty() {
+            let _ = writeln!(out, "\nfalls short");
+            for line in &self.shortfalls {
+                let _ = writeln!(out, "  {line}");
+            }
+        }
+        out
+    }
+}
+
+/// Two mixtures side by side, with the difference in points.
+pub fn against(a: (&str, &Preview), b: (&str, &Preview)) -> String {
+    let mut out = String::new();
+    let mut names: Vec<&str> = a.1.domains.iter().chain(&b.1.domains).map(|d| d.domain.as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    let width = names.iter().map(|n| n.chars().count()).max().unwrap_or(0).max(8);
+    let find = |p: &'_ Preview, name: &str| p.domains.iter().find(|d| d.domain == name).cloned();
+    let _ = writeln!(out, "a  {}  {}, {} tokens", a.0, a.1.recipe, HumanCount(a.1.budget));
+    let _ = writeln!(out, "b  {}  {}, {} tokens\n", b.0, b.1.recipe, HumanCount(b.1.budget));
+    let _ = writeln!(
+        out,
+        "{:width$}  {:>24}  {:>24}  {:>16}",
+        "domain", "share a → b (points)", "long a → b (points)", "epochs a → b"
+    );
+    for name in names {
+        let (x, y) = (find(a.1, name), find(b.1, name));
+        let get = |d: &Option<Mixed>, f: fn(&Mixed) -> f64| d.as_ref().map_or(0.0, f);
+        let (sx, sy) = (get(&x, |d| d.mixture_share) * 100.0, get(&y, |d| d.mixture_share) * 100.0);
+        let (lx, ly) = (get(&x, |d| d.long_after) * 100.0, get(&y, |d| d.long_after) * 100.0);
+        let (ex, ey) = (get(&x, |d| d.epochs), get(&y, |d| d.epochs));
+        let _ = writeln!(
+            out,
+            "{name:width$}  {sx:>6.1} → {sy:>5.1} ({:>+6.1})  {lx:>6.1} → {ly:>5.1} ({:>+6.1})  {ex:>6.2} → {ey:>6.2}",
+            sy - sx,
+            ly - lx
+        );
+    }
+    let heads: String = LENGTH_BUCKET_NAMES.iter().map(|name| format!("{name:>8}")).collect();
+    let _ = writeln!(out, "\n{:width$}{heads}   % of tokens by document length", "");
+    for (name, shares) in [("a", &a.1.lengths_after), ("b", &b.1.lengths_after)] {
+        let cells: String = shares.iter().map(|s| format!("{:>8.1}", s * 100.0)).collect();
+        let _ = writeln!(out, "{name:width$}{cells}");
+    }
+    let points: String =
+        a.1.lengths_after
+            .iter()
+            .zip(&b.1.lengths_after)
+            .map(|(x, y)| format!("{:>+8.1}", (y - x) * 100.0))
+            .collect();
+    let _ = writeln!(out, "{:width$}{points}", "points");
+    out
+}

@@ -1,0 +1,173 @@
+//! The directory of a run: what a person, a trainer and `verify` find.
+//!
+//! ```text
+//! <output>/runs/<name>-<hash of its last stages' keys>/
+//!     data/train-00000-of-000NN.parquet    heldout/heldout-….parquet    checkpoint/…
+//!     report.html    attempts/<time>.json: machines and times, outside every hash
+//!     manifest.json                        written last, if absent
+//! ```
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::conf::Conf;
+use crate::hash::Digest;
+use crate::run::{Run, Step};
+use crate::sql::git;
+use crate::stage::{self, File, Published, Table};
+use crate::stages::domains::Domain;
+use crate::stages::mixture::Asked;
+use crate::stages::shuffle::Planned;
+use crate::store::Location;
+use crate::{Error, Result};
+
+/// All that a run was made of and all that it made. Nothing in it says when or where.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunManifest {
+    pub run: String,
+    /// The version of lengthwise.
+    pub lengthwise: String,
+    /// The git commit of the folder that conf and SQL were read from, where it is one.
+    pub commit: Option<String>,
+    /// Whether tracked files differed from that commit.
+    pub dirty: bool,
+    pub conf_file: String,
+    /// As resolved, with defaults.
+    pub conf: Conf,
+    pub sql: BTreeMap<String, String>,
+    pub inputs: Vec<Input>,
+    pub tokenizer: Digest,
+    /// The keys of the stages, in order.
+    pub stages: Vec<StageKey>,
+    /// Files of this directory, by path.
+    pub files: Vec<File>,
+    /// Digests of rows of the packed tables, whatever library wrote their bytes.
+    pub tables: BTreeMap<String, Table>,
+    pub summary: Summary,
+}
+
+/// A source file that was read.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct Input {
+    pub url: String,
+    pub bytes: u64,
+    pub blake3: Digest,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct StageKey {
+    pub stage: String,
+    pub key: String,
+}
+
+/// The run in numbers, for the report and for comparisons.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Summary {
+    /// documents, tokens, duplicates, rejects, …
+    pub counts: BTreeMap<String, u64>,
+    pub domains: Vec<Domain>,
+    pub asked: Asked,
+    pub drawn: Asked,
+    pub planned: Planned,
+}
+
+/// One attempt at a run, successful or not.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Attempt {
+    pub started: String,
+    pub seconds: f64,
+    pub host: String,
+    pub cores: usize,
+    pub steps: Vec<Step>,
+}
+
+/// The commit of a folder, and whether tracked files differ from it.
+pub fn commit_of(run: &Run) -> (Option<String>, bool) {
+    let ask = |arguments: &[&str]| {
+        let output = git(&run.files.root, arguments).ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    match &run.files.commit {
+        Some(commit) => (ask(&["rev-parse", commit]), false),
+        None => {
+            let dirty =
+                ask(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
+            let untracked = [&run.conf_file, &run.conf.mixture.recipe]
+                .iter()
+                .any(|file| ask(&["ls-files", "--error-unmatch", file]).is_none());
+            let commit = ask(&["rev-parse", "HEAD"]);
+            let dirty = commit.is_some() && (dirty || untracked);
+            (commit, dirty)
+        }
+    }
+}
+
+/// A run's id: its name and the hash of its last stages' keys, so that a killed run finds itself again.
+pub fn id(name: &str, last: &[&Published]) -> String {
+    let keys: Vec<&str> = last.iter().map(|stage| stage.manifest.key.as_str()).collect();
+    format!("{name}-{}", &Digest::of(keys.join(" ").as_bytes()).to_string()[..12])
+}
+
+/// Copies a stage's files into a folder of the run; a hard link each where storage is local.
+pub async fn copy_table(from: &Published, table: &str, folder: &Location, below: &str) -> Result<Vec<File>> {
+    let mut files = vec![];
+    for file in from.table(table).files {
+        let placed = File { name: format!("{below}/{}", file.name), ..file.clone() };
+        if !placed.intact(folder).await? {
+            from.folder.join(&file.name).copy_to(&folder.join(&placed.name)).await?;
+        }
+        files.push(placed);
+    }
+    Ok(files)
+}
+
+/// The manifest of a run's directory, if the run was published and its files are there.
+pub async fn find(folder: &Location) -> Result<Option<RunManifest>> {
+    let Some(bytes) = folder.join("manifest.json").get().await? else { return Ok(None) };
+    let manifest = parse(folder, &bytes)?;
+    for file in &manifest.files {
+        if !file.intact(folder).await? {
+            return Ok(None);
+        }
+    }
+    Ok(Some(manifest))
+}
+
+fn parse(folder: &Location, bytes: &[u8]) -> Result<RunManifest> {
+    serde_json::from_slice(bytes).map_err(|e| Error::Corrupt {
+        url: folder.join("manifest.json").url(),
+        message: format!("it is not the manifest of a run of this version: {e}"),
+    })
+}
+
+/// The manifest that a person asks for by the run's directory.
+pub async fn read(folder: &Location) -> Result<RunManifest> {
+    match folder.join("manifest.json").get().await? {
+        Some(bytes) => parse(folder, &bytes),
+        None => Err(Error::data(
+            format!("{} is not the directory of a finished run: it has no manifest.json", folder.url()),
+            "`lengthwise run CONF` prints the directory as its last line",
+        )),
+    }
+}
+
+/// Where a run's stages are: two folders up.
+pub fn output_of(run_folder: &Location) -> Location {
+    let mut parts: Vec<_> = run_folder.path.parts().collect();
+    parts.truncate(parts.len().saturating_sub(2));
+    let mut output = run_folder.clone();
+    output.path = parts.into_iter().collect();
+    output
+}
+
+/// A stage of a run, by its key.
+pub async fn stage_of(output: &Location, key: &StageKey) -> Result<Option<(Location, stage::Manifest)>> {
+    let folder = output.join("stages").join(&key.stage).join(&key.key);
+    let Some(bytes) = folder.join("manifest.json").get().await? else { return Ok(None) };
+    let corrupt = |e: serde_json::Error| Error::Corrupt {
+        url: folder.join("manifest.json").url(),
+        message: e.to_string(),
+    };
+    Ok(Some((folder.clone(), serde_json::from_slice(&bytes).map_err(corrupt)?)))
+}

@@ -1,0 +1,217 @@
+//! One run: its conf, where it reads and writes, and the one place where a stage is found or computed.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use arrow::util::pretty::pretty_format_batches;
+use datafusion::prelude::SessionContext;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::conf::Conf;
+use crate::engine::{Engine, query};
+use crate::progress::Progress;
+use crate::sql::{Files, StageSql};
+use crate::stage::{self, Draft, Ingredients, Manifest, Output, Published};
+use crate::store::{Location, Stores};
+use crate::{Error, Result};
+
+/// The stages, in the order data flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Trains the tokenizer, where the conf asks for it.
+    Tokenizer,
+    /// Documents, their ids and the rejected rows, a part at a time.
+    #[value(alias = "documents")]
+    Tokens,
+    /// One row a distinct document; what is held out.
+    Catalog,
+    /// One row a domain, and the target shares.
+    Domains,
+    /// The recipe's result.
+    Mixture,
+    /// Whole copies, to the token.
+    Draw,
+    /// The place of each in the dataset.
+    Shuffle,
+    /// The packed sequences.
+    Pack,
+    /// The trained checkpoint.
+    Train,
+}
+
+impl Stage {
+    pub fn name(self) -> &'static str {
+        match self {
+            Stage::Tokenizer => "tokenizer",
+            Stage::Tokens => "tokens",
+            Stage::Catalog => "catalog",
+            Stage::Domains => "domains",
+            Stage::Mixture => "mixture",
+            Stage::Draw => "draw",
+            Stage::Shuffle => "shuffle",
+            Stage::Pack => "pack",
+            Stage::Train => "train",
+        }
+    }
+}
+
+/// What to do about a stage whose output isn't there.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Goal {
+    /// Compute it; from a stage on, compute it even where it is there, and compare.
+    Compute { from: Option<Stage> },
+    /// Only look: [`Error::Absent`].
+    Look,
+}
+
+/// What came of a stage, for the run's manifest and the report.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Step {
+    pub stage: String,
+    pub key: String,
+    pub cached: bool,
+    pub seconds: f64,
+    pub counts: BTreeMap<String, u64>,
+    #[serde(skip)]
+    pub ingredients: Ingredients,
+}
+
+/// A run under way.
+pub struct Run {
+    pub conf: Conf,
+    /// The conf's path, for messages.
+    pub conf_file: String,
+    pub files: Files,
+    pub stores: Stores,
+    pub output: Location,
+    pub engine: Engine,
+    pub progress: Progress,
+    /// Set by SIGTERM and SIGINT; hot loops look at it.
+    pub stop: Arc<AtomicBool>,
+    pub goal: Goal,
+    pub steps: Mutex<Vec<Step>>,
+    /// Every SQL text that was used, by file.
+    pub sql: Mutex<BTreeMap<String, String>>,
+}
+
+impl Run {
+    pub fn new(conf: Conf, conf_file: &str, files: Files, goal: Goal) -> Result<Self> {
+        let stores = Stores::new(std::path::absolute(&files.root).unwrap_or(files.root.clone()));
+        let output = stores.open(&conf.run.output)?;
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let engine = Engine::new(
+            conf.engine.partitions.unwrap_or(cores),
+            conf.engine.memory.0,
+            conf.engine.spill.as_deref(),
+        )?;
+        Ok(Self {
+            conf,
+            conf_file: conf_file.to_owned(),
+            files,
+            stores,
+            output,
+            engine,
+            progress: Progress::stderr(),
+            stop: Arc::default(),
+            goal,
+            steps: Mutex::default(),
+            sql: Mutex::default(),
+        })
+    }
+
+    /// Ends a computation at the next good place.
+    pub fn check_stop(&self) -> Result<()> {
+        if self.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
+    }
+
+    /// A stage's SQL file.
+    pub fn stage_sql(&self, name: &str) -> Result<StageSql> {
+        let file = format!("sql/stages/{name}.sql");
+        let text = self.files.stage(&file)?;
+        let sql = StageSql::parse(&file, &text)?;
+        self.sql.lock().expect("no panic while held").insert(file, text);
+        Ok(sql)
+    }
+
+    /// Runs the checks of a stage over the tables of a session: each SELECT returns the wrong rows, and there may be none.
+    ///
+    /// # Errors
+    /// A check has rows; the stage is not published.
+    pub async fn check(&self, stage: Stage, session: &SessionContext) -> Result<()> {
+        let mixture = &self.conf.mixture;
+        let parameters = BTreeMap::from([
+            ("budget", mixture.budget.0 as i64),
+            ("long_tokens", mixture.long_tokens.0 as i64),
+            ("max_span", mixture.max_span.0 as i64),
+            ("max_copies", mixture.max_copies as i64),
+        ]);
+        for file in self.files.checks(stage.name())? {
+            let text = self.files.stage(&file)?;
+            let sql = StageSql::parse(&file, &text)?;
+            self.sql.lock().expect("no panic while held").insert(file.clone(), text);
+            let doing = format!("cannot run the check {file}");
+            let frame = sql.plan(session, &parameters).await?;
+            let frame = frame.limit(0, Some(5)).map_err(|e| query(&doing, e))?;
+            let wrong = frame.collect().await.map_err(|e| query(&doing, e))?;
+            if wrong.iter().any(|batch| batch.num_rows() > 0) {
+                let rows =
+                    pretty_format_batches(&wrong).map_or_else(|e| e.to_string(), |table| table.to_string());
+                let message = format!("{file} found rows that should not be:\n{rows}");
+                return Err(Error::data(
+                    message,
+                    "the file says what its rows are; the stage was not published",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The output of a stage: found by the hash of its ingredients, or else computed and published.
+    pub async fn obtain(
+        &self,
+        stage: Stage,
+        ingredients: Ingredients,
+        compute: impl AsyncFnOnce(&Draft) -> Result<Output>,
+    ) -> Result<Published> {
+        let started = Instant::now();
+        let key = stage::key(stage.name(), &ingredients);
+        let folder = self.output.join("stages").join(stage.name()).join(&key);
+        let again = matches!(self.goal, Goal::Compute { from: Some(from) } if stage >= from);
+        let found = stage::find(&folder).await?;
+        let (manifest, cached) = match (found, self.goal) {
+            (Some(manifest), _) if !again => (manifest, true),
+            (_, Goal::Look) => return Err(Error::Absent { stage: stage.name(), key, ingredients }),
+            _ => {
+                self.check_stop()?;
+                tracing::info!("{}: computing {key}", stage.name());
+                let draft = Draft { folder: folder.clone(), again };
+                let Output { tables, counts, notes } = compute(&draft).await?;
+                let manifest = Manifest {
+                    stage: stage.name().into(),
+                    key: key.clone(),
+                    ingredients,
+                    tables,
+                    counts,
+                    notes,
+                };
+                stage::publish(&folder, &manifest).await?;
+                (manifest, false)
+            }
+        };
+        let seconds = started.elapsed().as_secs_f64();
+        let counts = manifest.counts.clone();
+        let ingredients = manifest.ingredients.clone();
+        let step = Step { stage: stage.name().into(), key, cached, seconds, counts, ingredients };
+        self.steps.lock().expect("no panic while held").push(step);
+        Ok(Published { manifest: Arc::new(manifest), folder, cached, seconds })
+    }
+}
+
+/// Ingredients as a list of names and values.
+pub fn ingredients<const N: usize>(list: [(&str, Value); N]) -> Ingredients {
+    list.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}

@@ -1,0 +1,539 @@
+//! JSONL: a JSON object a line, plain or compressed.
+//!
+//! [`read`] finds lines and never looks inside them; [`Lines::rows`] parses them, on whichever thread takes
+//! the part.
+
+use std::fmt;
+use std::io::{self, BufRead, BufReader, Cursor, Read};
+
+use memchr::{memchr, memchr_iter};
+use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+use super::read::{Pieces, Rows};
+use super::stored::{READ_BYTES, Stored, own};
+use super::{Cell, Each, Outcome, Reason, Reject, Spec};
+use crate::{Error, Result};
+
+/// The largest window of zstd that is accepted: 2²⁷ bytes = 128 MiB, what `zstd --long` and `--ultra -22` use.
+const ZSTD_WINDOW_LOG: u32 = 27;
+
+/// Cuts a file into lines and gives them to `pieces`; returns how many lines there are.
+pub(super) fn read(stored: &mut Stored, spec: &Spec, pieces: &mut Pieces<'_>) -> Result<u64> {
+    let url = pieces.file.url.as_str();
+    let kind = Kind::of_name(url);
+    let mut cutting = Cutting::new(spec);
+    let mut done = 0;
+    let failed = |error, line, done| kind.failed(url, error, line, done);
+    let mut decoded = kind.decode(stored).map_err(|error| failed(error, 1, 0))?;
+    loop {
+        pieces.check()?;
+        let mut bytes = decoded.fill_buf().map_err(|error| failed(error, cutting.number, done))?;
+        let filled = bytes.len();
+        if filled == 0 {
+            break;
+        }
+        while let Some(end) = memchr(b'\n', bytes) {
+            cutting.add(&bytes[..end]);
+            cutting.end_line();
+            bytes = &bytes[end + 1..];
+            if cutting.lines.data.len() as u64 >= pieces.room() {
+                cutting.flush(pieces)?;
+            }
+        }
+        cutting.add(bytes);
+        decoded.consume(filled);
+        done += filled as u64;
+    }
+    if cutting.length > 0 {
+        cutting.end_line();
+    }
+    cutting.flush(pieces)?;
+    Ok(cutting.number - 1)
+}
+
+/// How a file is compressed, by its name's ending.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    Gzip,
+    Zstd,
+}
+
+impl Kind {
+    fn of_name(name: &str) -> Self {
+        match name {
+            name if name.ends_with(".gz") => Kind::Gzip,
+            name if name.ends_with(".zst") => Kind::Zstd,
+            _ => Kind::Plain,
+        }
+    }
+
+    fn of_first_bytes(bytes: &[u8]) -> Self {
+        match bytes {
+            [0x1f, 0x8b, ..] => Kind::Gzip,
+            // a frame, or a skippable frame before it
+            [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Kind::Zstd,
+            _ => Kind::Plain,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Plain => "plain text",
+            Kind::Gzip => "gzip",
+            Kind::Zstd => "zstd",
+        }
+    }
+
+    /// The file's text. What its first bytes say has to be what its name says.
+    fn decode<'a>(self, stored: &'a mut Stored) -> io::Result<Box<dyn BufRead + 'a>> {
+        let mut first = Vec::with_capacity(4);
+        stored.take(4).read_to_end(&mut first)?;
+        let is = Kind::of_first_bytes(&first);
+        if is != self {
+            let looks = if first.is_empty() { "empty" } else { is.name() };
+            return Err(io::Error::other(Error::data(
+                format!("`{}` is {looks}, but its name says {}", stored.file.url, self.name()),
+                "names of gzip files end with .gz, those of zstd files with .zst, all others are plain text",
+            )));
+        }
+        let bytes = BufReader::with_capacity(READ_BYTES, Cursor::new(first).chain(stored));
+        Ok(match self {
+            Kind::Plain => Box::new(bytes),
+            Kind::Gzip => {
+                Box::new(BufReader::with_capacity(READ_BYTES, flate2::bufread::MultiGzDecoder::new(bytes)))
+            }
+            Kind::Zstd => {
+                let mut decoder = zstd::Decoder::with_buffer(bytes)?;
+                decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+                Box::new(BufReader::with_capacity(READ_BYTES, decoder))
+            }
+        })
+    }
+
+    /// An error while decoding line `line`, when `done` bytes of text were decoded.
+    fn failed(self, url: &str, error: io::Error, line: u64, done: u64) -> Error {
+        own(error).unwrap_or_else(|error| {
+            let what = match error.kind() {
+                io::ErrorKind::UnexpectedEof => "ends too early".to_owned(),
+                _ => format!("is damaged ({error})"),
+            };
+            let test = match self {
+                Kind::Zstd => "zstd --long=27 -t",
+                Kind::Gzip | Kind::Plain => "gzip -t",
+            };
+            Error::data(
+                format!(
+                    "the {} data of `{url}` {what} in line {line}, after {done} bytes of text",
+                    self.name()
+                ),
+                format!("`{test}` checks a file; fetch it again, or leave it out of the source's url"),
+            )
+        })
+    }
+}
+
+/// Lines of a file that follow each other, each with its `\n`.
+#[derive(Debug, Default)]
+pub(super) struct Lines {
+    first_line: u64,
+    data: Vec<u8>,
+    /// Number and length of lines that are longer than any row may be. In `data` they are empty.
+    dropped: Vec<(u64, u64)>,
+}
+
+/// The lines collected so far, and the one that is being read. How lines come out does not depend on the
+/// sizes in which bytes come in.
+struct Cutting {
+    lines: Lines,
+    /// The number of the line that is being read.
+    number: u64,
+    /// Where it starts in `lines.data`.
+    start: usize,
+    /// How many of its bytes were read. They are all in `data`, or, once there are more than `limit`, none.
+    length: u64,
+    limit: u64,
+}
+
+impl Cutting {
+    fn new(spec: &Spec) -> Self {
+        // JSON writes a byte of text as up to six (`\u0007`), and a row has more than its text
+        let limit = spec.max_document_bytes.saturating_mul(6).saturating_add(64 << 10);
+        let lines = Lines { first_line: 1, ..Lines::default() };
+        Self { lines, number: 1, start: 0, length: 0, limit }
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        self.length += bytes.len() as u64;
+        if self.length <= self.limit {
+            self.lines.data.extend_from_slice(bytes);
+        } else {
+            self.lines.data.truncate(self.start);
+        }
+    }
+
+    fn end_line(&mut self) {
+        if self.length > self.limit {
+            self.lines.dropped.push((self.number, self.length));
+        }
+        self.lines.data.push(b'\n');
+        self.start = self.lines.data.len();
+        self.length = 0;
+        self.number += 1;
+    }
+
+    /// Gives away the lines collected so far, between two lines.
+    fn flush(&mut self, pieces: &mut Pieces<'_>) -> Result<()> {
+        let next = Lines { first_line: self.number, ..Lines::default() };
+        let lines = std::mem::replace(&mut self.lines, next);
+        self.start = 0;
+        if lines.data.is_empty() {
+            return Ok(());
+        }
+        let bytes = lines.data.len() as u64;
+        pieces.push(Rows::Lines(lines), bytes)
+    }
+}
+
+impl Lines {
+    /// Gives each line's number and outcome to `f`; blank lines are no rows.
+    pub fn rows(&self, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()> {
+        let mut unescaped = Unescaped::default();
+        let mut dropped = self.dropped.iter().peekable();
+        let mut start = 0;
+        for (number, end) in (self.first_line..).zip(memchr_iter(b'\n', &self.data)) {
+            let mut line = &self.data[start..end];
+            start = end + 1;
+            if let Some((_, length)) = dropped.next_if(|(dropped, _)| *dropped == number) {
+                let limit = spec.max_document_bytes;
+                f(number, Err(Reject::too_long("the line", *length, limit)))?;
+                continue;
+            }
+            if number == 1 {
+                // a byte order mark, which Windows likes to put first
+                line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
+            }
+            if !line.trim_ascii().is_empty() {
+                f(number, row(line, spec, domain, &mut unescaped))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where strings with escapes are written out; kept from line to line.
+#[derive(Default)]
+struct Unescaped {
+    text: String,
+    domain: String,
+}
+
+/// What a line holds. Nothing but the text and the domain is kept of it; the rest only has to be JSON.
+fn row<'a>(line: &'a [u8], spec: &'a Spec, domain: Cell<'a>, unescaped: &'a mut Unescaped) -> Outcome<'a> {
+    let line = std::str::from_utf8(line).map_err(Reject::not_utf8)?;
+    let mut json = serde_json::Deserializer::from_str(line);
+    if !line.trim_ascii_start().starts_with('{') {
+        IgnoredAny::deserialize(&mut json).and_then(|_| json.end()).map_err(not_json)?;
+        return Err(Reject::new(Reason::NotAnObject, "the line is JSON, but not an object"));
+    }
+    let mut found =
+        Columns { text: Found::new(&mut unescaped.text), domain: Found::new(&mut unescaped.domain) };
+    let root = Node { text: Some(&spec.text), domain: spec.domain_column(), found: &mut found };
+    root.deserialize(&mut json).and_then(|()| json.end()).map_err(not_json)?;
+    let domain = if spec.domain_column().is_some() { found.domain.into_cell() } else { domain };
+    spec.judge(found.text.into_cell(), domain)
+}
+
+fn not_json(error: serde_json::Error) -> Reject {
+    // serde_json knows one line only, so its "line 1" is wrong here
+    let message = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    let message = message.strip_suffix(&place).unwrap_or(&message);
+    Reject::new(Reason::NotJson, format!("{message} at column {}", error.column()))
+}
+
+/// What was found at a column's path.
+struct Found<'l, 'u> {
+    value: Value<'l>,
+    unescaped: &'u mut String,
+}
+
+enum Value<'l> {
+    Missing,
+    Null,
+    Other(&'static str),
+    /// A string that stands in the line as it is.
+    Borrowed(&'l str),
+    /// A string with escapes, written out into `unescaped`.
+    Unescaped,
+}
+
+impl<'l, 'u> Found<'l, 'u> {
+    fn new(unescaped: &'u mut String) -> Self {
+        Self { value: Value::Missing, unescaped }
+    }
+
+    fn into_cell(self) -> Cell<'u>
+    where
+        'l: 'u,
+    {
+        match self.value {
+            Value::Missing => Cell::Missing,
+            Value::Null => Cell::Null,
+            Value::Other(kind) => Cell::Other(kind),
+            Value::Borrowed(text) => Cell::Text(text),
+            Value::Unescaped => Cell::Text(self.unescaped),
+        }
+    }
+}
+
+/// The two columns of a line that are wanted.
+struct Columns<'l, 'u> {
+    text: Found<'l, 'u>,
+    domain: Found<'l, 'u>,
+}
+
+/// Reads one JSON value, knowing what is left of each column's path from here on: an empty path ends here,
+/// `None` is a path that does not lead here.
+struct Node<'p, 'f, 'l, 'u> {
+    text: Option<&'p [String]>,
+    domain: Option<&'p [String]>,
+    found: &'f mut Columns<'l, 'u>,
+}
+
+impl<'l, 'u> Node<'_, '_, 'l, 'u> {
+    /// The columns whose paths end here.
+    fn ends(&mut self) -> impl Iterator<Item = &mut Found<'l, 'u>> {
+        let Columns { text, domain } = &mut *self.found;
+        let ends = |path: Option<&[String]>| path.is_some_and(<[_]>::is_empty);
+        [ends(self.text).then_some(text), ends(self.domain).then_some(domain)].into_iter().flatten()
+    }
+
+    /// Takes note that here is no string. What an earlier key of the same name said is forgotten too.
+    fn is(mut self, kind: &'static str) {
+        self.ends().for_each(|found| found.value = Value::Other(kind));
+    }
+}
+
+impl<'l> DeserializeSeed<'l> for Node<'_, '_, 'l, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'l>>(self, json: D) -> Result<(), D::Error> {
+        // where a key stands twice, the last one counts
+        if self.text.is_some() {
+            self.found.text.value = Value::Missing;
+        }
+        if self.domain.is_some() {
+            self.found.domain.value = Value::Missing;
+        }
+        json.deserialize_any(self)
+    }
+}
+
+impl<'l> Visitor<'l> for Node<'_, '_, 'l, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any JSON")
+    }
+
+    fn visit_borrowed_str<E>(mut self, text: &'l str) -> Result<(), E> {
+        self.ends().for_each(|found| found.value = Value::Borrowed(text));
+        Ok(())
+    }
+
+    fn visit_str<E>(mut self, text: &str) -> Result<(), E> {
+        for found in self.ends() {
+            found.unescaped.clear();
+            found.unescaped.push_str(text);
+            found.value = Value::Unescaped;
+        }
+        Ok(())
+    }
+
+    fn visit_unit<E>(mut self) -> Result<(), E> {
+        self.ends().for_each(|found| found.value = Value::Null);
+        Ok(())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        self.is("a boolean");
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        self.is("a number");
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        self.is("a number");
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        self.is("a number");
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'l>>(self, mut list: A) -> Result<(), A::Error> {
+        self.is("a list");
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'l>>(mut self, mut map: A) -> Result<(), A::Error> {
+        self.ends().for_each(|found| found.value = Value::Other("an object"));
+        let text = self.text.and_then(<[_]>::split_first);
+        let domain = self.domain.and_then(<[_]>::split_first);
+        let key = Key { text: text.map(|(name, _)| name), domain: domain.map(|(name, _)| name) };
+        while let Some(leads) = map.next_key_seed(key)? {
+            if leads.text || leads.domain {
+                map.next_value_seed(Node {
+                    text: text.filter(|_| leads.text).map(|(_, rest)| rest),
+                    domain: domain.filter(|_| leads.domain).map(|(_, rest)| rest),
+                    found: &mut *self.found,
+                })?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Compares a key with the next name on each column's path.
+#[derive(Clone, Copy)]
+struct Key<'p> {
+    text: Option<&'p String>,
+    domain: Option<&'p String>,
+}
+
+/// Which columns a key leads to.
+struct Leads {
+    text: bool,
+    domain: bool,
+}
+
+impl<'l> DeserializeSeed<'l> for Key<'_> {
+    type Value = Leads;
+
+    fn deserialize<D: Deserializer<'l>>(self, json: D) -> Result<Leads, D::Error> {
+        json.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Key<'_> {
+    type Value = Leads;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E>(self, key: &str) -> Result<Leads, E> {
+        Ok(Leads {
+            text: self.text.is_some_and(|name| name == key),
+            domain: self.domain.is_some_and(|name| name == key),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::{DomainRule, Format};
+    use super::*;
+
+    fn spec() -> Spec {
+        Spec {
+            origin: "test".into(),
+            format: Format::Jsonl,
+            text: vec!["text".into()],
+            domain: DomainRule::Column(vec!["meta".into(), "set".into()]),
+            max_document_bytes: 1000,
+        }
+    }
+
+    fn any_json() -> impl Strategy<Value = serde_json::Value> {
+        let leaf = prop_oneof![
+            Just(serde_json::Value::Null),
+            any::<bool>().prop_map(Into::into),
+            any::<f64>().prop_map(Into::into),
+            "\\PC{0,4}".prop_map(Into::into),
+            Just("é\n\"\\\u{1}😀".into()),
+        ];
+        leaf.prop_recursive(4, 24, 4, |inner| {
+            let key = prop_oneof![Just("text"), Just("meta"), Just("set"), Just("other")];
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..3).prop_map(Into::into),
+                proptest::collection::vec((key, inner), 0..4).prop_map(|pairs| {
+                    serde_json::Value::Object(pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect())
+                }),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_row_holds_what_serde_json_finds_in_it(text in any_json(), meta in any_json(), other in any_json()) {
+            let value = serde_json::json!({"other": other, "text": text, "meta": meta});
+            let line = serde_json::to_string(&value).unwrap();
+            let spec = spec();
+            let mut buffers = Unescaped::default();
+            let got = row(line.as_bytes(), &spec, Cell::Missing, &mut buffers);
+            let got = got.map(|d| (d.domain, d.text)).map_err(|reject| reject.reason);
+            let expected = match (&value["text"], &value["meta"]["set"]) {
+                (serde_json::Value::Null, _) => Err(Reason::NoText),
+                (text, _) if !text.is_string() => Err(Reason::TextNotAString),
+                (text, _) if text == "" => Err(Reason::TextEmpty),
+                (_, serde_json::Value::Null) => Err(Reason::NoDomain),
+                (_, domain) if !domain.is_string() => Err(Reason::DomainNotAString),
+                (_, domain) if domain == "" => Err(Reason::BadDomain),
+                (text, domain) => Ok((domain.as_str().unwrap(), text.as_str().unwrap())),
+            };
+            prop_assert_eq!(got, expected);
+        }
+
+        #[test]
+        fn lines_do_not_depend_on_the_sizes_in_which_bytes_come(
+            lines in proptest::collection::vec(prop_oneof![0..40usize, 70_000..72_000usize], 0..12),
+            cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..20),
+        ) {
+            let bytes: Vec<u8> = lines.iter().flat_map(|&length| [vec![b'x'; length], vec![b'\n']].concat()).collect();
+            let limit = 71_536;
+            let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(bytes.len() + 1)).collect();
+            cuts.push(bytes.len());
+            cuts.sort();
+            let mut cutting = Cutting::new(&spec());
+            prop_assert_eq!(cutting.limit, limit);
+            let mut start = 0;
+            for cut in cuts {
+                for (i, line) in bytes[start..cut].split(|&byte| byte == b'\n').enumerate() {
+                    if i > 0 {
+                        cutting.end_line();
+                    }
+                    cutting.add(line);
+                }
+                start = cut;
+            }
+            let kept = |length: usize| if length as u64 > limit { 0 } else { length };
+            let data: usize = lines.iter().map(|&length| kept(length) + 1).sum();
+            prop_assert_eq!(cutting.lines.data.len(), data);
+            let dropped: Vec<_> = (1..).zip(&lines).filter(|(_, length)| **length as u64 > limit).map(|(n, length)| (n, *length as u64)).collect();
+            prop_assert_eq!(cutting.lines.dropped, dropped);
+            prop_assert_eq!(cutting.number, lines.len() as u64 + 1);
+        }
+    }
+
+    #[test]
+    fn a_line_that_never_ends_takes_no_more_memory_than_the_limit() {
+        let mut cutting = Cutting::new(&spec());
+        let chunk = vec![b'a'; 10_000];
+        (0..100_000).for_each(|_| cutting.add(&chunk));
+        assert!(cutting.lines.data.capacity() <= 2 * cutting.limit as usize);
+        cutting.end_line();
+        assert_eq!(cutting.lines.dropped, [(1, 1_000_000_000)]);
+    }
+}

@@ -1,0 +1,221 @@
+//! Sources: files of any size in any store become rows, and every row is a document or a reject.
+//!
+//! ```text
+//! list ─▶ units ─────────▶ parts ──────────────▶ rows
+//! files   a large file,    about 32 MiB each,    a document, or a reject
+//!         or a bundle      streamed in order     with file, line and reason
+//!         of small ones
+//! ```
+//!
+//! A [`Unit`] is read once, front to back, on one blocking thread; its [`Part`]s are what workers take,
+//! tokenise and cache. Where a part ends depends on the files' content alone, never on the sizes in which
+//! a store happens to deliver them.
+//!
+//! One bad row never ends a scan: it is a [`Reject`]. What makes *all* further rows of a file doubtful does:
+//! damaged compression, a file that changes while it is read, a column that isn't there.
+
+mod files;
+mod jsonl;
+mod parquet;
+mod read;
+mod stored;
+#[cfg(test)]
+mod tests;
+mod text;
+
+pub use files::{BUNDLE_FILE_BYTES, SourceFile, Unit, list, units};
+pub use read::{FileSummary, PART_BYTES, Part, Parts, Reader};
+
+use globset::GlobMatcher;
+
+/// The longest domain there may be, in bytes. A longer one is rather a text in the wrong column.
+pub const DOMAIN_BYTES: usize = 256;
+
+/// What a source's conf says to its reader.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// The conf's name of the source.
+    pub origin: String,
+    pub format: Format,
+    /// The path of the text's column, `["meta", "text"]` for `meta.text`. Not used by [`Format::Text`].
+    pub text: Vec<String>,
+    pub domain: DomainRule,
+    /// A longer text is rejected.
+    pub max_document_bytes: u64,
+}
+
+/// How a source's files hold their rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// A JSON object a line; plain, gzip (`.gz`) or zstd (`.zst`).
+    Jsonl,
+    Parquet,
+    /// A document a file.
+    Text,
+}
+
+/// Where a document's domain is found.
+#[derive(Clone, Debug)]
+pub enum DomainRule {
+    /// In the column at this path. Not for [`Format::Text`], which has no columns.
+    Column(Vec<String>),
+    /// It is the same for all documents.
+    Const(String),
+    /// The first glob that matches the file decides. It may match the url (`s3://bucket/code/a.rs`,
+    /// `/data/code/a.rs`) or the path inside the store (`code/a.rs`, `data/code/a.rs`), so `**/*.rs` works
+    /// in every store.
+    Paths(Vec<(GlobMatcher, String)>),
+}
+
+/// One row of a source, good or bad.
+#[derive(Debug)]
+pub struct Row<'a> {
+    /// The url of its file.
+    pub file: &'a str,
+    /// Counted from 1: the line in JSONL, the row in Parquet; 1 for a text file.
+    pub line: u64,
+    pub outcome: Outcome<'a>,
+}
+
+/// What a row turned out to be.
+pub type Outcome<'a> = std::result::Result<Document<'a>, Reject>;
+
+/// What is done with each row of a file, given its line.
+type Each<'f> = dyn FnMut(u64, Outcome<'_>) -> crate::Result<()> + 'f;
+
+/// A text and where it came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Document<'a> {
+    pub domain: &'a str,
+    pub text: &'a str,
+}
+
+/// Why a row is no document.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reject {
+    pub reason: Reason,
+    /// A few words for a person; never the row's text.
+    pub detail: String,
+}
+
+/// The kinds of bad rows. Their names are written to the table `rejects`, so they stay as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reason {
+    NotUtf8,
+    NotJson,
+    NotAnObject,
+    NoText,
+    TextNotAString,
+    TextEmpty,
+    NoDomain,
+    DomainNotAString,
+    /// Empty, or longer than [`DOMAIN_BYTES`].
+    BadDomain,
+    /// Longer than the conf's `max_document_bytes`.
+    TooLong,
+}
+
+impl Reason {
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::NotUtf8 => "not_utf8",
+            Reason::NotJson => "not_json",
+            Reason::NotAnObject => "not_an_object",
+            Reason::NoText => "no_text",
+            Reason::TextNotAString => "text_not_a_string",
+            Reason::TextEmpty => "text_empty",
+            Reason::NoDomain => "no_domain",
+            Reason::DomainNotAString => "domain_not_a_string",
+            Reason::BadDomain => "bad_domain",
+            Reason::TooLong => "too_long",
+        }
+    }
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Reject {
+    fn new(reason: Reason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into() }
+    }
+
+    fn not_utf8(error: std::str::Utf8Error) -> Self {
+        Self::new(Reason::NotUtf8, format!("byte {} is not UTF-8", error.valid_up_to() + 1))
+    }
+
+    fn too_long(what: &str, bytes: u64, limit: u64) -> Self {
+        Self::new(Reason::TooLong, format!("{what} has {bytes} bytes; a text may have {limit}"))
+    }
+}
+
+/// What stands in a row where the text or the domain is looked for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Cell<'a> {
+    Text(&'a str),
+    Null,
+    Missing,
+    /// Something else; this says what.
+    Other(&'static str),
+}
+
+impl Spec {
+    /// The column of the domain, if it is in a column.
+    fn domain_column(&self) -> Option<&[String]> {
+        match &self.domain {
+            DomainRule::Column(path) => Some(path),
+            DomainRule::Const(_) | DomainRule::Paths(_) => None,
+        }
+    }
+
+    /// The domain of all rows of a file; missing where rows have their own, or where no rule matches.
+    fn domain_of(&self, file: &SourceFile) -> Cell<'_> {
+        match &self.domain {
+            DomainRule::Column(_) => Cell::Missing,
+            DomainRule::Const(domain) => Cell::Text(domain),
+            DomainRule::Paths(rules) => rules
+                .iter()
+                .find(|(glob, _)| glob.is_match(&file.url) || glob.is_match(file.path.as_ref()))
+                .map_or(Cell::Missing, |(_, domain)| Cell::Text(domain)),
+        }
+    }
+
+    /// A document, if text and domain are what they should be. The first thing that is wrong is the reason.
+    fn judge<'a>(&self, text: Cell<'a>, domain: Cell<'a>) -> Outcome<'a> {
+        let column = |path: &[String]| format!("`{}`", path.join("."));
+        let text = match text {
+            Cell::Text("") => return Err(Reject::new(Reason::TextEmpty, "the text is empty")),
+            Cell::Text(text) if text.len() as u64 > self.max_document_bytes => {
+                return Err(Reject::too_long("the text", text.len() as u64, self.max_document_bytes));
+            }
+            Cell::Text(text) => text,
+            Cell::Null => {
+                return Err(Reject::new(Reason::NoText, format!("{} is null", column(&self.text))));
+            }
+            Cell::Missing => {
+                return Err(Reject::new(Reason::NoText, format!("there is no {}", column(&self.text))));
+            }
+            Cell::Other(kind) => {
+                return Err(Reject::new(Reason::TextNotAString, format!("{} is {kind}", column(&self.text))));
+            }
+        };
+        let named = || match &self.domain {
+            DomainRule::Column(path) => column(path),
+            DomainRule::Const(_) | DomainRule::Paths(_) => "rule for this file's path".into(),
+        };
+        match domain {
+            Cell::Text("") => Err(Reject::new(Reason::BadDomain, "the domain is empty")),
+            Cell::Text(domain) if domain.len() > DOMAIN_BYTES => Err(Reject::new(
+                Reason::BadDomain,
+                format!("the domain has {} bytes, more than {DOMAIN_BYTES}", domain.len()),
+            )),
+            Cell::Text(domain) => Ok(Document { domain, text }),
+            Cell::Null => Err(Reject::new(Reason::NoDomain, format!("{} is null", named()))),
+            Cell::Missing => Err(Reject::new(Reason::NoDomain, format!("there is no {}", named()))),
+            Cell::Other(kind) => Err(Reject::new(Reason::DomainNotAString, format!("{} is {kind}", named()))),
+        }
+    }
+}

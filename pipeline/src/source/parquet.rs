@@ -1,0 +1,315 @@
+//! Parquet: two columns of a file, a range of a row group's rows at a time.
+//!
+//! This reads column chunks itself, below the level of Arrow: texts are then checked for UTF-8 one by one,
+//! where an Arrow reader ends at the first bad one, pages are decompressed one by one, and the ranges of a row
+//! group can be read by several workers.
+
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parquet::basic::Type;
+use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::errors::ParquetError;
+use parquet::file::reader::{ChunkReader, FileReader, Length};
+use parquet::file::serialized_reader::SerializedFileReader;
+
+use super::files::SourceFile;
+use super::read::{PART_BYTES, Pieces, Rows};
+use super::stored::{RandomAccess, own};
+use super::{Cell, Each, Reject, Spec};
+use crate::error::Doing;
+use crate::{Error, Result};
+
+/// How much is decoded at a time.
+const BATCH_BYTES: u64 = 1 << 20;
+
+/// An open Parquet file, shared by all ranges of it.
+struct Table {
+    reader: SerializedFileReader<Access>,
+    access: Access,
+    text: usize,
+    domain: Option<usize>,
+}
+
+/// Rows of one row group.
+#[derive(Debug)]
+pub(super) struct Range {
+    table: Arc<Table>,
+    group: usize,
+    /// The number of the group's first row in the file, from 0.
+    before: u64,
+    start: u64,
+    stop: u64,
+    /// How many rows to decode at a time.
+    batch: u64,
+}
+
+impl std::fmt::Debug for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Table")
+            .field("text", &self.text)
+            .field("domain", &self.domain)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Plans a file's row groups into ranges of about a part's size and gives them to `pieces`; returns how many
+/// rows there are. Pages are read later, by [`Range::rows`].
+pub(super) fn read(bytes: RandomAccess, spec: &Spec, pieces: &mut Pieces<'_>) -> Result<u64> {
+    let file = pieces.file.clone();
+    let access = Access(Arc::new(bytes));
+    let reader = guarded(&file, "its footer", || SerializedFileReader::new(access.clone()))?;
+    let text = find_column(&reader, &file, &spec.text, "text")?;
+    let domain = spec.domain_column().map(|path| find_column(&reader, &file, path, "domain")).transpose()?;
+    let table = Arc::new(Table { reader, access, text, domain });
+
+    let mut before = 0;
+    for (index, group) in table.reader.metadata().row_groups().iter().enumerate() {
+        let place = format!("row group {index}");
+        let count = |footer: i64| {
+            u64::try_from(footer).map_err(|_| damaged(&file, &place, "its footer counts below zero"))
+        };
+        let rows = count(group.num_rows())?;
+        let mut bytes = 0u64;
+        for column in [Some(text), domain].into_iter().flatten().map(|leaf| group.column(leaf)) {
+            if count(column.num_values())? != rows {
+                return Err(damaged(&file, &place, "its columns have different numbers of rows"));
+            }
+            bytes = bytes.saturating_add(count(column.uncompressed_size())?);
+        }
+        let ranges = (bytes / PART_BYTES).clamp(1, rows.max(1));
+        let batch = BATCH_BYTES.saturating_mul(rows).checked_div(bytes).unwrap_or(rows).clamp(1, 1024);
+        for range in 0..ranges {
+            let bound = |range| (u128::from(rows) * u128::from(range) / u128::from(ranges)) as u64;
+            let (start, stop) = (bound(range), bound(range + 1));
+            if start < stop {
+                let range = Range { table: table.clone(), group: index, before, start, stop, batch };
+                pieces.push(Rows::Table(range), bytes / ranges)?;
+            }
+        }
+        before = rows.saturating_add(before);
+    }
+    if i64::try_from(before) != Ok(table.reader.metadata().file_metadata().num_rows()) {
+        return Err(damaged(&file, "its footer", "the row groups do not add up to the file"));
+    }
+    Ok(before)
+}
+
+/// The number of the leaf column at `path`.
+fn find_column(
+    reader: &SerializedFileReader<Access>,
+    file: &SourceFile,
+    path: &[String],
+    what: &str,
+) -> Result<usize> {
+    let columns = reader.metadata().file_metadata().schema_descr().columns();
+    let name = path.join(".");
+    let usable = |i: usize| columns[i].physical_type() == Type::BYTE_ARRAY && columns[i].max_rep_level() == 0;
+    let problem = match columns.iter().position(|column| column.path().parts() == path) {
+        Some(found) if usable(found) => return Ok(found),
+        Some(found) if columns[found].max_rep_level() > 0 => "is a list".to_owned(),
+        Some(found) => format!("holds {}, not text", columns[found].physical_type()),
+        None if columns.iter().any(|column| column.path().parts().starts_with(path)) => {
+            "is a struct or a list: it takes one of its fields".to_owned()
+        }
+        None => "is not in the file".to_owned(),
+    };
+    let names = |wanted: bool| {
+        let names: Vec<_> = (0..columns.len())
+            .filter(|&i| usable(i) == wanted)
+            .map(|i| format!("`{}`", columns[i].path().string()))
+            .collect();
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    };
+    Err(Error::data(
+        format!("the {what} column `{name}` of `{}` {problem}", file.url),
+        format!(
+            "set the source's `{what}` to a column that holds text: {} (others: {})",
+            names(true),
+            names(false)
+        ),
+    ))
+}
+
+impl Range {
+    /// Gives each row's number and outcome to `f`.
+    pub fn rows(&self, file: &SourceFile, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()> {
+        let table = &*self.table;
+        let place = format!("row group {}", self.group);
+        let mut text = guarded(file, &place, || Column::open(table, self.group, table.text, self.start))?;
+        let mut own_domain = table
+            .domain
+            .map(|leaf| guarded(file, &place, || Column::open(table, self.group, leaf, self.start)))
+            .transpose()?;
+        let mut row = self.start;
+        while row < self.stop {
+            let batch = self.batch.min(self.stop - row);
+            guarded(file, &place, || {
+                text.read(batch)?;
+                own_domain.as_mut().map_or(Ok(()), |domain| domain.read(batch))
+            })?;
+            for _ in 0..batch {
+                let text = text.next();
+                let domain = own_domain.as_mut().map_or(Ok(domain), Column::next);
+                row += 1;
+                let outcome = text.and_then(|text| spec.judge(text, domain?));
+                f(self.before + row, outcome)?;
+            }
+        }
+        table.access.check(file)
+    }
+}
+
+/// A column of a row group, read batch by batch.
+struct Column {
+    reader: ColumnReaderImpl<ByteArrayType>,
+    /// The definition level of a value that isn't null.
+    defined: i16,
+    levels: std::vec::IntoIter<i16>,
+    values: std::vec::IntoIter<ByteArray>,
+    /// The value given out last.
+    value: ByteArray,
+}
+
+impl Column {
+    fn open(table: &Table, group: usize, leaf: usize, start: u64) -> parquet::errors::Result<Self> {
+        let defined = table.reader.metadata().file_metadata().schema_descr().column(leaf).max_def_level();
+        let ColumnReader::ByteArrayColumnReader(mut reader) =
+            table.reader.get_row_group(group)?.get_column_reader(leaf)?
+        else {
+            return Err(ParquetError::General("the column changed its type".into()));
+        };
+        let skipped = reader.skip_records(start as usize)?;
+        expect(start, skipped)?;
+        Ok(Self {
+            reader,
+            defined,
+            levels: Vec::new().into_iter(),
+            values: Vec::new().into_iter(),
+            value: ByteArray::new(),
+        })
+    }
+
+    fn read(&mut self, rows: u64) -> parquet::errors::Result<()> {
+        let (mut levels, mut values) = (Vec::new(), Vec::new());
+        let (read, _, _) = self.reader.read_records(rows as usize, Some(&mut levels), None, &mut values)?;
+        if self.defined == 0 {
+            levels = vec![0; read];
+        }
+        (self.levels, self.values) = (levels.into_iter(), values.into_iter());
+        expect(rows, read)
+    }
+
+    fn next(&mut self) -> Result<Cell<'_>, Reject> {
+        if self.levels.next() != Some(self.defined) {
+            return Ok(Cell::Null);
+        }
+        self.value = self.values.next().unwrap_or_default();
+        std::str::from_utf8(self.value.data()).map(Cell::Text).map_err(Reject::not_utf8)
+    }
+}
+
+fn expect(rows: u64, got: usize) -> parquet::errors::Result<()> {
+    if got as u64 == rows {
+        return Ok(());
+    }
+    Err(ParquetError::EOF(format!("{rows} more rows expected, {got} found")))
+}
+
+/// Runs a step of the Parquet library. An error, and a panic too, is about what the file holds there.
+fn guarded<T>(
+    file: &SourceFile,
+    place: &str,
+    step: impl FnOnce() -> parquet::errors::Result<T>,
+) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(step)) {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(ParquetError::External(error))) => {
+            Err(match error.downcast::<io::Error>().map(|error| own(*error)) {
+                Ok(Ok(own)) => own,
+                Ok(Err(error)) => damaged(file, place, &error.to_string()),
+                Err(error) => damaged(file, place, &error.to_string()),
+            })
+        }
+        Ok(Err(error)) => Err(damaged(file, place, &error.to_string())),
+        Err(_) => Err(damaged(file, place, "the Parquet library gave up on it")),
+    }
+}
+
+fn damaged(file: &SourceFile, place: &str, problem: &str) -> Error {
+    Error::data(
+        format!("`{}` is no sound Parquet file: {place}: {problem}", file.url),
+        "fetch the file again, or leave it out of the source's url",
+    )
+}
+
+/// A kept file, as the Parquet library reads it.
+#[derive(Clone)]
+struct Access(Arc<RandomAccess>);
+
+impl Access {
+    /// Whether a file of this machine is still what it was.
+    fn check(&self, file: &SourceFile) -> Result<()> {
+        match &*self.0 {
+            RandomAccess::Whole(_) => Ok(()),
+            RandomAccess::File(local) => local.check(file),
+        }
+    }
+}
+
+impl Length for Access {
+    fn len(&self) -> u64 {
+        match &*self.0 {
+            RandomAccess::Whole(bytes) => bytes.len() as u64,
+            RandomAccess::File(local) => local.size,
+        }
+    }
+}
+
+impl ChunkReader for Access {
+    type T = BufReader<At>;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
+        // page headers are small
+        Ok(BufReader::with_capacity(1 << 10, At { access: self.clone(), start }))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
+        // where a damaged file says that it holds more than it does, don't ask for the memory
+        if start.checked_add(length as u64).is_none_or(|stop| stop > self.len()) {
+            return Err(ParquetError::EOF(format!(
+                "{length} bytes at byte {start} would end behind the file"
+            )));
+        }
+        if let RandomAccess::Whole(bytes) = &*self.0 {
+            return Ok(bytes.slice(start as usize..start as usize + length));
+        }
+        let mut bytes = vec![0; length];
+        At { access: self.clone(), start }.read_exact(&mut bytes)?;
+        Ok(bytes.into())
+    }
+}
+
+/// A place in a file, read from there on. It leaves the file's own cursor alone, which all ranges share.
+struct At {
+    access: Access,
+    start: u64,
+}
+
+impl Read for At {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let bytes = match &*self.access.0 {
+            RandomAccess::Whole(bytes) => bytes.get(self.start as usize..).unwrap_or_default().read(out)?,
+            RandomAccess::File(local) => {
+                let bytes = local.file.read_at(out, self.start).doing(|| "cannot read a Parquet file".into());
+                bytes.map_err(io::Error::other)?
+            }
+        };
+        self.start += bytes as u64;
+        Ok(bytes)
+    }
+}

@@ -1,0 +1,804 @@
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use globset::Glob;
+use object_store::chunked::ChunkedStore;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+
+use super::*;
+use crate::Error;
+
+/// What became of a row: domain and text, or the reason.
+type Fate = Result<(String, String), Reason>;
+
+/// A row as tests compare it: part, line and fate.
+type Seen = (u32, u64, Fate);
+
+fn spec(format: Format) -> Arc<Spec> {
+    Arc::new(Spec {
+        origin: "test".into(),
+        format,
+        text: vec!["text".into()],
+        domain: DomainRule::Column(vec!["meta".into(), "set".into()]),
+        max_document_bytes: 1000,
+    })
+}
+
+fn changed(spec: &Arc<Spec>, change: impl FnOnce(&mut Spec)) -> Arc<Spec> {
+    let mut spec = (**spec).clone();
+    change(&mut spec);
+    Arc::new(spec)
+}
+
+fn reader(store: &Arc<dyn ObjectStore>) -> Reader {
+    Reader { store: store.clone(), spool: std::env::temp_dir(), stop: Arc::default() }
+}
+
+fn memory() -> Arc<dyn ObjectStore> {
+    Arc::new(InMemory::new())
+}
+
+async fn put(store: &Arc<dyn ObjectStore>, path: &str, bytes: impl Into<Vec<u8>>) {
+    store.put(&path.into(), bytes.into().into()).await.unwrap();
+}
+
+async fn list_all(
+    store: &Arc<dyn ObjectStore>,
+    path: &str,
+    format: Format,
+) -> Result<Vec<SourceFile>, Error> {
+    list(&**store, &Path::parse(path).unwrap(), &format!("mem://{path}"), format).await
+}
+
+/// All rows of a file, folder or glob.
+async fn scan(
+    store: &Arc<dyn ObjectStore>,
+    path: &str,
+    spec: &Arc<Spec>,
+) -> Result<(Vec<Seen>, Vec<FileSummary>), Error> {
+    let (mut rows, mut files) = (Vec::new(), Vec::new());
+    for unit in units(list_all(store, path, spec.format).await?) {
+        let mut parts = reader(store).parts(unit, spec.clone(), |_| false);
+        while let Some(part) = parts.next().await? {
+            part.rows(spec, &mut |row| {
+                let outcome = row.outcome.map(|d| (d.domain.to_owned(), d.text.to_owned()));
+                rows.push((part.index, row.line, outcome.map_err(|reject| reject.reason)));
+                Ok(())
+            })?;
+        }
+        files.extend_from_slice(parts.files());
+    }
+    Ok((rows, files))
+}
+
+/// The details of a file's rejects.
+async fn details(store: &Arc<dyn ObjectStore>, path: &str, spec: &Arc<Spec>) -> Vec<String> {
+    let mut details = Vec::new();
+    for unit in units(list_all(store, path, spec.format).await.unwrap()) {
+        let mut parts = reader(store).parts(unit, spec.clone(), |_| false);
+        while let Some(part) = parts.next().await.unwrap() {
+            part.rows(spec, &mut |row| {
+                details.extend(row.outcome.err().map(|reject| reject.detail));
+                Ok(())
+            })
+            .unwrap();
+        }
+    }
+    details
+}
+
+/// Message and help of a data error.
+fn words<T>(result: Result<T, Error>) -> String {
+    match result.map(|_| ()) {
+        Err(Error::Data { message, help }) => format!("{message}\n{}", help.unwrap_or_default()),
+        other => panic!("a data error was expected, not {other:?}"),
+    }
+}
+
+fn document(text: &str) -> Fate {
+    Ok(("d".to_owned(), text.to_owned()))
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn zstd(bytes: &[u8]) -> Vec<u8> {
+    zstd::encode_all(bytes, 1).unwrap()
+}
+
+mod rows_of_jsonl {
+    use super::*;
+
+    /// Lines with what becomes of them; blank ones give no row.
+    fn good_and_bad_lines() -> Vec<(Vec<u8>, Option<Fate>)> {
+        let line = |line: &str, outcome| (line.as_bytes().to_vec(), Some(outcome));
+        let bad = |text: &str, reason| line(text, Err(reason));
+        vec![
+            line("\u{feff}{\"text\":\"plain\",\"meta\":{\"set\":\"d\"}}", document("plain")),
+            line(
+                r#"{"meta":{"x":[1,{"set":0}],"set":"d"},"id":1e999,"text":"a\n\"b\" \u00e9\ud83d\ude00"}"#,
+                document("a\n\"b\" é😀"),
+            ),
+            (b"  \t ".to_vec(), None),
+            (Vec::new(), None),
+            line("{\"text\":\"windows\",\"meta\":{\"set\":\"d\"}}\r", document("windows")),
+            bad(r#"{"text":"cut off","meta":{"set":"d"#, Reason::NotJson),
+            bad(r#"{"text":"a","meta":{"set":"d"}} {}"#, Reason::NotJson),
+            bad(r#"{"text":"\ud800 alone","meta":{"set":"d"}}"#, Reason::NotJson),
+            bad(
+                &format!(r#"{{"text":{}0{},"meta":{{"set":"d"}}}}"#, "[".repeat(100_000), "]".repeat(99_999)),
+                Reason::TooLong,
+            ),
+            bad(&format!(r#"{{"x":{}}}"#, "[".repeat(30_000)), Reason::NotJson),
+            bad(
+                &format!(r#"{{"text":{}{}}}"#, "[".repeat(30_000), "]".repeat(30_000)),
+                Reason::TextNotAString,
+            ),
+            bad(r#"["text"]"#, Reason::NotAnObject),
+            bad("null", Reason::NotAnObject),
+            bad(r#"{"meta":{"set":"d"}}"#, Reason::NoText),
+            bad(r#"{"text":null,"meta":{"set":"d"}}"#, Reason::NoText),
+            bad(r#"{"text":7,"meta":{"set":"d"}}"#, Reason::TextNotAString),
+            bad(r#"{"text":["a"],"meta":{"set":"d"}}"#, Reason::TextNotAString),
+            bad(r#"{"text":{"text":"a"},"meta":{"set":"d"}}"#, Reason::TextNotAString),
+            bad(r#"{"text":"","meta":{"set":"d"}}"#, Reason::TextEmpty),
+            (b"{\"text\":\"\xff\",\"meta\":{\"set\":\"d\"}}".to_vec(), Some(Err(Reason::NotUtf8))),
+            bad(r#"{"text":"a"}"#, Reason::NoDomain),
+            bad(r#"{"text":"a","meta":"d"}"#, Reason::NoDomain),
+            bad(r#"{"text":"a","meta":{"set":null}}"#, Reason::NoDomain),
+            bad(r#"{"text":"a","meta":{"set":3}}"#, Reason::DomainNotAString),
+            bad(r#"{"text":"a","meta":{"set":""}}"#, Reason::BadDomain),
+            bad(&format!(r#"{{"text":"a","meta":{{"set":"{}"}}}}"#, "d".repeat(257)), Reason::BadDomain),
+            bad(&format!(r#"{{"text":"{}","meta":{{"set":"d"}}}}"#, "a".repeat(1001)), Reason::TooLong),
+            bad(&format!(r#"{{"x":"{}"}}"#, "a".repeat(200_000)), Reason::TooLong),
+            line(
+                &format!(r#"{{"text":"{}","meta":{{"set":"d"}}}}"#, r"\u0061".repeat(1000)),
+                document(&"a".repeat(1000)),
+            ),
+            line(r#"{"text":"old","text":"new","meta":{"set":"d"}}"#, document("new")),
+            bad(r#"{"text":"a","meta":{"set":"d"},"meta":{}}"#, Reason::NoDomain),
+            line(r#"{"te\u0078t":"key with escape","meta":{"set":"d"}}"#, document("key with escape")),
+            line(r#"{"text":"no newline at the end","meta":{"set":"d"}}"#, document("no newline at the end")),
+        ]
+    }
+
+    #[tokio::test]
+    async fn every_bad_line_is_kept_with_its_number_and_reason_plain_and_compressed() {
+        let lines = good_and_bad_lines();
+        let bytes = lines.iter().map(|(line, _)| line.clone()).collect::<Vec<_>>().join(&b'\n');
+        let expected: Vec<Seen> = (1..)
+            .zip(&lines)
+            .filter_map(|(number, (_, outcome))| Some((0, number, outcome.clone()?)))
+            .collect();
+        let store = memory();
+        // both compressions allow files that are put together from others
+        let (head, tail) = bytes.split_at(bytes.len() / 3);
+        put(&store, "a.jsonl.gz", [gzip(head), gzip(tail)].concat()).await;
+        put(&store, "a.jsonl.zst", [zstd(head), zstd(tail)].concat()).await;
+        put(&store, "a.jsonl", bytes).await;
+        for path in ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"] {
+            let (rows, files) = scan(&store, path, &spec(Format::Jsonl)).await.unwrap();
+            assert_eq!(rows.len(), expected.len());
+            rows.iter().zip(&expected).for_each(|(row, expected)| assert_eq!(row, expected, "{path}"));
+            assert_eq!((files[0].lines, files[0].parts), (lines.len() as u64, 1));
+            let stored = store.get(&path.into()).await.unwrap().bytes().await.unwrap();
+            assert_eq!((files[0].blake3, files[0].size), (blake3::hash(&stored), stored.len() as u64));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_detail_says_what_is_wrong_and_where() {
+        let store = memory();
+        let lines = [
+            "{\"text\": x}",
+            "{\"text\": 1}",
+            "{\"text\":\"a\"}",
+            "{\"text\":\"\u{1}\"}",
+            "{\"text\":\"\\ud800\"}",
+            "{",
+        ];
+        put(&store, "a.jsonl", [lines.join("\n").as_bytes(), b"\n{\"\xff\"}\n", &[b'a'; 100_000]].concat())
+            .await;
+        assert_eq!(
+            details(&store, "a.jsonl", &spec(Format::Jsonl)).await,
+            [
+                "expected value at column 10",
+                "`text` is a number",
+                "there is no `meta.set`",
+                "control character (\\u0000-\\u001F) found while parsing a string at column 10",
+                "unexpected end of hex escape at column 16",
+                "EOF while parsing an object at column 1",
+                "byte 3 is not UTF-8",
+                "the line has 100000 bytes; a text may have 1000",
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_line_of_any_length_is_dropped_while_it_streams() {
+        let mut long = b"{\"text\":\"".to_vec();
+        long.resize(400 << 20, b'a');
+        let bytes = [&b"{}\n"[..], &long, b"\n{}"].concat();
+        let store = memory();
+        put(&store, "a.jsonl.zst", zstd(&bytes)).await;
+        put(&store, "a.jsonl", bytes).await;
+        for path in ["a.jsonl.zst", "a.jsonl"] {
+            let spec = spec(Format::Jsonl);
+            let [file] = &list_all(&store, path, Format::Jsonl).await.unwrap()[..] else { panic!() };
+            let mut parts = reader(&store).parts(Unit { files: vec![file.clone()] }, spec.clone(), |_| false);
+            let part = parts.next().await.unwrap().unwrap();
+            assert_eq!(part.bytes(), 7, "what is left of three lines");
+            let mut seen = Vec::new();
+            part.rows(&spec, &mut |row| {
+                seen.push((row.line, row.outcome.unwrap_err().reason));
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(seen, [(1, Reason::NoText), (2, Reason::TooLong), (3, Reason::NoText)]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_text_in_the_same_struct_as_the_domain_or_deeper_is_found() {
+        let store = memory();
+        put(
+            &store,
+            "a.jsonl",
+            r#"{"a":{"b":{"text":"t"},"set":"d","c":{"set":"x"}},"text":"wrong","set":"wrong"}"#,
+        )
+        .await;
+        let spec = changed(&spec(Format::Jsonl), |spec| {
+            spec.text = ["a", "b", "text"].map(String::from).to_vec();
+            spec.domain = DomainRule::Column(["a", "set"].map(String::from).to_vec());
+        });
+        assert_eq!(scan(&store, "a.jsonl", &spec).await.unwrap().0, [(0, 1, document("t"))]);
+    }
+}
+
+mod damaged_files {
+    use super::*;
+
+    fn lines() -> Vec<u8> {
+        let mut lines = Vec::new();
+        for i in 0..200 {
+            let _ = writeln!(lines, "{{\"text\":\"{}\",\"meta\":{{\"set\":\"d\"}}}}", i * 7919);
+        }
+        lines
+    }
+
+    #[tokio::test]
+    async fn a_compressed_file_that_is_cut_short_anywhere_is_named() {
+        let store = memory();
+        for (name, bytes) in [("a.jsonl.gz", gzip(&lines())), ("a.jsonl.zst", zstd(&lines()))] {
+            for length in 0..bytes.len() {
+                put(&store, name, &bytes[..length]).await;
+                let words = words(scan(&store, name, &spec(Format::Jsonl)).await);
+                assert!(words.contains(&format!("`mem://{name}`")), "{words}");
+                if length > 100 {
+                    assert!(words.contains("ends too early in line "), "{words}");
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_damaged_gzip_file_is_named_with_the_line_reached() {
+        let store = memory();
+        let mut bytes = gzip(&lines());
+        let end = bytes.len() - 6;
+        bytes[end] ^= 1;
+        put(&store, "a.jsonl.gz", bytes).await;
+        let words = words(scan(&store, "a.jsonl.gz", &spec(Format::Jsonl)).await);
+        assert_eq!(
+            words,
+            "the gzip data of `mem://a.jsonl.gz` is damaged (corrupt gzip stream does not have a matching checksum) \
+             in line 201, after 7455 bytes of text\n\
+             `gzip -t` checks a file; fetch it again, or leave it out of the source's url"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_name_that_does_not_fit_the_bytes_is_an_error_both_ways() {
+        let store = memory();
+        let files = [
+            ("a.jsonl", gzip(&lines())),
+            ("b.jsonl", zstd(&lines())),
+            ("c.jsonl.gz", zstd(&lines())),
+            ("d.jsonl.zst", lines()),
+            ("e.jsonl.gz", vec![]),
+        ];
+        for (name, bytes) in files {
+            put(&store, name, bytes).await;
+        }
+        let error = async |name| {
+            words(scan(&store, name, &spec(Format::Jsonl)).await).lines().next().unwrap().to_owned()
+        };
+        assert_eq!(error("a.jsonl").await, "`mem://a.jsonl` is gzip, but its name says plain text");
+        assert_eq!(error("b.jsonl").await, "`mem://b.jsonl` is zstd, but its name says plain text");
+        assert_eq!(error("c.jsonl.gz").await, "`mem://c.jsonl.gz` is zstd, but its name says gzip");
+        assert_eq!(error("d.jsonl.zst").await, "`mem://d.jsonl.zst` is plain text, but its name says zstd");
+        assert_eq!(error("e.jsonl.gz").await, "`mem://e.jsonl.gz` is empty, but its name says gzip");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_changed_after_it_was_listed_is_named() {
+        let store = memory();
+        put(&store, "a.jsonl", "{}").await;
+        let files = list_all(&store, "a.jsonl", Format::Jsonl).await.unwrap();
+        put(&store, "a.jsonl", "[]").await;
+        let mut parts = reader(&store).parts(Unit { files }, spec(Format::Jsonl), |_| false);
+        let words = words(parts.next().await);
+        assert!(words.starts_with("`mem://a.jsonl` changed while it was read"), "{words}");
+    }
+
+    #[tokio::test]
+    async fn a_local_file_that_is_written_to_while_it_is_read_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        let store: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new());
+        let at = Path::from_absolute_path(&path).unwrap();
+        for append in [true, false] {
+            std::fs::write(&path, "{\"x\":1}\n".repeat(5 * PART_BYTES as usize / 8)).unwrap();
+            let files = list(&*store, &at, &format!("/{at}"), Format::Jsonl).await.unwrap();
+            let mut parts = reader(&store).parts(Unit { files }, spec(Format::Jsonl), |_| false);
+            assert_eq!(
+                parts.next().await.unwrap().unwrap().bytes(),
+                PART_BYTES,
+                "the part is full to the byte"
+            );
+            let mut file = std::fs::OpenOptions::new().write(true).append(append).open(&path).unwrap();
+            file.write_all(b"{").unwrap();
+            let words = words(loop {
+                match parts.next().await {
+                    Ok(Some(_)) => {}
+                    end => break end,
+                }
+            });
+            let expected = format!("`{}` changed while it was read: ", path.display());
+            assert!(words.starts_with(&expected), "{words}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_signal_ends_the_reading_and_the_rows() {
+        let store = memory();
+        put(&store, "a.jsonl", "{}\n{}").await;
+        let spec = spec(Format::Jsonl);
+        let files = list_all(&store, "a.jsonl", Format::Jsonl).await.unwrap();
+        let reader = reader(&store);
+        let part = reader
+            .parts(Unit { files: files.clone() }, spec.clone(), |_| false)
+            .next()
+            .await
+            .unwrap()
+            .unwrap();
+        reader.stop.store(true, Ordering::Relaxed);
+        assert!(matches!(part.rows(&spec, &mut |_| Ok(())), Err(Error::Stopped)));
+        let mut parts = reader.parts(Unit { files }, spec, |_| false);
+        assert!(matches!(parts.next().await, Err(Error::Stopped)));
+    }
+}
+
+mod cutting_into_parts {
+    use super::*;
+
+    /// 80 MB that hardly compress, in lines of 0 to 2,000 bytes.
+    fn many_lines() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut random = blake3::Hasher::new().finalize_xof();
+        while bytes.len() < 80 << 20 {
+            let mut words = [0u8; 1000];
+            random.fill(&mut words);
+            let text: String =
+                words[..usize::from(words[0]) * 4 % 997].iter().map(|b| format!("{b:02x}")).collect();
+            let _ = writeln!(bytes, "{{\"text\":\"{text}\",\"meta\":{{\"set\":\"d\"}}}}");
+        }
+        bytes
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn parts_are_the_same_whatever_the_chunks_of_the_store_and_add_up_to_the_file() {
+        let bytes = many_lines();
+        let spec = changed(&spec(Format::Jsonl), |spec| spec.max_document_bytes = 1 << 20);
+        let inner = memory();
+        put(&inner, "a.jsonl", bytes.clone()).await;
+        put(&inner, "a.jsonl.zst", zstd(&bytes)).await;
+        let mut reference: Option<Vec<Seen>> = None;
+        for (path, chunk) in
+            [("a.jsonl", 10_007), ("a.jsonl", 1 << 20), ("a.jsonl", 1 << 30), ("a.jsonl.zst", 65_537)]
+        {
+            let store: Arc<dyn ObjectStore> = Arc::new(ChunkedStore::new(inner.clone(), chunk));
+            let (rows, files) = scan(&store, path, &spec).await.unwrap();
+            assert_eq!((files[0].parts, files[0].lines), (3, rows.len() as u64));
+            let reference = reference.get_or_insert_with(|| rows.clone());
+            assert!(*reference == rows, "other rows or parts with chunks of {chunk}");
+        }
+        // and they are the file: line by line, cut after the line that brings a part to its size
+        let (mut part, mut size) = (0, 0);
+        for (line, row) in bytes.split_inclusive(|&byte| byte == b'\n').zip(reference.unwrap()) {
+            let value: serde_json::Value = serde_json::from_slice(line).unwrap();
+            let outcome = if value["text"] == "" {
+                Err(Reason::TextEmpty)
+            } else {
+                document(value["text"].as_str().unwrap())
+            };
+            assert_eq!((row.0, row.2), (part, outcome));
+            size += line.len() as u64;
+            if size >= PART_BYTES {
+                (part, size) = (part + 1, 0);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn skipped_parts_keep_their_index_and_the_files_their_hash() {
+        let bytes = many_lines();
+        let store = memory();
+        put(&store, "a.jsonl", bytes.clone()).await;
+        let files = list_all(&store, "a.jsonl", Format::Jsonl).await.unwrap();
+        let mut parts = reader(&store).parts(Unit { files }, spec(Format::Jsonl), |index| index != 1);
+        let part = parts.next().await.unwrap().unwrap();
+        assert_eq!(part.index, 1);
+        assert!(part.bytes() >= PART_BYTES);
+        assert!(parts.next().await.unwrap().is_none());
+        assert_eq!((parts.files()[0].blake3, parts.files()[0].parts), (blake3::hash(&bytes), 3));
+    }
+
+    #[tokio::test]
+    async fn small_files_share_parts_and_each_counts_its_own_lines() {
+        let store = memory();
+        put(&store, "a.jsonl", "{}\n\n{}").await;
+        put(&store, "b.jsonl.gz", gzip(b"")).await;
+        put(&store, "c.jsonl", "{}\n{}\n").await;
+        let (rows, files) = scan(&store, "", &spec(Format::Jsonl)).await.unwrap();
+        assert_eq!(
+            rows.iter().map(|row| (row.0, row.1)).collect::<Vec<_>>(),
+            [(0, 1), (0, 3), (0, 1), (0, 2)]
+        );
+        assert_eq!(
+            files.iter().map(|file| (file.lines, file.parts)).collect::<Vec<_>>(),
+            [(3, 1), (0, 0), (2, 1)]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_nobody_waits_for_ends() {
+        let store = memory();
+        put(&store, "a.jsonl", many_lines()).await;
+        let files = list_all(&store, "a.jsonl", Format::Jsonl).await.unwrap();
+        let mut parts = reader(&store).parts(Unit { files }, spec(Format::Jsonl), |_| false);
+        parts.next().await.unwrap();
+        // dropping `parts` here, and the runtime after it, would hang if the thread went on
+    }
+}
+
+mod units_of_work {
+    use super::*;
+
+    fn file(name: &str, size: u64) -> SourceFile {
+        SourceFile { path: name.into(), url: name.into(), size, version: "1".into() }
+    }
+
+    #[test]
+    fn a_new_file_changes_one_bundle() {
+        let files: Vec<_> = (0..1000).map(|i| file(&format!("f{i:04}"), 100_000)).collect();
+        let before = units(files.clone());
+        let after = units([files, vec![file("new", 100_000)]].concat());
+        assert_eq!((before.len(), after.len()), (4, 4));
+        let sizes = before.iter().map(|unit| unit.files.iter().map(|file| file.size).sum::<u64>());
+        sizes.for_each(|size| assert!((10_000_000..40_000_000).contains(&size), "{size}"));
+        assert_eq!(before.iter().zip(&after).filter(|(a, b)| a != b).count(), 1);
+        assert!(after.iter().all(|unit| unit.files.is_sorted_by_key(|file| &file.path)));
+    }
+
+    #[test]
+    fn large_files_stand_alone() {
+        let files = vec![file("a", BUNDLE_FILE_BYTES), file("b", 10), file("c", 20), file("d", 1 << 40)];
+        let names: Vec<Vec<_>> = units(files)
+            .iter()
+            .map(|unit| unit.files.iter().map(|file| file.url.clone()).collect())
+            .collect();
+        assert_eq!(names, [vec!["b", "c"], vec!["a"], vec!["d"]]);
+    }
+}
+
+mod listing {
+    use super::*;
+
+    async fn tree() -> Arc<dyn ObjectStore> {
+        let store = memory();
+        for path in [
+            "data/a.jsonl",
+            "data/b.jsonl.zst",
+            "data/README.md",
+            "data/_SUCCESS",
+            "data/.hidden.jsonl",
+            "data/2024/c.json.gz",
+            "data/2024/d.parquet",
+            "data/2025/e.jsonl",
+            "data/_tmp/f.jsonl",
+            "database/g.jsonl",
+        ] {
+            put(&store, path, "x").await;
+        }
+        store
+    }
+
+    async fn names(store: &Arc<dyn ObjectStore>, path: &str, format: Format) -> Vec<String> {
+        list_all(store, path, format)
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|file| file.url.replace("mem://", ""))
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn a_folder_gives_all_files_below_with_the_endings_of_its_format() {
+        let store = tree().await;
+        assert_eq!(
+            names(&store, "data", Format::Jsonl).await,
+            ["data/2024/c.json.gz", "data/2025/e.jsonl", "data/a.jsonl", "data/b.jsonl.zst"]
+        );
+        assert_eq!(names(&store, "data", Format::Parquet).await, ["data/2024/d.parquet"]);
+        assert_eq!(names(&store, "data", Format::Text).await.len(), 6);
+        assert_eq!(names(&store, "", Format::Jsonl).await.len(), 5);
+    }
+
+    #[tokio::test]
+    async fn a_glob_gives_what_it_matches() {
+        let store = tree().await;
+        assert_eq!(names(&store, "data/*.jsonl", Format::Jsonl).await, ["data/a.jsonl"]);
+        assert_eq!(
+            names(&store, "data/*.{jsonl,md}", Format::Jsonl).await,
+            ["data/README.md", "data/a.jsonl"]
+        );
+        assert_eq!(
+            names(&store, "data/202[45]/*", Format::Jsonl).await,
+            ["data/2024/c.json.gz", "data/2025/e.jsonl"]
+        );
+        assert_eq!(
+            names(&store, "data/**/?.jsonl", Format::Jsonl).await,
+            ["data/2025/e.jsonl", "data/a.jsonl"]
+        );
+        assert_eq!(names(&store, "data*/?.jsonl", Format::Jsonl).await, ["data/a.jsonl", "database/g.jsonl"]);
+        assert_eq!(names(&store, "data/*", Format::Jsonl).await, ["data/a.jsonl", "data/b.jsonl.zst"]);
+    }
+
+    #[tokio::test]
+    async fn hidden_files_and_folders_are_taken_only_where_they_are_named() {
+        let store = tree().await;
+        assert_eq!(names(&store, "data/_tmp", Format::Jsonl).await, ["data/_tmp/f.jsonl"]);
+        assert_eq!(names(&store, "data/_*/*", Format::Jsonl).await, ["data/_tmp/f.jsonl"]);
+        assert_eq!(names(&store, "data/.*", Format::Jsonl).await, ["data/.hidden.jsonl"]);
+        assert_eq!(names(&store, "data/_SUCCESS", Format::Jsonl).await, ["data/_SUCCESS"]);
+    }
+
+    #[tokio::test]
+    async fn nothing_found_says_what_was_looked_for() {
+        let store = tree().await;
+        assert_eq!(
+            words(list_all(&store, "nowhere", Format::Parquet).await),
+            "the source `mem://nowhere` has no files\n\
+             looked for files named *.parquet; there is nothing below `mem://nowhere` (names that start with `.` or `_` are skipped)"
+        );
+        assert_eq!(
+            words(list_all(&store, "data/2025", Format::Parquet).await),
+            "the source `mem://data/2025` has no files\n\
+             looked for files named *.parquet; `mem://data/2025/e.jsonl` and what else is there does not count \
+             (names that start with `.` or `_` are skipped)"
+        );
+        assert!(words(list_all(&store, "data/[a", Format::Text).await).contains("is not a glob"));
+    }
+
+    #[tokio::test]
+    async fn local_folders_are_listed_like_any_other() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(folder.path().join("in/deep er")).unwrap();
+        std::fs::write(folder.path().join("in/deep er/é.jsonl"), "{}").unwrap();
+        let store: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new());
+        let at = Path::from_absolute_path(folder.path().join("in")).unwrap();
+        let files = list(&*store, &at, &format!("/{at}"), Format::Jsonl).await.unwrap();
+        assert_eq!(files.len(), 1);
+        assert_eq!(files[0].url, format!("{}/in/deep er/é.jsonl", folder.path().display()));
+        assert_eq!(std::fs::read(&files[0].url).unwrap(), b"{}");
+    }
+}
+
+mod folders_of_text {
+    use super::*;
+
+    #[tokio::test]
+    async fn each_file_is_a_document_with_a_domain_by_its_path() {
+        let store = memory();
+        put(&store, "src/a.rs", "fn main() {}").await;
+        put(&store, "src/b.md", "\u{feff}# b\r\n").await;
+        put(&store, "src/c.rs", "").await;
+        put(&store, "src/d.rs", b"\xff\xfe").await;
+        put(&store, "src/e.rs", [b'a'; 1001]).await;
+        put(&store, "src/f.xyz", "f").await;
+        let rule = |glob: &str, domain: &str| (Glob::new(glob).unwrap().compile_matcher(), domain.to_owned());
+        let spec = changed(&spec(Format::Text), |spec| {
+            spec.domain = DomainRule::Paths(vec![
+                rule("**/*.rs", "Rust"),
+                rule("mem://src/*.md", "Markdown"),
+                rule("src/*.md", "no"),
+            ]);
+        });
+        let (rows, files) = scan(&store, "src", &spec).await.unwrap();
+        let row = |domain: &str, text: &str| Ok((domain.to_owned(), text.to_owned()));
+        assert_eq!(
+            rows.into_iter().map(|row| row.2).collect::<Vec<_>>(),
+            [
+                row("Rust", "fn main() {}"),
+                row("Markdown", "# b\r\n"),
+                Err(Reason::TextEmpty),
+                Err(Reason::NotUtf8),
+                Err(Reason::TooLong),
+                Err(Reason::NoDomain),
+            ]
+        );
+        assert!(files.iter().all(|file| file.lines == 1 && file.parts == 1));
+        assert_eq!(files[4].blake3, blake3::hash(&[b'a'; 1001]), "also where it is too long");
+        assert_eq!(details(&store, "src/f.xyz", &spec).await, ["there is no rule for this file's path"]);
+    }
+}
+
+mod tables_of_parquet {
+    use super::*;
+    use ::parquet::arrow::ArrowWriter;
+    use ::parquet::file::properties::WriterProperties;
+    use arrow::array::{
+        ArrayRef, BinaryArray, Int64Array, ListArray, RecordBatch, StringArray, StringViewArray, StructArray,
+    };
+    use arrow::datatypes::{DataType, Field, Int32Type};
+
+    /// Columns text, meta.set, n and l, in row groups of `group` rows.
+    fn table(texts: ArrayRef, domains: Vec<Option<&str>>, group: usize) -> Vec<u8> {
+        let rows = texts.len();
+        let meta = StructArray::from(vec![(
+            Arc::new(Field::new("set", DataType::Utf8, true)),
+            Arc::new(StringArray::from(domains)) as ArrayRef,
+        )]);
+        let lists =
+            ListArray::from_iter_primitive::<Int32Type, _, _>((0..rows).map(|_| Some([Some(1), Some(2)])));
+        let batch = RecordBatch::try_from_iter_with_nullable([
+            ("n", Arc::new(Int64Array::from_iter_values(0..rows as i64)) as ArrayRef, false),
+            ("l", Arc::new(lists), true),
+            ("text", texts, true),
+            ("meta", Arc::new(meta), true),
+        ])
+        .unwrap();
+        let properties = WriterProperties::builder().set_max_row_group_row_count(Some(group)).build();
+        let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).unwrap();
+        writer.write(&batch).unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    fn small_table() -> Vec<u8> {
+        let long = "x".repeat(1001);
+        let texts = StringArray::from(vec![Some("a"), None, Some(""), Some(&long), Some("é"), Some("f")]);
+        table(Arc::new(texts), vec![Some("d"), Some("d"), Some("d"), Some("d"), None, Some("")], 4)
+    }
+
+    #[tokio::test]
+    async fn rows_are_documents_or_rejects_also_where_the_domain_is_nested() {
+        let store = memory();
+        put(&store, "a.parquet", small_table()).await;
+        let (rows, files) = scan(&store, "a.parquet", &spec(Format::Parquet)).await.unwrap();
+        assert_eq!(
+            rows,
+            [
+                (0, 1, document("a")),
+                (0, 2, Err(Reason::NoText)),
+                (0, 3, Err(Reason::TextEmpty)),
+                (0, 4, Err(Reason::TooLong)),
+                (0, 5, Err(Reason::NoDomain)),
+                (0, 6, Err(Reason::BadDomain)),
+            ]
+        );
+        assert_eq!((files[0].lines, files[0].parts, files[0].blake3), (6, 2, blake3::hash(&small_table())));
+    }
+
+    #[tokio::test]
+    async fn a_binary_column_may_hold_text_and_one_bad_value_is_one_reject() {
+        let store = memory();
+        let texts = BinaryArray::from_vec(vec![b"a", b"\xff", "é".as_bytes()]);
+        put(&store, "a.parquet", table(Arc::new(texts), vec![Some("d"); 3], 10)).await;
+        put(
+            &store,
+            "b.parquet",
+            table(Arc::new(StringViewArray::from(vec!["a", "b"])), vec![Some("d"); 2], 10),
+        )
+        .await;
+        let (rows, _) = scan(&store, "a.parquet", &spec(Format::Parquet)).await.unwrap();
+        assert_eq!(rows, [(0, 1, document("a")), (0, 2, Err(Reason::NotUtf8)), (0, 3, document("é"))]);
+        let (rows, _) = scan(&store, "b.parquet", &spec(Format::Parquet)).await.unwrap();
+        assert_eq!(rows, [(0, 1, document("a")), (0, 2, document("b"))]);
+    }
+
+    #[tokio::test]
+    async fn a_column_that_is_not_there_or_no_text_is_an_error_that_lists_the_columns() {
+        let store = memory();
+        put(&store, "a.parquet", small_table()).await;
+        let error = async |text: &str| {
+            let spec = changed(&spec(Format::Parquet), |spec| {
+                spec.text = text.split('.').map(String::from).collect()
+            });
+            words(scan(&store, "a.parquet", &spec).await)
+        };
+        assert_eq!(
+            error("body").await,
+            "the text column `body` of `mem://a.parquet` is not in the file\n\
+             set the source's `text` to a column that holds text: `text`, `meta.set` (others: `n`, `l.list.item`)"
+        );
+        assert!(
+            error("n").await.starts_with("the text column `n` of `mem://a.parquet` holds INT64, not text")
+        );
+        assert!(error("meta").await.contains("is a struct or a list"));
+        assert!(error("l.list.item").await.contains("is a list"));
+    }
+
+    #[tokio::test]
+    async fn large_row_groups_are_cut_and_read_from_a_copy_where_the_store_is_remote() {
+        let mut random = blake3::Hasher::new().finalize_xof();
+        let texts = StringArray::from_iter_values((0..40_000).map(|i| {
+            let mut bytes = [0; 1000];
+            random.fill(&mut bytes);
+            format!("{i} {}", bytes.iter().map(|b| format!("{b:02x}")).collect::<String>())
+        }));
+        let expected: Vec<String> = texts.iter().map(|text| text.unwrap().to_owned()).collect();
+        let bytes = table(Arc::new(texts), vec![Some("d"); 40_000], 36_000);
+        let spec = changed(&spec(Format::Parquet), |spec| spec.max_document_bytes = 3000);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("a.parquet"), &bytes).unwrap();
+        let local: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(folder.path()).unwrap());
+        let remote = memory();
+        put(&remote, "a.parquet", bytes.clone()).await;
+        let (rows, files) = scan(&remote, "a.parquet", &spec).await.unwrap();
+        // 72 MB in the first group are two ranges, and each is a part; the rest is the third
+        assert_eq!((files[0].parts, files[0].blake3), (3, blake3::hash(&bytes)));
+        assert_eq!([0, 17_999, 18_000, 35_999, 36_000].map(|row: usize| rows[row].0), [0, 0, 1, 1, 2]);
+        assert!(
+            rows.iter().map(|row| row.2.as_ref().unwrap().1.as_str()).eq(expected.iter().map(String::as_str))
+        );
+        assert!(rows.iter().map(|row| row.1).eq(1..=40_000));
+        let (from_local, _) = scan(&local, "a.parquet", &spec).await.unwrap();
+        assert!(rows == from_local);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_file_gives_an_error_or_other_rows_and_never_a_panic() {
+        let store = memory();
+        let good = small_table();
+        let mut errors = 0;
+        for at in 0..good.len() {
+            for flip in [1, 0x80, 0xff] {
+                let mut bytes = good.clone();
+                bytes[at] ^= flip;
+                put(&store, "a.parquet", bytes).await;
+                match scan(&store, "a.parquet", &spec(Format::Parquet)).await {
+                    Ok(_) => {}
+                    Err(error) => {
+                        let words = words(Err::<(), _>(error));
+                        assert!(words.contains("`mem://a.parquet`"), "{words}");
+                        errors += 1;
+                    }
+                }
+            }
+        }
+        assert!(errors > good.len() / 2);
+        for length in (0..good.len()).step_by(13) {
+            put(&store, "a.parquet", &good[..length]).await;
+            let words = words(scan(&store, "a.parquet", &spec(Format::Parquet)).await);
+            assert!(words.contains("`mem://a.parquet`"), "{words}");
+        }
+    }
+}

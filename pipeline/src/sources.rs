@@ -1,0 +1,141 @@
+//! A conf's sources as the reader takes them: their files, in units of work.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use globset::Glob;
+use serde_json::{Value, json};
+
+use crate::conf::{Domain, Format};
+use crate::hash::{doc_id, unit_hash};
+use crate::run::Run;
+use crate::source::{self, DomainRule, Reader, Spec, Unit};
+use crate::{Error, Result};
+
+/// A source with its files as they were listed.
+pub struct Source {
+    pub spec: Arc<Spec>,
+    pub units: Vec<Unit>,
+    pub reader: Reader,
+    pub max_reject_share: f64,
+    /// How rows are read: part of the key of what is made of them.
+    reading: Value,
+}
+
+impl Source {
+    /// Names what a unit's rows are, as far as the store tells: how it is read, and its files with sizes and versions.
+    pub fn unit_identity(&self, unit: &Unit) -> Value {
+        let files: Vec<Value> = unit.files.iter().map(|f| json!([f.url, f.size, f.version])).collect();
+        json!({ "reading": self.reading, "files": files })
+    }
+
+    /// Names all of the source's rows.
+    pub fn identity(&self) -> Value {
+        Value::Array(self.units.iter().map(|unit| self.unit_identity(unit)).collect())
+    }
+}
+
+/// Bytes of a unit's files, as they are stored.
+pub fn size(unit: &Unit) -> u64 {
+    unit.files.iter().map(|file| file.size).sum()
+}
+
+/// Lists the files of every source of the conf.
+pub async fn list(run: &Run) -> Result<Vec<Source>> {
+    let mut sources = vec![];
+    for (i, conf) in run.conf.source.iter().enumerate() {
+        let wrong = |key: &str, message: String| {
+            run.conf.wrong(&["source", &i.to_string(), key], message, "here", None)
+        };
+        let columns = |path: &str| path.split('.').map(str::to_owned).collect();
+        let domain = match &conf.domain {
+            Domain::Column(path) => DomainRule::Column(columns(path)),
+            Domain::Const(constant) => DomainRule::Const(constant.domain.clone()),
+            Domain::Rules(rules) => DomainRule::Paths(
+                rules
+                    .iter()
+                    .map(|rule| match Glob::new(&rule.glob) {
+                        Ok(glob) => Ok((glob.compile_matcher(), rule.domain.clone())),
+                        Err(e) => Err(wrong("domain", e.to_string())),
+                    })
+                    .collect::<Result<_>>()?,
+            ),
+        };
+        let format = match conf.format {
+            Format::Jsonl => source::Format::Jsonl,
+            Format::Parquet => source::Format::Parquet,
+            Format::Text => source::Format::Text,
+        };
+        let spec = Spec {
+            origin: conf.name.clone(),
+            format,
+            text: conf.text.as_deref().map(columns).unwrap_or_default(),
+            domain,
+            max_document_bytes: conf.max_document_bytes.0,
+        };
+        let at = run.stores.open(&conf.url)?;
+        let files = source::list(at.store.as_ref(), &at.path, &at.url(), format).await?;
+        let reading = json!({
+            "origin": conf.name,
+            "format": conf.format,
+            "text": conf.text,
+            "domain": conf.domain,
+            "max_document_bytes": conf.max_document_bytes,
+        });
+        let units = source::units(files);
+        let spool = run.conf.engine.spill.as_ref().map_or_else(std::env::temp_dir, PathBuf::from);
+        let reader = Reader { store: at.store, spool, stop: run.stop.clone() };
+        sources.push(Source {
+            spec: Arc::new(spec),
+            units,
+            reader,
+            max_reject_share: conf.max_reject_share,
+            reading,
+        });
+    }
+    Ok(sources)
+}
+
+/// A sample of the documents, at least `bytes` of text if there are so many: those with the smallest hashes, so that
+/// the order of files and rows doesn't matter.
+pub async fn sample(run: &Run, sources: &[Source], bytes: u64) -> Result<Vec<String>> {
+    let mut kept: BTreeMap<(u64, [u8; 16]), String> = BTreeMap::new();
+    let mut kept_bytes = 0;
+    let bar = run.progress.stage("tokenizer", sources.iter().flat_map(|s| &s.units).map(size).sum());
+    for source in sources {
+        for unit in &source.units {
+            let mut parts = source.reader.parts(unit.clone(), source.spec.clone(), |_| false);
+            while let Some(part) = parts.next().await? {
+                let spec = &source.spec;
+                part.rows(spec, &mut |row| {
+                    let Ok(document) = row.outcome else { return Ok(()) };
+                    let id = doc_id(document.domain, document.text);
+                    let place = (unit_hash("sample", run.conf.run.seed, &id, 0, 0), id);
+                    if kept_bytes >= bytes && kept.last_key_value().is_some_and(|(last, _)| place > *last) {
+                        return Ok(());
+                    }
+                    if kept.insert(place, document.text.to_owned()).is_none() {
+                        kept_bytes += document.text.len() as u64;
+                    }
+                    while let Some((_, last)) = kept.last_key_value()
+                        && kept_bytes - last.len() as u64 >= bytes
+                    {
+                        kept_bytes -= last.len() as u64;
+                        kept.pop_last();
+                    }
+                    Ok(())
+                })?;
+                bar.add(0, 0, 0, part.bytes());
+            }
+            bar.add(size(unit), 0, 0, 0);
+        }
+    }
+    if kept.is_empty() {
+        return Err(Error::data(
+            "the sources have no document to train a tokenizer on",
+            "`lengthwise run CONF --until tokens` with a `tokenizer.url` shows why rows are rejected",
+        ));
+    }
+    Ok(kept.into_values().collect())
+}

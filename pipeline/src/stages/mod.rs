@@ -1,0 +1,11 @@
+//! The stages, one file each, in the order data flows.
+
+pub mod catalog;
+pub mod domains;
+pub mod draw;
+pub mod mixture;
+pub mod pack;
+pub mod places;
+pub mod shuffle;
+pub mod tokenizer;
+pub mod tokens;

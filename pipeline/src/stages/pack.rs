@@ -1,0 +1,394 @@
+//! pack: merges what the scatter laid ready into `train-00000-of-000NN.parquet`, one job an output file.
+//!
+//! The layout is that of the authors' published dataset: `input_ids`, the one id after them in `labels` (−100 where there
+//! is none), and `source`, the segments that tile the sequence. Padding is a segment without a doc_id.
+
+use std::sync::Arc;
+
+use arrow::array::{
+    ArrayRef, AsArray, Int32Array, Int32Builder, ListArray, ListBuilder, RecordBatch, StringBuilder,
+    StructBuilder,
+};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Int32Type, Int64Type};
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use hashbrown::HashMap;
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_writer::ArrowWriterOptions;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::WriterProperties;
+use parquet::schema::types::ColumnPath;
+use serde_json::json;
+
+use super::shuffle::{self, Drawn, Layout};
+use super::tokens::Tokens;
+use crate::engine::{put_file, query, scan, stream};
+use crate::hash::{RowDigest, hex};
+use crate::run::{Run, Stage, ingredients};
+use crate::stage::{File, Output, Published, Table};
+use crate::stages::tokenizer::Tokenizer;
+use crate::store::Location;
+use crate::{Error, Result, tables};
+
+const VERSION: u32 = 1;
+
+/// What every packing job knows.
+#[derive(Clone, Debug)]
+pub struct Packing {
+    pub sequence_tokens: usize,
+    pub sequences_per_row_group: usize,
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
+    /// Fills up sequences in best fit; no loss is taken on it.
+    pub padding: u32,
+    /// Bytes of an id in the scattered files.
+    pub width: usize,
+    pub files: usize,
+    /// `train` or `heldout`: the file names' beginning.
+    pub split: &'static str,
+}
+
+/// What one output file takes from one part's scattered ids.
+#[derive(Clone, Debug)]
+pub struct Range {
+    pub part: i64,
+    /// In tokens.
+    pub begin: i64,
+    pub tokens: i64,
+}
+
+/// Tokens of parts, each taken from the left.
+struct Scattered {
+    parts: HashMap<i64, Bytes>,
+    width: usize,
+}
+
+impl Scattered {
+    /// Reads an output file's ranges.
+    async fn read(
+        folder: &Location,
+        files: &HashMap<i64, File>,
+        ranges: &[Range],
+        width: usize,
+    ) -> Result<Self> {
+        let reads = ranges.iter().map(|range| async move {
+            let file = files.get(&range.part).ok_or_else(|| lacking(range.part))?;
+            let bytes = |tokens: i64| tokens as u64 * width as u64;
+            let begin = bytes(range.begin);
+            let read = folder.join(&file.name).read_ranges(&[begin..begin + bytes(range.tokens)]).await?;
+            Ok::<_, Error>((range.part, read.into_iter().next().unwrap_or_default()))
+        });
+        let parts = futures::stream::iter(reads).buffer_unordered(16).try_collect().await?;
+        Ok(Self { parts, width })
+    }
+
+    fn take(&mut self, part: i64, tokens: usize, out: &mut Vec<i32>) -> Result<()> {
+        let bytes = self.parts.get_mut(&part).ok_or_else(|| lacking(part))?;
+        if bytes.len() < tokens * self.width {
+            return Err(lacking(part));
+        }
+        let ids = bytes.split_to(tokens * self.width);
+        match self.width {
+            2 => out.extend(ids.chunks_exact(2).map(|id| u16::from_le_bytes([id[0], id[1]]) as i32)),
+            _ => out.extend(ids.chunks_exact(4).map(|id| i32::from_le_bytes([id[0], id[1], id[2], id[3]]))),
+        }
+        Ok(())
+    }
+}
+
+fn lacking(part: i64) -> Error {
+    Error::Unbalanced {
+        stage: "pack",
+        message: format!("part {part:016x} was scattered with too few tokens"),
+    }
+}
+
+/// A sequence as it fills.
+#[derive(Default)]
+struct Filling {
+    ids: Vec<i32>,
+    label: Option<i32>,
+    /// domain, doc_id, start, end
+    segments: Vec<(String, String, i32, i32)>,
+}
+
+/// Packs one output file: its plan, and the scattered ids it takes.
+pub async fn pack_file(
+    packing: &Packing,
+    file: usize,
+    plan: (&Location, Table),
+    scattered: (&Location, &HashMap<i64, File>),
+    ranges: &[Range],
+    out: &Location,
+) -> Result<Output> {
+    let mut ids = Scattered::read(scattered.0, scattered.1, ranges, packing.width).await?;
+    let size = packing.sequence_tokens;
+    let mut sequences: Vec<Filling> = vec![];
+    let mut plan = std::pin::pin!(scan(plan.0.clone(), plan.1, None));
+    while let Some(batch) = plan.next().await {
+        let batch = batch?;
+        let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
+        let flags = |i: usize| batch.column(i).as_boolean();
+        let (doc_ids, domains) = (batch.column(3).as_fixed_size_binary(), batch.column(4).as_string::<i32>());
+        for row in 0..batch.num_rows() {
+            let at = numbers(1).value(row) as usize;
+            let mut piece = vec![];
+            if flags(7).value(row) {
+                piece.push(special(packing.bos)?);
+            }
+            let tokens = (numbers(6).value(row) - numbers(5).value(row)) as usize;
+            if tokens > 0 {
+                ids.take(numbers(9).value(row), tokens, &mut piece)?;
+            }
+            if flags(8).value(row) {
+                piece.push(special(packing.eos)?);
+            }
+            if flags(2).value(row) {
+                let ended = sequences.last_mut().ok_or_else(|| crooked(file, at))?;
+                ended.label = piece.first().copied();
+                continue;
+            }
+            if at % size == 0 {
+                sequences.push(Filling::default());
+            }
+            let sequence_at = at - (sequences.len().max(1) - 1) * size;
+            let sequence = sequences.last_mut().ok_or_else(|| crooked(file, at))?;
+            if sequence.ids.len() != sequence_at || sequence_at + piece.len() > size {
+                return Err(crooked(file, at));
+            }
+            sequence.ids.extend_from_slice(&piece);
+            let (start, end) = (sequence_at as i32, sequence.ids.len() as i32);
+            sequence.segments.push((domains.value(row).to_owned(), hex(doc_ids.value(row)), start, end));
+        }
+    }
+    if let Some((part, left)) = ids.parts.iter().find(|(_, left)| !left.is_empty()) {
+        let message = format!("file {file} leaves {} bytes of part {part:016x} behind", left.len());
+        return Err(Error::Unbalanced { stage: "pack", message });
+    }
+    let mut output = Output::default();
+    for sequence in &mut sequences {
+        let used = sequence.ids.len();
+        if used < size {
+            sequence.ids.resize(size, packing.padding as i32);
+            sequence.segments.push((String::new(), String::new(), used as i32, size as i32));
+        }
+        output.count("padding", (size - used) as u64);
+    }
+    output.count("sequences", sequences.len() as u64);
+
+    let name = format!("{}-{file:05}-of-{:05}.parquet", packing.split, packing.files);
+    let rows = sequences.len() as u64;
+    let groups = packing.sequences_per_row_group;
+    let write = move || -> Result<(Vec<u8>, RowDigest), parquet::errors::ParquetError> {
+        let options =
+            ArrowWriterOptions::new().with_properties(properties(groups)).with_skip_arrow_metadata(true);
+        let mut writer = ArrowWriter::try_new_with_options(Vec::new(), tables::packed(), options)?;
+        let mut digest = RowDigest::default();
+        for group in sequences.chunks(groups) {
+            let batch = batch(group);
+            digest.add(RowDigest::of(&batch));
+            writer.write(&batch)?;
+            writer.flush()?;
+        }
+        Ok((writer.into_inner()?, digest))
+    };
+    let written = tokio::task::spawn_blocking(write).await.expect("the writer does not panic");
+    let (bytes, digest) =
+        written.map_err(|e| crate::engine::query("cannot write packed sequences", e.into()))?;
+    let file = put_file(out, &name, bytes, rows).await?;
+    output.table(packing.split, Table { rows, digest, files: vec![file] });
+    Ok(output)
+}
+
+fn special(id: Option<u32>) -> Result<i32> {
+    id.map(|id| id as i32).ok_or_else(|| Error::Unbalanced {
+        stage: "pack",
+        message: "the plan has a BOS or EOS that the tokenizer has not".into(),
+    })
+}
+
+fn crooked(file: usize, at: usize) -> Error {
+    Error::Unbalanced { stage: "pack", message: format!("the plan of file {file} does not tile at {at}") }
+}
+
+/// Ids are nearly random numbers: a dictionary of them costs more than it saves.
+fn properties(sequences_per_row_group: usize) -> WriterProperties {
+    WriterProperties::builder()
+        .set_created_by("lengthwise".into())
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(3).expect("3 is a level")))
+        .set_max_row_group_row_count(Some(sequences_per_row_group))
+        .set_column_dictionary_enabled(
+            ColumnPath::from(vec!["input_ids".into(), "list".into(), "element".into()]),
+            false,
+        )
+        .build()
+}
+
+fn batch(sequences: &[Filling]) -> RecordBatch {
+    let schema = tables::packed();
+    let DataType::List(item) = schema.field(0).data_type() else { unreachable!("input_ids is a list") };
+    let offsets = OffsetBuffer::from_lengths(sequences.iter().map(|s| s.ids.len()));
+    let ids = Int32Array::from_iter_values(sequences.iter().flat_map(|s| s.ids.iter().copied()));
+    let input_ids = ListArray::new(item.clone(), offsets, Arc::new(ids), None);
+    let labels = Int32Array::from_iter_values(sequences.iter().map(|s| s.label.unwrap_or(-100)));
+    let DataType::List(segment) = schema.field(2).data_type() else { unreachable!("source is a list") };
+    let DataType::Struct(fields) = segment.data_type() else { unreachable!("of structs") };
+    let mut source =
+        ListBuilder::new(StructBuilder::from_fields(fields.clone(), 0)).with_field(segment.clone());
+    for sequence in sequences {
+        let rows = source.values();
+        for (domain, doc_id, start, end) in &sequence.segments {
+            let text = |rows: &mut StructBuilder, i: usize, value: &str| {
+                rows.field_builder::<StringBuilder>(i).expect("a text column").append_value(value);
+            };
+            text(rows, 0, domain);
+            text(rows, 1, doc_id);
+            for (i, value) in [(2, *start), (3, *end)] {
+                rows.field_builder::<Int32Builder>(i).expect("a number column").append_value(value);
+            }
+            rows.append(true);
+        }
+        source.append(true);
+    }
+    let columns: Vec<ArrayRef> = vec![Arc::new(input_ids), Arc::new(labels), Arc::new(source.finish())];
+    RecordBatch::try_new(schema, columns).expect("columns as the layout has them")
+}
+
+/// Table `train` or `heldout`: the packed files.
+///
+/// Its key says nothing of where ids lay: the same documents, in whatever files, give the same key.
+pub async fn obtain(
+    run: &Run,
+    tokenizer: &Tokenizer,
+    tokens: &Tokens,
+    catalog: &Published,
+    drawn: &Drawn,
+    split: &'static str,
+) -> Result<Published> {
+    let conf = &run.conf.pack;
+    let (bos, eos) = tokenizer.specials(run)?;
+    let layout = Layout {
+        sequence_tokens: conf.sequence_tokens.0 as usize,
+        sequences_per_file: conf.sequences_per_file as usize,
+        mode: conf.mode,
+        bos: bos.is_some(),
+        eos: eos.is_some(),
+    };
+    let list = ingredients([
+        ("version", json!(VERSION)),
+        ("split", json!(split)),
+        ("drawn", json!(drawn.table.digest)),
+        ("seed", json!(run.conf.run.seed)),
+        ("shuffle_sql", json!(run.stage_sql("shuffle")?.canonical())),
+        ("tokenizer", json!(tokenizer.fingerprint)),
+        ("layout", json!(layout)),
+        ("sequences_per_row_group", json!(conf.sequences_per_row_group)),
+        ("bos", json!(bos)),
+        ("eos", json!(eos)),
+    ]);
+    run.obtain(Stage::Pack, list, async |draft| {
+        let shuffled = shuffle::obtain(run, tokens, catalog, drawn, layout).await?;
+        let packing = Packing {
+            sequence_tokens: layout.sequence_tokens,
+            sequences_per_row_group: conf.sequences_per_row_group as usize,
+            bos,
+            eos,
+            padding: eos.or(bos).unwrap_or(0),
+            width: tokens.width(),
+            files: shuffled.count("files") as usize,
+            split,
+        };
+        let files = shuffled.table("ids").files.into_iter();
+        let files: HashMap<i64, File> = files.filter_map(|file| Some((part_of(&file.name)?, file))).collect();
+        let plans = shuffled.table("plan");
+
+        let session = run.engine.session();
+        let ranges = shuffled.table("ranges");
+        run.engine
+            .register(&session, "ranges", tables::ranges(), &[(&shuffled.folder, &ranges)], &[])
+            .await?;
+        let doing = "cannot sort the scattered ranges by file";
+        let sql = "select file, part, begin, tokens from ranges order by file, part";
+        let mut rows = stream(&session, doing, sql).await?.map_err(|e| query(doing, e));
+
+        let bar = run.progress.stage("pack", shuffled.count("sequences"));
+        let mut output = Output::default();
+        let mut jobs = futures::stream::FuturesUnordered::new();
+        let mut next = 0;
+        let mut waiting: Vec<(i32, Range)> = vec![];
+        while next < packing.files {
+            // ranges come sorted by file: a file has all of its own once one of the next is there
+            let complete = loop {
+                let own = waiting.partition_point(|(file, _)| *file as usize <= next);
+                if own < waiting.len() {
+                    break own;
+                }
+                match rows.try_next().await? {
+                    Some(batch) => waiting.extend(ranges_of(&batch)),
+                    None => break own,
+                }
+            };
+            let own: Vec<Range> = waiting.drain(..complete).map(|(_, range)| range).collect();
+            if jobs.len() >= run.engine.partitions {
+                if let Some(done) = jobs.next().await {
+                    output.merge(done?);
+                }
+            }
+            run.check_stop()?;
+            let prefix = format!("plan-{next:05}-");
+            let parts: Vec<File> =
+                plans.files.iter().filter(|f| f.name.starts_with(&prefix)).cloned().collect();
+            let plan = Table { files: parts, ..Default::default() };
+            let (packing, shuffled, files, bar) = (&packing, &shuffled, &files, bar.clone());
+            jobs.push(async move {
+                let work = pack_file(
+                    packing,
+                    next,
+                    (&shuffled.folder, plan),
+                    (&shuffled.folder, files),
+                    &own,
+                    &draft.folder,
+                );
+                let done = draft.job(&format!("{split}-{next:05}"), work).await?;
+                let sequences = done.counted("sequences");
+                bar.add(sequences, sequences, sequences * packing.sequence_tokens as u64, 0);
+                Ok::<_, Error>(done)
+            });
+            next += 1;
+        }
+        while let Some(done) = jobs.next().await {
+            output.merge(done?);
+        }
+        if let Some(table) = output.tables.get_mut(split) {
+            table.files.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        if output.counted("sequences") != shuffled.count("sequences") {
+            let message = format!(
+                "{} sequences were planned, {} were packed",
+                shuffled.count("sequences"),
+                output.counted("sequences")
+            );
+            return Err(Error::Unbalanced { stage: "pack", message });
+        }
+        output.notes = shuffled.manifest.notes.clone();
+        Ok(output)
+    })
+    .await
+}
+
+/// The part whose ids a scattered file holds.
+fn part_of(name: &str) -> Option<i64> {
+    u64::from_str_radix(name.strip_prefix("ids-")?.strip_suffix(".bin")?, 16).ok().map(|part| part as i64)
+}
+
+fn ranges_of(batch: &RecordBatch) -> Vec<(i32, Range)> {
+    let files = batch.column(0).as_primitive::<Int32Type>();
+    let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
+    let range = |row| Range {
+        part: numbers(1).value(row),
+        begin: numbers(2).value(row),
+        tokens: numbers(3).value(row),
+    };
+    (0..batch.num_rows()).map(|row| (files.value(row), range(row))).collect()
+}

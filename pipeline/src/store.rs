@@ -1,0 +1,207 @@
+//! Object storage by URL: local folders, `s3://`, `gs://`, `az://`, all behind one [`Location`].
+//!
+//! Credentials come from the environment, as the clouds' SDKs take them, and reach no file and no log.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use url::Url;
+
+use crate::{Error, Result};
+
+/// A folder or an object in an object store.
+#[derive(Clone, Debug)]
+pub struct Location {
+    pub store: Arc<dyn ObjectStore>,
+    pub path: Path,
+    /// What stands before `path` in the URL, `s3://bucket/` say; `/` for local paths.
+    base: String,
+}
+
+impl Location {
+    /// The URL a person can paste; an absolute path when the location is local.
+    pub fn url(&self) -> String {
+        format!("{}{}", self.base, self.path)
+    }
+
+    /// What lies at `relative` below this folder.
+    pub fn join(&self, relative: &str) -> Self {
+        let path = relative.split('/').filter(|part| !part.is_empty()).fold(self.path.clone(), Path::join);
+        Self { store: self.store.clone(), path, base: self.base.clone() }
+    }
+
+    /// The URL of the store itself, the name DataFusion knows it by.
+    pub fn store_url(&self) -> Url {
+        let base = if self.base == "/" { "file:///" } else { &self.base };
+        Url::parse(base).expect("built by Stores::open")
+    }
+
+    /// The URL DataFusion's tables use.
+    pub fn table_url(&self) -> String {
+        format!("{}{}", self.store_url(), self.path)
+    }
+
+    fn failed(&self, doing: &'static str) -> impl FnOnce(object_store::Error) -> Error + '_ {
+        move |source| Error::Storage { doing, url: self.url(), source }
+    }
+
+    /// The whole object; `None` where there is none.
+    pub async fn get(&self) -> Result<Option<Bytes>> {
+        let got = async { self.store.get(&self.path).await?.bytes().await };
+        match got.await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(source) => Err(self.failed("read")(source)),
+        }
+    }
+
+    /// The whole object, which has to be there.
+    pub async fn read(&self) -> Result<Bytes> {
+        self.store
+            .get(&self.path)
+            .await
+            .map_err(self.failed("read"))?
+            .bytes()
+            .await
+            .map_err(self.failed("read"))
+    }
+
+    /// Several byte ranges of the object, in the order asked for.
+    pub async fn read_ranges(&self, ranges: &[std::ops::Range<u64>]) -> Result<Vec<Bytes>> {
+        self.store.get_ranges(&self.path, ranges).await.map_err(self.failed("read"))
+    }
+
+    /// Writes the object whole, over an old one if there is one.
+    pub async fn put(&self, bytes: impl Into<PutPayload>) -> Result<()> {
+        self.store.put(&self.path, bytes.into()).await.map_err(self.failed("write"))?;
+        Ok(())
+    }
+
+    /// Writes the object if there is none yet; says whether it did.
+    pub async fn put_new(&self, bytes: impl Into<PutPayload>) -> Result<bool> {
+        match self.store.put_opts(&self.path, bytes.into(), PutMode::Create.into()).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::AlreadyExists { .. }) => Ok(false),
+            Err(source) => Err(self.failed("write")(source)),
+        }
+    }
+
+    /// Every object below this folder.
+    pub async fn list(&self) -> Result<Vec<ObjectMeta>> {
+        self.store.list(Some(&self.path)).try_collect().await.map_err(self.failed("list"))
+    }
+
+    /// Copies the object inside its store; a hard link where the store is local.
+    pub async fn copy_to(&self, to: &Location) -> Result<()> {
+        self.store.copy(&self.path, &to.path).await.map_err(self.failed("copy"))
+    }
+
+    /// Removes the object; nothing happens where there is none.
+    pub async fn delete(&self) -> Result<()> {
+        match self.store.delete(&self.path).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(source) => Err(self.failed("delete")(source)),
+        }
+    }
+}
+
+/// Opens object stores, each bucket once.
+#[derive(Debug)]
+pub struct Stores {
+    /// Relative paths start here.
+    root: PathBuf,
+    opened: Mutex<HashMap<String, Arc<dyn ObjectStore>>>,
+}
+
+impl Stores {
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into(), opened: Mutex::default() }
+    }
+
+    /// Puts `store` in front of every URL of `base` (`s3://bucket/`; `/` for local paths).
+    /// Tests wrap a store this way to make it fail.
+    pub fn replace(&self, base: &str, store: Arc<dyn ObjectStore>) {
+        self.opened.lock().expect("no panic while held").insert(base.to_owned(), store);
+    }
+
+    /// A URL, or a path relative to the root, as a location.
+    ///
+    /// # Errors
+    /// An unknown scheme, or a store whose settings in the environment don't hold together.
+    pub fn open(&self, text: &str) -> Result<Location> {
+        let (base, path) = self.split(text)?;
+        let mut opened = self.opened.lock().expect("no panic while held");
+        if let Some(store) = opened.get(&base) {
+            return Ok(Location { store: store.clone(), path, base });
+        }
+        let url = if base == "/" { "file:///" } else { &base };
+        let failed = |source| Error::Storage { doing: "open", url: text.to_owned(), source };
+        let url = Url::parse(url).map_err(|e| unusable(text, e))?;
+        let environment = std::env::vars()
+            .filter(|(key, _)| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|cloud| key.starts_with(cloud)));
+        let (store, _) = object_store::parse_url_opts(&url, environment).map_err(failed)?;
+        let store: Arc<dyn ObjectStore> = Arc::from(store);
+        opened.insert(base.clone(), store.clone());
+        Ok(Location { store, path, base })
+    }
+
+    /// The store's part and the path's part of a URL. Paths are taken as they are written, so that a
+    /// glob's `*` and `{` survive.
+    fn split(&self, text: &str) -> Result<(String, Path)> {
+        let parse = |path: &str| Path::parse(path.trim_matches('/')).map_err(|e| unusable(text, e));
+        if let Some(path) = text.strip_prefix("file://") {
+            let path = path.strip_prefix("localhost").unwrap_or(path);
+            return Ok(("/".into(), parse(path)?));
+        }
+        if let Some((scheme, rest)) = text.split_once("://") {
+            let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
+            return Ok((format!("{scheme}://{bucket}/"), parse(path)?));
+        }
+        let mut absolute = PathBuf::new();
+        for part in self.root.join(text).components() {
+            match part {
+                std::path::Component::ParentDir => drop(absolute.pop()),
+                std::path::Component::CurDir => {}
+                part => absolute.push(part),
+            }
+        }
+        let absolute = absolute.to_str().ok_or_else(|| unusable(text, "it is not UTF-8"))?;
+        Ok(("/".into(), parse(absolute)?))
+    }
+}
+
+fn unusable(text: &str, why: impl std::fmt::Display) -> Error {
+    Error::data(
+        format!("`{text}` cannot be used as a URL or path: {why}"),
+        "write it as `s3://bucket/folder`, `gs://…`, `az://…` or a path",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relative_path_starts_at_the_root_and_a_url_at_its_bucket() {
+        let stores = Stores::new("/data/here");
+        assert_eq!(stores.open("out/x").unwrap().url(), "/data/here/out/x");
+        assert_eq!(stores.open("../there").unwrap().url(), "/data/there");
+        assert_eq!(stores.open("file:///data/out").unwrap().url(), "/data/out");
+        assert_eq!(stores.open("memory:///a/b").unwrap().join("c/d").url(), "memory:///a/b/c/d");
+    }
+
+    #[tokio::test]
+    async fn an_object_is_created_once() {
+        let at = Stores::new("/").open("memory:///bucket/object").unwrap();
+        assert!(at.put_new("first").await.unwrap());
+        assert!(!at.put_new("second").await.unwrap());
+        assert_eq!(at.read().await.unwrap(), "first");
+        at.delete().await.unwrap();
+        assert_eq!(at.get().await.unwrap(), None);
+    }
+}

@@ -1,0 +1,158 @@
+//! The columns of every table, in one place: what SQL sees, what files hold.
+
+use std::sync::Arc;
+
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+
+fn schema(columns: &[(&str, DataType)]) -> SchemaRef {
+    Arc::new(Schema::new(
+        columns.iter().map(|(name, t)| Field::new(*name, t.clone(), false)).collect::<Vec<_>>(),
+    ))
+}
+
+const DOC_ID: DataType = DataType::FixedSizeBinary(16);
+use DataType::{Boolean, Float64, Int32, Int64, Utf8};
+
+/// A source row that became a document. `part` names the file of ids that holds it.
+pub fn documents() -> SchemaRef {
+    schema(&[
+        ("doc_id", DOC_ID),
+        ("domain", Utf8),
+        ("tokens", Int64),
+        ("bytes", Int64),
+        ("origin", Utf8),
+        ("part", Int64),
+    ])
+}
+
+/// A source row that did not, with the reason.
+pub fn rejects() -> SchemaRef {
+    schema(&[("origin", Utf8), ("file", Utf8), ("line", Int64), ("reason", Utf8), ("detail", Utf8)])
+}
+
+/// The ids of a document, without special tokens, at most [`CHUNK_IDS`] a row.
+pub fn tokens(narrow: bool) -> SchemaRef {
+    let id = if narrow { DataType::UInt16 } else { DataType::UInt32 };
+    let ids = DataType::List(Arc::new(Field::new("item", id, false)));
+    schema(&[("doc_id", DOC_ID), ("chunk", Int32), ("ids", ids)])
+}
+
+/// No row of `tokens` has more ids than this, so that no batch overflows on a long document.
+pub const CHUNK_IDS: usize = 131_072;
+
+/// One row a distinct document, sorted by `doc_id`; `part` is where one copy of it lies.
+pub fn catalog() -> SchemaRef {
+    documents()
+}
+
+/// One row a document held out of training, as a span that is drawn once, whole; sorted by `doc_id`.
+pub fn heldout() -> SchemaRef {
+    drawn()
+}
+
+/// One row a domain, over the documents a recipe may draw from.
+pub fn domains() -> SchemaRef {
+    let numbers = DataType::List(Arc::new(Field::new("item", Int64, false)));
+    schema(&[
+        ("domain", Utf8),
+        ("documents", Int64),
+        ("tokens", Int64),
+        ("share", Float64),
+        ("long_documents", Int64),
+        ("long_tokens", Int64),
+        ("p25", Int64),
+        ("p50", Int64),
+        ("p75", Int64),
+        ("p90", Int64),
+        ("p99", Int64),
+        ("longest", Int64),
+        ("documents_by_length", numbers.clone()),
+        ("tokens_by_length", numbers),
+    ])
+}
+
+/// One row a domain and its target share of the budget; shares sum to 1.
+pub fn shares() -> SchemaRef {
+    schema(&[("domain", Utf8), ("share", Float64)])
+}
+
+/// One row a span to draw from, as the recipe gave it, with its document's domain and length; sorted by
+/// `doc_id, start`. `copies` is a multiple of 2⁻³².
+pub fn mixture() -> SchemaRef {
+    schema(&[
+        ("doc_id", DOC_ID),
+        ("start", Int64),
+        ("stop", Int64),
+        ("copies", Float64),
+        ("stratum", Utf8),
+        ("domain", Utf8),
+        ("tokens", Int64),
+    ])
+}
+
+/// One row a copy of a span that was drawn; sorted by `doc_id, start, copy`. `tokens` is the document's length.
+pub fn drawn() -> SchemaRef {
+    schema(&[
+        ("doc_id", DOC_ID),
+        ("start", Int64),
+        ("stop", Int64),
+        ("copy", Int32),
+        ("stratum", Utf8),
+        ("domain", Utf8),
+        ("tokens", Int64),
+    ])
+}
+
+/// One row a fragment of the packed dataset: tokens `[start, stop)` of a document, placed from position `at`
+/// of output file `file`. A `label` row is no part of a sequence: its one token is the label of the sequence
+/// that ends at `at`. Sorted by `file, at`, labels first.
+pub fn plan() -> SchemaRef {
+    schema(&[
+        ("file", Int32),
+        ("at", Int64),
+        ("label", Boolean),
+        ("doc_id", DOC_ID),
+        ("domain", Utf8),
+        ("start", Int64),
+        ("stop", Int64),
+        ("bos", Boolean),
+        ("eos", Boolean),
+        ("part", Int64),
+    ])
+}
+
+/// One row a part and output file that takes tokens of it: tokens `[begin, begin + tokens)` of the part's file of ids.
+pub fn ranges() -> SchemaRef {
+    schema(&[("file", Int32), ("part", Int64), ("begin", Int64), ("tokens", Int64)])
+}
+
+/// A packed training example, in the layout of the authors' published dataset.
+pub fn packed() -> SchemaRef {
+    let item = |t| Arc::new(Field::new("element", t, true));
+    let segment = DataType::Struct(
+        vec![
+            Field::new("source", Utf8, true),
+            Field::new("doc_id", Utf8, true),
+            Field::new("start", Int32, true),
+            Field::new("end", Int32, true),
+        ]
+        .into(),
+    );
+    Arc::new(Schema::new(vec![
+        Field::new("input_ids", DataType::List(item(Int32)), true),
+        Field::new("labels", Int32, true),
+        Field::new("source", DataType::List(item(segment)), true),
+    ]))
+}
+
+/// Upper bounds (exclusive) of the paper's length buckets (Fig. 2), in tokens; a last bucket takes the rest.
+pub const LENGTH_BUCKETS: [i64; 8] = [1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072];
+
+/// The buckets' names, as the figure writes them.
+pub const LENGTH_BUCKET_NAMES: [&str; 9] =
+    ["0–1K", "1–2K", "2–4K", "4–8K", "8–16K", "16–32K", "32–64K", "64–128K", "128K+"];
+
+/// The bucket of a document of so many tokens: a document at a bound is in the bucket above it.
+pub fn length_bucket(tokens: i64) -> usize {
+    LENGTH_BUCKETS.partition_point(|bound| *bound <= tokens)
+}
