@@ -1,35 +1,421 @@
-//! stub
+//! A `tokenizer.json`, and how a document's ids are computed: exactly those of Hugging Face's `tokenizers`, in time
+//! linear in the document's length.
+//!
+//! A tokenizer without pre-tokenizer, such as LLaMA's, takes a whole document for one word, and its merges slow down with
+//! the word's length. But a merge can join two characters only where it has the one last on its left and the other
+//! first on its right. Between two characters for which no merge does, nothing is ever joined: there the text can be cut,
+//! and the pieces encoded apart, each distinct piece once. Whether that holds is read from the file when it is loaded;
+//! a tokenizer for which it doesn't takes the plain path.
+
+use hashbrown::HashMap;
+use serde_json::Value;
+use tokenizers::models::bpe::BpeTrainer;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, DecoderWrapper, Model, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper};
+
+/// A tokenizer that can't be loaded, or a text it can't encode.
 #[derive(Debug, thiserror::Error)]
-#[error("tokenizer")]
-pub struct TokenizerError;
-pub struct Tokenizer(tokenizers::Tokenizer);
-pub struct Encoder<'a>(&'a Tokenizer);
+pub enum TokenizerError {
+    #[error("{name} is not a tokenizer.json that can be used: {message}")]
+    Unusable { name: String, message: String },
+    #[error("the tokenizer failed on a text: {0}")]
+    Failed(String),
+    #[error("no tokenizer could be trained: {0}")]
+    NotTrained(String),
+}
+
+/// A tokenizer, ready to be shared between threads.
+pub struct Tokenizer {
+    plain: tokenizers::Tokenizer,
+    cuts: Option<Cuts>,
+    vocab_size: usize,
+    bos: Option<u32>,
+    eos: Option<u32>,
+}
+
 impl Tokenizer {
-    pub fn from_json(json: &[u8], _name: &str) -> Result<Self, TokenizerError> {
-        tokenizers::Tokenizer::from_bytes(json).map(Tokenizer).map_err(|_| TokenizerError)
+    /// From the bytes of a `tokenizer.json`; `name` is for messages.
+    pub fn from_json(json: &[u8], name: &str) -> Result<Self, TokenizerError> {
+        let unusable = |message: String| TokenizerError::Unusable { name: name.to_owned(), message };
+        let mut plain = tokenizers::Tokenizer::from_bytes(json).map_err(|e| unusable(e.to_string()))?;
+        // these would lose text
+        plain.with_truncation(None).map_err(|e| unusable(e.to_string()))?;
+        plain.with_padding(None);
+        let described: Value = serde_json::from_slice(json).map_err(|e| unusable(e.to_string()))?;
+        let vocab_size = plain.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
+        let (bos, eos) = around(&plain).map_err(unusable)?;
+        let cuts = Cuts::of(&described);
+        Ok(Self { plain, cuts, vocab_size, bos, eos })
     }
+
+    /// The largest id and one.
     pub fn vocab_size(&self) -> usize {
-        self.0.get_vocab_size(true)
+        self.vocab_size
     }
+
+    /// What the file's own post-processor puts before a text.
     pub fn bos(&self) -> Option<u32> {
-        self.0.token_to_id("<s>")
+        self.bos
     }
+
+    /// What the file's own post-processor puts after a text.
     pub fn eos(&self) -> Option<u32> {
-        None
+        self.eos
     }
+
+    /// The first of these tokens that there is.
     pub fn special(&self, names: &[&str]) -> Option<u32> {
-        names.iter().find_map(|n| self.0.token_to_id(n))
+        names.iter().find_map(|name| self.plain.token_to_id(name))
     }
+
+    /// Whether texts are cut into pieces.
+    pub fn is_cut(&self) -> bool {
+        self.cuts.is_some()
+    }
+
+    /// The text of some ids.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, TokenizerError> {
+        self.plain.decode(ids, false).map_err(|e| TokenizerError::Failed(e.to_string()))
+    }
+
+    /// The reference: Hugging Face's own ids, without special tokens.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoded = self.plain.encode_fast(text, false).map_err(|e| TokenizerError::Failed(e.to_string()))?;
+        Ok(encoded.get_ids().to_vec())
+    }
+
+    /// Encodes on one thread; keeps a cache of pieces.
     pub fn encoder(&self) -> Encoder<'_> {
-        Encoder(self)
+        Encoder { tokenizer: self, text: Vec::new(), short: ShortPieces::new(), long: HashMap::new(), piece: String::new() }
     }
 }
+
+/// The ids that a post-processor puts around a text.
+fn around(plain: &tokenizers::Tokenizer) -> Result<(Option<u32>, Option<u32>), String> {
+    let encode = |special| plain.encode_fast("a", special).map(|e| e.get_ids().to_vec()).map_err(|e| e.to_string());
+    let (with, without) = (encode(true)?, encode(false)?);
+    let Some(at) = with.windows(without.len().max(1)).position(|window| window == without) else {
+        return Err("its post-processor changes the text's own ids".into());
+    };
+    let one = |ids: &[u32]| match ids {
+        [] => Ok(None),
+        [id] => Ok(Some(*id)),
+        more => Err(format!("its post-processor puts {} tokens on one side of a text; one is supported", more.len())),
+    };
+    Ok((one(&with[..at])?, one(&with[at + without.len()..])?))
+}
+
+/// Where a text may be cut, and what has to be taken out of it first.
+struct Cuts {
+    /// Pairs of ASCII characters that a merge may join.
+    ascii: Box<[bool; 128 * 128]>,
+    /// … and other pairs.
+    other: hashbrown::HashSet<(char, char)>,
+    /// Tokens that are found in the raw text before anything else, with their ids.
+    added: Vec<(String, u32)>,
+}
+
+/// SentencePiece's space.
+const SPACE: char = '\u{2581}';
+
+impl Cuts {
+    /// `None` unless the file says that cutting is exact.
+    fn of(file: &Value) -> Option<Self> {
+        let model = &file["model"];
+        let unset = |key: &str| matches!(&model[key], Value::Null | Value::Bool(false)) || model[key] == "";
+        let is_bpe = model["type"] == "BPE"
+            && model["byte_fallback"] == true
+            && ["dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"].into_iter().all(unset);
+        let prepend = serde_json::json!({ "type": "Prepend", "prepend": SPACE.to_string() });
+        let replace = serde_json::json!({ "type": "Replace", "pattern": { "String": " " }, "content": SPACE.to_string() });
+        let normalizer = serde_json::json!({ "type": "Sequence", "normalizers": [prepend, replace] });
+        if !is_bpe || !file["pre_tokenizer"].is_null() || file["normalizer"] != normalizer {
+            return None;
+        }
+        let vocab = model["vocab"].as_object()?;
+        // an unknown character is spelled in bytes; were a byte missing, it would fuse with its neighbour
+        let byte = |b: u32| format!("<0x{b:02X}>");
+        if !(0..256).all(|b| vocab.contains_key(&byte(b))) {
+            return None;
+        }
+        let mut cuts = Cuts { ascii: Box::new([false; 128 * 128]), other: Default::default(), added: vec![] };
+        for merge in model["merges"].as_array()? {
+            let (left, right) = match merge {
+                Value::Array(pair) => (pair.first()?.as_str()?, pair.get(1)?.as_str()?),
+                Value::String(pair) => pair.split_once(' ')?,
+                _ => return None,
+            };
+            // bytes of unknown characters must stay apart
+            if [left, right].iter().any(|side| side.len() == 6 && side.starts_with("<0x")) {
+                return None;
+            }
+            cuts.join(left.chars().next_back()?, right.chars().next()?);
+        }
+        for token in file["added_tokens"].as_array()? {
+            let flags = ["single_word", "lstrip", "rstrip", "normalized"];
+            let content = token["content"].as_str()?;
+            if content.is_empty() || flags.iter().any(|flag| token[*flag] != false) {
+                return None;
+            }
+            cuts.added.push((content.to_owned(), u32::try_from(token["id"].as_u64()?).ok()?));
+        }
+        Some(cuts)
+    }
+
+    /// A space in the text and its replacement are the same.
+    fn join(&mut self, left: char, right: char) {
+        for left in [left].into_iter().chain((left == SPACE).then_some(' ')) {
+            for right in [right].into_iter().chain((right == SPACE).then_some(' ')) {
+                if left.is_ascii() && right.is_ascii() {
+                    self.ascii[left as usize * 128 + right as usize] = true;
+                }
+                self.other.insert((left, right));
+            }
+        }
+    }
+
+    /// The first added token in a text, the longest where several begin: (start, stop, id).
+    fn added(&self, text: &str) -> Option<(usize, usize, u32)> {
+        let found = self.added.iter().filter_map(|(token, id)| {
+            memchr::memmem::find(text.as_bytes(), token.as_bytes()).map(|at| (at, at + token.len(), *id))
+        });
+        found.min_by_key(|(start, stop, _)| (*start, std::cmp::Reverse(*stop)))
+    }
+}
+
+/// Encodes texts on one thread.
+pub struct Encoder<'a> {
+    tokenizer: &'a Tokenizer,
+    /// The text with its first space, and room behind it to read 16 bytes anywhere.
+    text: Vec<u8>,
+    short: ShortPieces,
+    /// Pieces that don't fit [`ShortPieces`].
+    long: HashMap<Box<[u8]>, Box<[u32]>>,
+    piece: String,
+}
+
+/// Longer pieces are not remembered.
+const LONG_PIECE: usize = 64;
+
+/// So many long pieces are remembered: at most 16 MB.
+const LONG_PIECES: usize = 1 << 16;
+
 impl Encoder<'_> {
+    /// Appends the ids of a text, without special tokens.
     pub fn encode(&mut self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
-        ids.extend(self.0.0.encode_fast(text, false).map_err(|_| TokenizerError)?.get_ids());
+        let Some(cuts) = &self.tokenizer.cuts else {
+            ids.extend_from_slice(&self.tokenizer.encode_plain(text)?);
+            return Ok(());
+        };
+        let mut rest = text;
+        while let Some((start, stop, id)) = cuts.added(rest) {
+            self.encode_segment(cuts, &rest[..start], ids)?;
+            ids.push(id);
+            rest = &rest[stop..];
+        }
+        self.encode_segment(cuts, rest, ids)
+    }
+
+    /// Encodes a text without added tokens.
+    fn encode_segment(&mut self, cuts: &Cuts, segment: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        if segment.is_empty() {
+            return Ok(());
+        }
+        let mut text = std::mem::take(&mut self.text);
+        text.clear();
+        text.push(b' ');
+        text.extend_from_slice(segment.as_bytes());
+        let end = text.len();
+        text.resize(end + 16, 0);
+
+        let mut start = 0;
+        let mut at = 1;
+        while at < end {
+            let (last, first) = (text[at - 1], text[at]);
+            let joined = if last < 128 && first < 128 {
+                cuts.ascii[last as usize * 128 + first as usize]
+            } else if first & 0xC0 == 0x80 {
+                true // inside a character
+            } else {
+                cuts.other.contains(&(char_before(&text, at), char_at(&text, at)))
+            };
+            if !joined {
+                self.encode_piece(&text, start, at, ids)?;
+                start = at;
+            }
+            at += 1;
+        }
+        self.encode_piece(&text, start, end, ids)?;
+        self.text = text;
+        Ok(())
+    }
+
+    /// Encodes a piece, from the cache if it is there.
+    #[inline]
+    fn encode_piece(&mut self, text: &[u8], start: usize, stop: usize, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        let length = stop - start;
+        let key = if length <= SHORT_BYTES { short_key(text, start, length) } else { 0 };
+        if key != 0 && self.short.get(key, ids) {
+            return Ok(());
+        }
+        self.encode_rare(&text[start..stop], key, ids)
+    }
+
+    /// Encodes a piece that is long, has many ids, or is new.
+    #[cold]
+    fn encode_rare(&mut self, piece: &[u8], key: u128, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        if let Some(known) = self.long.get(piece) {
+            ids.extend_from_slice(known);
+            return Ok(());
+        }
+        let from = ids.len();
+        self.encode_anew(piece, ids)?;
+        // filled up with zeros, a piece that ends with one would be taken for a shorter one
+        let fits = key != 0 && piece.last() != Some(&0) && self.short.insert(key, &ids[from..]);
+        if !fits && piece.len() <= LONG_PIECE {
+            self.remember(piece, ids[from..].into());
+        }
+        Ok(())
+    }
+
+    fn remember(&mut self, piece: &[u8], ids: Box<[u32]>) {
+        if self.long.len() >= LONG_PIECES {
+            self.long.clear();
+        }
+        self.long.insert(piece.into(), ids);
+    }
+
+    /// The model's own ids of a piece.
+    fn encode_anew(&mut self, piece: &[u8], ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        let piece = std::str::from_utf8(piece).map_err(|e| TokenizerError::Failed(e.to_string()))?;
+        self.piece.clear();
+        self.piece.extend(piece.chars().map(|c| if c == ' ' { SPACE } else { c }));
+        let tokens = self.tokenizer.plain.get_model().tokenize(&self.piece);
+        ids.extend(tokens.map_err(|e| TokenizerError::Failed(e.to_string()))?.iter().map(|token| token.id));
         Ok(())
     }
 }
-pub fn train<'a>(_t: impl Iterator<Item = &'a str>, _v: usize) -> Result<Vec<u8>, TokenizerError> {
-    Err(TokenizerError)
+
+fn char_at(text: &[u8], at: usize) -> char {
+    let stop = (at + 1..at + 4).find(|i| text.get(*i).is_none_or(|b| b & 0xC0 != 0x80)).unwrap_or(at + 4);
+    std::str::from_utf8(&text[at..stop]).ok().and_then(|c| c.chars().next()).unwrap_or('\0')
+}
+
+fn char_before(text: &[u8], at: usize) -> char {
+    let start = (0..at).rev().find(|i| text[*i] & 0xC0 != 0x80).unwrap_or(0);
+    char_at(text, start)
+}
+
+/// A short piece has at most so many bytes.
+const SHORT_BYTES: usize = 16;
+
+/// … and so many ids.
+const SHORT_IDS: usize = 3;
+
+/// The bytes of a short piece as a number; shorter ones are filled up with zeros, so a piece must not end with one.
+#[inline]
+fn short_key(text: &[u8], start: usize, length: usize) -> u128 {
+    let bytes: [u8; 16] = text[start..start + 16].try_into().expect("16 bytes, the text is padded");
+    u128::from_le_bytes(bytes) & (u128::MAX >> (128 - 8 * length as u32))
+}
+
+/// Ids of short pieces: a table of fixed size (16 MB), which is emptied when it fills up.
+struct ShortPieces {
+    /// key, ids with their number last; an empty place has key 0
+    places: Vec<(u128, [u32; SHORT_IDS + 1])>,
+    used: usize,
+}
+
+impl ShortPieces {
+    const PLACES: usize = 1 << 19;
+
+    fn new() -> Self {
+        Self { places: vec![(0, [0; SHORT_IDS + 1]); Self::PLACES], used: 0 }
+    }
+
+    #[inline]
+    fn place(key: u128) -> usize {
+        let folded = (key as u64) ^ ((key >> 64) as u64).rotate_left(32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        (folded.wrapping_mul(0xD6E8_FEB8_6659_FD93) >> 45) as usize
+    }
+
+    /// Appends the ids of a piece; false where it isn't known.
+    #[inline]
+    fn get(&self, key: u128, ids: &mut Vec<u32>) -> bool {
+        let mut place = Self::place(key);
+        loop {
+            let (found, known) = &self.places[place];
+            if *found == key {
+                ids.extend_from_slice(&known[..known[SHORT_IDS] as usize]);
+                return true;
+            }
+            if *found == 0 {
+                return false;
+            }
+            place = (place + 1) & (Self::PLACES - 1);
+        }
+    }
+
+    /// Remembers a piece's ids; false where there are too many.
+    fn insert(&mut self, key: u128, ids: &[u32]) -> bool {
+        if ids.len() > SHORT_IDS {
+            return false;
+        }
+        if self.used >= Self::PLACES / 2 {
+            self.places.fill((0, [0; SHORT_IDS + 1]));
+            self.used = 0;
+        }
+        let mut known = [0; SHORT_IDS + 1];
+        known[..ids.len()].copy_from_slice(ids);
+        known[SHORT_IDS] = ids.len() as u32;
+        let mut place = Self::place(key);
+        while self.places[place].0 != 0 {
+            place = (place + 1) & (Self::PLACES - 1);
+        }
+        self.places[place] = (key, known);
+        self.used += 1;
+        true
+    }
+}
+
+/// Trains a byte-level BPE on texts and returns its `tokenizer.json`. BOS is `<s>`, put before every text; EOS is `</s>`.
+///
+/// The same for any order of the texts and any number of threads.
+pub fn train<'a>(texts: impl Iterator<Item = &'a str> + Send, vocab: usize) -> Result<Vec<u8>, TokenizerError> {
+    let failed = |e: tokenizers::Error| TokenizerError::NotTrained(e.to_string());
+    let special = |token: &str| AddedToken::from(token.to_owned(), true).normalized(false);
+    let trainer = BpeTrainer::builder()
+        .vocab_size(vocab)
+        .min_frequency(2)
+        .show_progress(false)
+        .special_tokens(vec![special("<s>"), special("</s>")])
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        // a word of a megabyte is data, not language
+        .max_token_length(Some(64))
+        .build();
+    let split = ByteLevel::new(false, true, true);
+    let mut tokenizer = tokenizers::TokenizerBuilder::<
+        ModelWrapper,
+        NormalizerWrapper,
+        PreTokenizerWrapper,
+        PostProcessorWrapper,
+        DecoderWrapper,
+    >::default()
+    .with_model(ModelWrapper::BPE(Default::default()))
+    .with_pre_tokenizer(Some(split.into()))
+    .with_decoder(Some(split.into()))
+    .build()
+    .map_err(failed)?;
+    tokenizer.train(&mut tokenizers::models::TrainerWrapper::from(trainer), texts).map_err(failed)?;
+    let mut json: Value = serde_json::from_str(&tokenizer.to_string(false).map_err(failed)?)
+        .map_err(|e| TokenizerError::NotTrained(e.to_string()))?;
+    let bos = serde_json::json!({ "SpecialToken": { "id": "<s>", "type_id": 0 } });
+    let text = |name: &str| serde_json::json!({ "Sequence": { "id": name, "type_id": 0 } });
+    json["post_processor"] = serde_json::json!({
+        "type": "TemplateProcessing",
+        "single": [bos, text("A")],
+        "pair": [bos, text("A"), bos, text("B")],
+        "special_tokens": { "<s>": { "id": "<s>", "ids": [0], "tokens": ["<s>"] } },
+    });
+    serde_json::to_vec(&json).map_err(|e| TokenizerError::NotTrained(e.to_string()))
 }
