@@ -39,7 +39,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let all = texts.concat();
     for length in [3_000, 30_000, 300_000, 3_000_000, 30_000_000] {
-        let pieces: Vec<&str> = all.as_bytes().chunks(length).filter_map(|c| std::str::from_utf8(c).ok()).collect();
+        let pieces: Vec<&str> =
+            all.as_bytes().chunks(length).filter_map(|c| std::str::from_utf8(c).ok()).collect();
         let mut encoder = tokenizer.encoder();
         let (mut ids, mut tokens) = (vec![], 0);
         let started = Instant::now();
@@ -59,7 +60,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             encoder.encode(text, &mut ids)?;
             different += (ids != tokenizer.encode_plain(text)?) as usize;
         }
-        println!("{different} of {} documents have other ids than Hugging Face's tokenizers gives", texts.len());
+        println!(
+            "{different} of {} documents have other ids than Hugging Face's tokenizers gives",
+            texts.len()
+        );
     }
     Ok(())
 }

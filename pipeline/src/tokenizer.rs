@@ -11,7 +11,10 @@ use hashbrown::HashMap;
 use serde_json::Value;
 use tokenizers::models::bpe::BpeTrainer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, DecoderWrapper, Model, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper};
+use tokenizers::{
+    AddedToken, DecoderWrapper, Model, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
+    PreTokenizerWrapper,
+};
 
 /// A tokenizer that can't be loaded, or a text it can't encode.
 #[derive(Debug, thiserror::Error)]
@@ -80,19 +83,27 @@ impl Tokenizer {
 
     /// The reference: Hugging Face's own ids, without special tokens.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let encoded = self.plain.encode_fast(text, false).map_err(|e| TokenizerError::Failed(e.to_string()))?;
+        let encoded =
+            self.plain.encode_fast(text, false).map_err(|e| TokenizerError::Failed(e.to_string()))?;
         Ok(encoded.get_ids().to_vec())
     }
 
     /// Encodes on one thread; keeps a cache of pieces.
     pub fn encoder(&self) -> Encoder<'_> {
-        Encoder { tokenizer: self, text: Vec::new(), short: ShortPieces::new(), long: HashMap::new(), piece: String::new() }
+        Encoder {
+            tokenizer: self,
+            text: Vec::new(),
+            short: ShortPieces::new(),
+            long: HashMap::new(),
+            piece: String::new(),
+        }
     }
 }
 
 /// The ids that a post-processor puts around a text.
 fn around(plain: &tokenizers::Tokenizer) -> Result<(Option<u32>, Option<u32>), String> {
-    let encode = |special| plain.encode_fast("a", special).map(|e| e.get_ids().to_vec()).map_err(|e| e.to_string());
+    let encode =
+        |special| plain.encode_fast("a", special).map(|e| e.get_ids().to_vec()).map_err(|e| e.to_string());
     let (with, without) = (encode(true)?, encode(false)?);
     let Some(at) = with.windows(without.len().max(1)).position(|window| window == without) else {
         return Err("its post-processor changes the text's own ids".into());
@@ -100,7 +111,10 @@ fn around(plain: &tokenizers::Tokenizer) -> Result<(Option<u32>, Option<u32>), S
     let one = |ids: &[u32]| match ids {
         [] => Ok(None),
         [id] => Ok(Some(*id)),
-        more => Err(format!("its post-processor puts {} tokens on one side of a text; one is supported", more.len())),
+        more => Err(format!(
+            "its post-processor puts {} tokens on one side of a text; one is supported",
+            more.len()
+        )),
     };
     Ok((one(&with[..at])?, one(&with[at + without.len()..])?))
 }
@@ -125,7 +139,9 @@ impl Cuts {
         let unset = |key: &str| matches!(&model[key], Value::Null | Value::Bool(false)) || model[key] == "";
         let is_bpe = model["type"] == "BPE"
             && model["byte_fallback"] == true
-            && ["dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"].into_iter().all(unset);
+            && ["dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"]
+                .into_iter()
+                .all(unset);
         let prepend = serde_json::json!({ "type": "Prepend", "prepend": SPACE.to_string() });
         let replace = serde_json::json!({ "type": "Replace", "pattern": { "String": " " }, "content": SPACE.to_string() });
         let normalizer = serde_json::json!({ "type": "Sequence", "normalizers": [prepend, replace] });
@@ -217,7 +233,12 @@ impl Encoder<'_> {
     }
 
     /// Encodes a text without added tokens.
-    fn encode_segment(&mut self, cuts: &Cuts, segment: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+    fn encode_segment(
+        &mut self,
+        cuts: &Cuts,
+        segment: &str,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TokenizerError> {
         if segment.is_empty() {
             return Ok(());
         }
@@ -252,7 +273,13 @@ impl Encoder<'_> {
 
     /// Encodes a piece, from the cache if it is there.
     #[inline]
-    fn encode_piece(&mut self, text: &[u8], start: usize, stop: usize, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+    fn encode_piece(
+        &mut self,
+        text: &[u8],
+        start: usize,
+        stop: usize,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TokenizerError> {
         let length = stop - start;
         let key = if length <= SHORT_BYTES { short_key(text, start, length) } else { 0 };
         if key != 0 && self.short.get(key, ids) {
@@ -381,7 +408,10 @@ impl ShortPieces {
 /// Trains a byte-level BPE on texts and returns its `tokenizer.json`. BOS is `<s>`, put before every text; EOS is `</s>`.
 ///
 /// The same for any order of the texts and any number of threads.
-pub fn train<'a>(texts: impl Iterator<Item = &'a str> + Send, vocab: usize) -> Result<Vec<u8>, TokenizerError> {
+pub fn train<'a>(
+    texts: impl Iterator<Item = &'a str> + Send,
+    vocab: usize,
+) -> Result<Vec<u8>, TokenizerError> {
     let failed = |e: tokenizers::Error| TokenizerError::NotTrained(e.to_string());
     let special = |token: &str| AddedToken::from(token.to_owned(), true).normalized(false);
     let trainer = BpeTrainer::builder()
@@ -418,4 +448,182 @@ pub fn train<'a>(texts: impl Iterator<Item = &'a str> + Send, vocab: usize) -> R
         "special_tokens": { "<s>": { "id": "<s>", "ids": [0], "tokens": ["<s>"] } },
     });
     serde_json::to_vec(&json).map_err(|e| TokenizerError::NotTrained(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    const SAMPLE: &str = "the cat sat on the mat; the other cat sat on that mat and then the hat. it is 2026, it is late — très tard.";
+
+    /// A tokenizer of LLaMA's kind: no pre-tokenizer, spaces as `▁`, unknown characters in bytes.
+    fn sentencepiece(change: impl FnOnce(&mut Value)) -> Vec<u8> {
+        let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
+        vocab.extend((0..256).map(|b| format!("<0x{b:02X}>")));
+        let mut characters: Vec<String> = SAMPLE.replace(' ', "▁").chars().map(String::from).collect();
+        characters.sort();
+        characters.dedup();
+        vocab.extend(characters);
+        let merges = [
+            ("t", "h"),
+            ("th", "e"),
+            ("▁", "the"),
+            ("a", "t"),
+            ("▁", "c"),
+            ("▁c", "at"),
+            ("i", "s"),
+            ("▁", "is"),
+            ("▁", "▁"),
+            ("▁▁", "▁▁"),
+            ("a", "a"),
+            ("aa", "aa"),
+            ("0", "2"),
+            ("2", "02"),
+            ("▁", "—"),
+            ("è", "s"),
+            ("r", "ès"),
+            (".", "\u{2581}"),
+        ];
+        vocab.extend(merges.iter().map(|(l, r)| format!("{l}{r}")));
+        let ids: serde_json::Map<String, Value> =
+            vocab.iter().enumerate().map(|(id, t)| (t.clone(), json!(id))).collect();
+        let added = |id: u32, content: &str| json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true });
+        let mut file = json!({
+            "version": "1.0", "truncation": null, "padding": null,
+            "added_tokens": [added(0, "<unk>"), added(1, "<s>"), added(2, "</s>")],
+            "normalizer": { "type": "Sequence", "normalizers": [
+                { "type": "Prepend", "prepend": "▁" },
+                { "type": "Replace", "pattern": { "String": " " }, "content": "▁" },
+            ] },
+            "pre_tokenizer": null,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{ "SpecialToken": { "id": "<s>", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+                "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 0 } }],
+                "special_tokens": { "<s>": { "id": "<s>", "ids": [1], "tokens": ["<s>"] } },
+            },
+            "decoder": null,
+            "model": {
+                "type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+                "vocab": ids, "merges": merges.map(|(l, r)| json!([l, r])),
+            },
+        });
+        change(&mut file);
+        serde_json::to_vec(&file).unwrap()
+    }
+
+    fn load(json: &[u8]) -> Tokenizer {
+        Tokenizer::from_json(json, "test").unwrap()
+    }
+
+    fn encode(encoder: &mut Encoder<'_>, text: &str) -> Vec<u32> {
+        let mut ids = vec![];
+        encoder.encode(text, &mut ids).unwrap();
+        ids
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+        #[test]
+        fn cut_texts_have_the_ids_of_the_plain_encoder(
+            texts in prop::collection::vec(
+                prop::collection::vec(
+                    prop_oneof![
+                        "[the caisr.02▁—è]{0,12}", " {0,9}", "a{0,70}", "\\PC{0,6}", any::<String>(),
+                        Just("<s>".to_owned()), Just("</s>".to_owned()), Just("<0x0A>".to_owned()), Just("\0".to_owned()), Just("the\0".to_owned()),
+                    ],
+                    0..12,
+                ),
+                1..6,
+            ),
+        ) {
+            let tokenizer = load(&sentencepiece(|_| {}));
+            prop_assert!(tokenizer.is_cut());
+            let mut encoder = tokenizer.encoder();
+            // twice, so that the second time comes from the cache
+            for text in texts.iter().chain(&texts).map(|pieces| pieces.concat()) {
+                prop_assert_eq!(encode(&mut encoder, &text), tokenizer.encode_plain(&text).unwrap(), "{:?}", text);
+            }
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_that_cutting_does_not_suit_takes_the_plain_path() {
+        let changes: [(&str, fn(&mut Value)); 8] = [
+            ("dropout", |f| f["model"]["dropout"] = json!(0.1)),
+            ("no byte fallback", |f| f["model"]["byte_fallback"] = json!(false)),
+            ("whole words first", |f| f["model"]["ignore_merges"] = json!(true)),
+            ("lower case", |f| f["normalizer"]["normalizers"][0] = json!({ "type": "Lowercase" })),
+            ("no normalizer", |f| f["normalizer"] = Value::Null),
+            ("words", |f| f["pre_tokenizer"] = json!({ "type": "Whitespace" })),
+            ("added tokens that take spaces", |f| f["added_tokens"][1]["rstrip"] = json!(true)),
+            ("merges of bytes", |f| {
+                f["model"]["vocab"]["<0xE2><0x82>"] = json!(999);
+                f["model"]["merges"].as_array_mut().unwrap().push(json!(["<0xE2>", "<0x82>"]));
+            }),
+        ];
+        for (what, change) in changes {
+            let tokenizer = load(&sentencepiece(change));
+            assert!(!tokenizer.is_cut(), "{what}");
+            if what != "dropout" {
+                let text = "the cat <s> is ☃ on";
+                assert_eq!(
+                    encode(&mut tokenizer.encoder(), text),
+                    tokenizer.encode_plain(text).unwrap(),
+                    "{what}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_cache_is_emptied_and_the_ids_stay_right() {
+        let tokenizer = load(&sentencepiece(|_| {}));
+        let mut encoder = tokenizer.encoder();
+        for i in 0..300_000u32 {
+            // ever new pieces, short and long
+            encode(
+                &mut encoder,
+                &format!(
+                    "a{}a{}",
+                    char::from_u32(0x4E00 + i % 20_000).unwrap(),
+                    "☃".repeat((i / 20_000) as usize)
+                ),
+            );
+        }
+        assert!(encoder.short.used <= ShortPieces::PLACES / 2 && encoder.long.len() <= LONG_PIECES);
+        assert_eq!(encode(&mut encoder, SAMPLE), tokenizer.encode_plain(SAMPLE).unwrap());
+    }
+
+    #[test]
+    fn bos_and_eos_are_what_the_post_processor_adds() {
+        let tokenizer = load(&sentencepiece(|_| {}));
+        assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), None));
+        assert_eq!(tokenizer.special(&["<eos>", "</s>"]), Some(2));
+        let none = load(&sentencepiece(|f| f["post_processor"] = Value::Null));
+        assert_eq!((none.bos(), none.eos()), (None, None));
+    }
+
+    #[test]
+    fn what_is_no_tokenizer_is_refused_by_name() {
+        let error = Tokenizer::from_json(b"{}", "s3://b/tokenizer.json").err().unwrap().to_string();
+        assert!(error.starts_with("s3://b/tokenizer.json is not a tokenizer.json"), "{error}");
+    }
+
+    #[test]
+    fn a_tokenizer_is_trained_the_same_from_texts_in_any_order() {
+        let texts: Vec<String> =
+            (0..400).map(|i| format!("{SAMPLE} fn main() {{ let x{i} = {}; }}", i * 37 % 101)).collect();
+        let forwards = train(texts.iter().map(String::as_str), 400).unwrap();
+        let backwards = train(texts.iter().rev().map(String::as_str), 400).unwrap();
+        assert_eq!(forwards, backwards);
+        let tokenizer = load(&forwards);
+        assert_eq!((tokenizer.vocab_size(), tokenizer.bos()), (400, Some(0)));
+        let ids = tokenizer.encode_plain(SAMPLE).unwrap();
+        assert_eq!(tokenizer.decode(&ids).unwrap(), SAMPLE);
+        assert!(ids.len() < SAMPLE.len() / 2);
+    }
 }
