@@ -12,6 +12,27 @@ use serde_json::{Value, json};
 use crate::llama::{Config, Weights};
 use crate::{Error, Location, Result};
 
+/// The names of the files that a checkpoint consists of.
+pub async fn checkpoint_parts(folder: &Location) -> Result<Vec<String>> {
+    let mut parts = vec!["config.json".to_owned()];
+    match folder.join("model.safetensors.index.json").get().await? {
+        Some(index) => {
+            parts.push("model.safetensors.index.json".to_owned());
+            parts.extend(shards(folder, &index)?);
+        }
+        None => parts.push("model.safetensors".to_owned()),
+    }
+    Ok(parts)
+}
+
+/// The files that an index names.
+fn shards(folder: &Location, index: &[u8]) -> Result<BTreeSet<String>> {
+    let wrong = |message: String| Error::Checkpoint { at: folder.path.to_string(), message };
+    let index: Value = serde_json::from_slice(index).map_err(|e| wrong(format!("model.safetensors.index.json: {e}")))?;
+    let map = index["weight_map"].as_object().ok_or_else(|| wrong("its index has no weight_map".into()))?;
+    Ok(map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect())
+}
+
 /// Reads a folder's config and weights, as f32.
 ///
 /// # Errors
@@ -28,14 +49,8 @@ pub async fn read(folder: &Location, device: &Device) -> Result<(Config, Weights
     let config: Config = serde_json::from_value(config).map_err(|e| wrong(format!("config.json: {e}")))?;
     config.check()?;
 
-    let shards: BTreeSet<String> = match folder.join("model.safetensors.index.json").get().await? {
-        Some(index) => {
-            let index: Value = serde_json::from_slice(&index)
-                .map_err(|e| wrong(format!("model.safetensors.index.json: {e}")))?;
-            let map =
-                index["weight_map"].as_object().ok_or_else(|| wrong("its index has no weight_map".into()))?;
-            map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect()
-        }
+    let shards = match folder.join("model.safetensors.index.json").get().await? {
+        Some(index) => shards(folder, &index)?,
         None => ["model.safetensors".to_owned()].into(),
     };
     let mut wanted: BTreeMap<String, [usize; 2]> = config.parameters().into_iter().collect();

@@ -20,6 +20,7 @@ use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
+pub use checkpoint::checkpoint_parts;
 pub use train::{Step, Summary, TrainConf, TrainJob, train};
 
 /// What can go wrong in the model crate.

@@ -33,6 +33,11 @@ impl Flow {
     pub async fn go(&mut self, run: &Run, until: Option<Stage>) -> Result<()> {
         let ends = |stage: Stage| until.is_some_and(|until| until <= stage);
 
+        // what can be wrong in the conf is said before hours are spent
+        #[cfg(feature = "train")]
+        stages::train::conf(run)?;
+        mixture::recipe(run)?;
+
         let tokenizer = stages::tokenizer::obtain(run).await?;
         let tokenizer = self.tokenizer.insert(tokenizer);
         if ends(Stage::Tokenizer) {
@@ -84,7 +89,12 @@ impl Flow {
         if ends(Stage::Pack) {
             return Ok(());
         }
-        #[cfg(any())]
+        #[cfg(not(feature = "train"))]
+        if run.conf.train.is_some() {
+            let help = "build with the feature `train`, or end at the packed dataset with `--until pack`";
+            return Err(run.conf.wrong(&["train"], "this build of lengthwise has no trainer", "asked for here", Some(help.into())));
+        }
+        #[cfg(feature = "train")]
         if let Some(packed) = &self.packed {
             self.trained = stages::train::obtain(run, tokenizer, packed).await?;
         }

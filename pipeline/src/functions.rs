@@ -1,2 +1,138 @@
-//! stub
-pub fn register(_s: &datafusion::prelude::SessionContext) {}
+//! SQL functions whose results are the same on every machine: what DataFusion takes from the platform's math
+//! library comes from pure-Rust `libm` here, under the same names.
+
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array};
+use arrow::compute::{binary, unary};
+use arrow::datatypes::DataType::{Binary, FixedSizeBinary, Float64, Int64};
+use arrow::datatypes::{Float64Type, Int64Type};
+use datafusion::common::{ScalarValue, exec_err};
+use datafusion::error::Result;
+use datafusion::logical_expr::expr_fn::SimpleScalarUDF;
+use datafusion::logical_expr::{
+    ColumnarValue, ScalarFunctionImplementation, ScalarUDF, Signature, TypeSignature, Volatility,
+};
+use datafusion::prelude::SessionContext;
+
+/// Makes the functions known to a session; those of the same name are replaced.
+pub fn register(session: &SessionContext) {
+    let unary_functions: [(&str, fn(f64) -> f64); 4] =
+        [("exp", libm::exp), ("ln", libm::log), ("log2", libm::log2), ("log10", libm::log10)];
+    for (name, function) in unary_functions {
+        let on_arrays =
+            on_arrays(move |args| Ok(Arc::new(unary::<_, _, Float64Type>(floats(&args[0]), function))));
+        let signature = Signature::exact(vec![Float64], Volatility::Immutable);
+        session.register_udf(SimpleScalarUDF::new_with_signature(name, signature, Float64, on_arrays).into());
+    }
+    session.register_udf(power());
+    session.register_udf(sql_unit_hash());
+}
+
+/// `power(x, y)`, also `pow`.
+fn power() -> ScalarUDF {
+    let on_arrays = on_arrays(|args| {
+        let values: Float64Array = binary(floats(&args[0]), floats(&args[1]), libm::pow)?;
+        Ok(Arc::new(values))
+    });
+    let signature = Signature::exact(vec![Float64, Float64], Volatility::Immutable);
+    let power: ScalarUDF =
+        SimpleScalarUDF::new_with_signature("power", signature, Float64, on_arrays).into();
+    power.with_aliases(["pow"])
+}
+
+/// `unit_hash(seed, doc_id, start)`: a number in [0, 1) that depends on nothing but its arguments.
+fn sql_unit_hash() -> ScalarUDF {
+    let on_arrays = on_arrays(|args| {
+        let (seeds, starts) = (args[0].as_primitive::<Int64Type>(), args[2].as_primitive::<Int64Type>());
+        let id = |row: usize| match args[1].data_type() {
+            FixedSizeBinary(_) => args[1].as_fixed_size_binary().value(row),
+            _ => args[1].as_binary::<i32>().value(row),
+        };
+        let hashes = (0..args[1].len()).map(|row| {
+            if args.iter().any(|arg| arg.is_null(row)) {
+                return Ok(None);
+            }
+            let Ok(doc_id) = id(row).try_into() else {
+                return exec_err!("unit_hash: a doc_id has 16 bytes, not {}", id(row).len());
+            };
+            let hash = unit_hash("recipe", seeds.value(row) as u64, doc_id, starts.value(row) as u64, 0);
+            Ok(Some((hash >> 11) as f64 / (1u64 << 53) as f64))
+        });
+        Ok(Arc::new(hashes.collect::<Result<Float64Array>>()?))
+    });
+    let id_types = [FixedSizeBinary(16), Binary];
+    let signatures = id_types.map(|id| TypeSignature::Exact(vec![Int64, id, Int64])).to_vec();
+    let signature = Signature::one_of(signatures, Volatility::Immutable);
+    SimpleScalarUDF::new_with_signature("unit_hash", signature, Float64, on_arrays).into()
+}
+
+/// 64 bits that look random and depend on nothing but the arguments. `tag` keeps the uses apart: what is drawn says
+/// nothing about where it is placed.
+pub fn unit_hash(tag: &str, seed: u64, doc_id: &[u8; 16], start: u64, copy: u32) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&(tag.len() as u64).to_le_bytes()).update(tag.as_bytes());
+    hasher.update(&seed.to_le_bytes()).update(doc_id).update(&start.to_le_bytes()).update(&copy.to_le_bytes());
+    u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("8 of 32 bytes"))
+}
+
+/// A function on arrays of equal length as DataFusion wants it; constants in, a constant out.
+fn on_arrays(
+    function: impl Fn(&[ArrayRef]) -> Result<ArrayRef> + Send + Sync + 'static,
+) -> ScalarFunctionImplementation {
+    Arc::new(move |args| {
+        let constant = args.iter().all(|arg| matches!(arg, ColumnarValue::Scalar(_)));
+        let result = function(&ColumnarValue::values_to_arrays(args)?)?;
+        Ok(match constant {
+            true => ColumnarValue::Scalar(ScalarValue::try_from_array(&result, 0)?),
+            false => ColumnarValue::Array(result),
+        })
+    })
+}
+
+fn floats(array: &ArrayRef) -> &Float64Array {
+    array.as_primitive()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The one number of a query.
+    async fn number(sql: &str) -> Result<Option<f64>> {
+        let session = SessionContext::new();
+        register(&session);
+        let batches = session.sql(sql).await?.collect().await?;
+        let column = batches[0].column(0).as_primitive::<Float64Type>();
+        Ok((!column.is_null(0)).then(|| column.value(0)))
+    }
+
+    #[tokio::test]
+    async fn math_functions_are_those_of_pure_rust_libm() {
+        for (call, expected) in [
+            ("exp(x)", libm::exp(3.7)),
+            ("ln(x)", libm::log(3.7)),
+            ("log2(x)", libm::log2(3.7)),
+            ("log10(x)", libm::log10(3.7)),
+            ("power(x, 0.3)", libm::pow(3.7, 0.3)),
+            ("pow(x, 2)", libm::pow(3.7, 2.0)),
+        ] {
+            let found = number(&format!("select {call} from (values (3.7)) as t(x)")).await.unwrap();
+            assert_eq!(found.map(f64::to_bits), Some(expected.to_bits()), "{call}");
+        }
+        assert_eq!(number("select power(null, 2)").await.unwrap(), None);
+        assert_eq!(number("select power(2, 10)").await.unwrap(), Some(1024.0));
+    }
+
+    #[tokio::test]
+    async fn unit_hash_is_a_number_below_one_and_stays_what_it_is() {
+        let hash = unit_hash("recipe", 7, &[3; 16], 5, 0);
+        let expected = (hash >> 11) as f64 / (1u64 << 53) as f64;
+        let id = format!("x'{}'", "03".repeat(16));
+        assert_eq!(number(&format!("select unit_hash(7, {id}, 5)")).await.unwrap(), Some(expected));
+        assert!((0.0..1.0).contains(&expected));
+        assert_eq!(number("select unit_hash(7, null, 5)").await.unwrap(), None);
+        assert!(number("select unit_hash(7, x'0303', 5)").await.unwrap_err().to_string().contains("16 bytes"));
+        assert_ne!(hash, unit_hash("draw", 7, &[3; 16], 5, 0));
+    }
+}

@@ -9,3 +9,5 @@ pub mod places;
 pub mod shuffle;
 pub mod tokenizer;
 pub mod tokens;
+#[cfg(feature = "train")]
+pub mod train;

@@ -1,0 +1,399 @@
+//! What a recipe may not do, because its rows would then depend on machines, partitions or the clock, or on
+//! something that is not in the file.
+//!
+//! What can be seen in the syntax tree is refused there. The rest is found in the query plan, where functions have
+//! been resolved and expressions have types; the place comes from the columns inside, which know where they
+//! were written.
+
+use std::ops::{ControlFlow, Range};
+
+use arrow::datatypes::DataType;
+use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
+use datafusion::common::{DFSchema, Span as PlanSpan};
+use datafusion::logical_expr::expr::{AggregateFunction, WindowFunction};
+use datafusion::logical_expr::utils::merge_schema;
+use datafusion::logical_expr::{
+    AggregateUDF, Distinct, Expr, ExprSchemable, LogicalPlan, ScalarUDF, SortExpr, Volatility, WindowFrame,
+    WindowFrameBound, WindowFrameUnits, WindowFunctionDefinition,
+};
+use datafusion::sql::sqlparser::ast::{
+    Cte, Expr as SqlExpr, ObjectName, Query, Select, SetExpr, Spanned, TableFactor, Visit, Visitor,
+};
+
+use super::place::{Places, Text, nearest};
+use crate::{Error, Result};
+
+/// The tables of a recipe.
+const TABLES: [&str; 3] = ["documents", "domains", "shares"];
+
+/// Functions that make a table of their arguments alone.
+const TABLE_FUNCTIONS: [&str; 3] = ["unnest", "generate_series", "range"];
+
+/// Refuses tables that are not a recipe's, and parts of a SELECT that do more than select.
+pub fn check_syntax(text: &Text, query: &Query) -> Result<()> {
+    let mut steps = Steps::default();
+    let _ = query.visit(&mut steps);
+    match query.visit(&mut Syntax { text, steps: &steps.0 }) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(error) => Err(*error),
+    }
+}
+
+/// The names that WITH gives.
+#[derive(Default)]
+struct Steps(Vec<String>);
+
+impl Visitor for Steps {
+    type Break = ();
+
+    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
+        let steps = query.with.iter().flat_map(|with| &with.cte_tables);
+        self.0.extend(steps.map(|Cte { alias, .. }| alias.name.value.clone()));
+        ControlFlow::Continue(())
+    }
+}
+
+struct Syntax<'a> {
+    text: &'a Text,
+    steps: &'a [String],
+}
+
+impl Syntax<'_> {
+    fn refuse(&self, at: &impl Spanned, message: impl Into<String>, label: &str, cure: impl Into<String>) -> ControlFlow<Box<Error>> {
+        ControlFlow::Break(Box::new(self.text.wrong(self.text.range(at.span()), message, label, cure)))
+    }
+
+    fn table(&self, name: &ObjectName) -> ControlFlow<Box<Error>> {
+        let parts: Vec<_> = name.0.iter().filter_map(|part| part.as_ident()).collect();
+        let written = parts.iter().map(|part| part.value.as_str()).collect::<Vec<_>>().join(".");
+        let is_file = parts.iter().any(|part| part.quote_style == Some('\'') || part.value.contains(['/', '.', '*']));
+        let suffix = parts.last().map(|part| part.value.to_lowercase()).unwrap_or_default();
+        let is_file = is_file || (parts.len() > 1 && ["parquet", "csv", "json", "jsonl", "arrow"].contains(&suffix.as_str()));
+        if is_file {
+            let cure = "everything about a mixture is in its recipe: it reads documents, domains and shares; \
+                 a small table of your own can be written as `(values ('Book', 2.0), …) as weights(domain, weight)`";
+            // a quoted name has no place of its own
+            let found = || self.text.text.find(&written).map(|at| at..at + written.len());
+            let place = self.text.range(name.span()).or_else(found);
+            let message = format!("a recipe reads no files, but here is `{written}`");
+            return ControlFlow::Break(Box::new(self.text.wrong(place, message, "a file", cure)));
+        }
+        let known = || TABLES.into_iter().chain(self.steps.iter().map(String::as_str));
+        if parts.len() == 1 && known().any(|known| known.eq_ignore_ascii_case(&written)) {
+            return ControlFlow::Continue(());
+        }
+        let last = parts.last().map(|part| part.value.as_str()).unwrap_or_default();
+        let like = nearest(last, known()).map_or("a".to_owned(), |like| format!("did you mean `{like}`? A"));
+        let steps: Vec<&str> = self.steps.iter().map(String::as_str).filter(|step| !TABLES.contains(step)).collect();
+        let steps = if steps.is_empty() { String::new() } else { format!(", and its own steps: {}", steps.join(", ")) };
+        let cure = format!("{like} recipe reads {}{steps}", TABLES.join(", "));
+        self.refuse(name, format!("there is no table `{written}`"), "not a table", cure)
+    }
+
+    fn table_function(&self, name: &ObjectName) -> ControlFlow<Box<Error>> {
+        let written = name.to_string().to_lowercase();
+        if TABLE_FUNCTIONS.contains(&written.as_str()) {
+            return ControlFlow::Continue(());
+        }
+        let cure = format!("a recipe reads documents, domains and shares; it may also select from {}", TABLE_FUNCTIONS.join(", "));
+        self.refuse(name, format!("a recipe cannot read from `{written}(…)`"), "this function", cure)
+    }
+}
+
+impl Visitor for Syntax<'_> {
+    type Break = Box<Error>;
+
+    fn pre_visit_table_factor(&mut self, table: &TableFactor) -> ControlFlow<Box<Error>> {
+        const SAMPLE: &str = "keep a share of documents by their hash: `where unit_hash($seed, doc_id, 0) < 0.1`";
+        match table {
+            TableFactor::Table { sample: Some(_), .. } | TableFactor::Derived { sample: Some(_), .. } => {
+                self.refuse(table, "TABLESAMPLE takes other rows on every run", "a sample of this", SAMPLE)
+            }
+            TableFactor::Table { name, args: Some(_), .. } | TableFactor::Function { name, .. } => self.table_function(name),
+            TableFactor::Table { name, .. } => self.table(name),
+            _ => ControlFlow::Continue(()),
+        }
+    }
+
+    fn pre_visit_expr(&mut self, expr: &SqlExpr) -> ControlFlow<Box<Error>> {
+        match expr {
+            SqlExpr::Identifier(ident) if ident.value.starts_with('@') => {
+                let cure = "parameters are written `$name` and declared in the header";
+                self.refuse(expr, format!("a recipe has no variables, but here is `{ident}`"), "here", cure)
+            }
+            _ => ControlFlow::Continue(()),
+        }
+    }
+
+    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<Box<Error>> {
+        match query.body.as_ref() {
+            SetExpr::Insert(_) | SetExpr::Update(_) | SetExpr::Delete(_) | SetExpr::Merge(_) => {
+                self.refuse(query, "a recipe selects rows and changes none", "here", "write one SELECT")
+            }
+            _ => ControlFlow::Continue(()),
+        }
+    }
+
+    fn pre_visit_select(&mut self, select: &Select) -> ControlFlow<Box<Error>> {
+        match &select.into {
+            Some(into) => self.refuse(&into.name, "a recipe writes no tables", "written here", "leave INTO out: the rows of the SELECT are the result"),
+            None => ControlFlow::Continue(()),
+        }
+    }
+}
+
+/// Something in a query plan that is refused.
+struct Refusal {
+    place: Option<Range<usize>>,
+    message: String,
+    label: &'static str,
+    cure: String,
+}
+
+/// Refuses what would make the rows depend on anything but the tables and the parameters. The first place in the text
+/// is named.
+pub fn check_plan(text: &Text, places: &Places<'_>, plan: &LogicalPlan) -> Result<()> {
+    let mut walk = Walk { places, refusals: vec![] };
+    let walked = plan.apply_with_subqueries(|node| {
+        walk.node(node)?;
+        Ok(TreeNodeRecursion::Continue)
+    });
+    walked.map_err(|e| places.unplanned(&e))?;
+    let first = walk.refusals.into_iter().min_by_key(|refusal| refusal.place.as_ref().map_or(usize::MAX, |at| at.start));
+    match first {
+        None => Ok(()),
+        Some(Refusal { place, message, label, cure }) => Err(text.wrong(place, message, label, cure)),
+    }
+}
+
+struct Walk<'a> {
+    places: &'a Places<'a>,
+    refusals: Vec<Refusal>,
+}
+
+impl Walk<'_> {
+    fn node(&mut self, node: &LogicalPlan) -> datafusion::error::Result<()> {
+        let schema = merge_schema(&node.inputs());
+        let group: &[Expr] = match node {
+            LogicalPlan::Aggregate(aggregate) => &aggregate.group_expr,
+            LogicalPlan::Limit(limit) => {
+                self.limit(&limit.input);
+                &[]
+            }
+            LogicalPlan::Distinct(Distinct::On(distinct)) => {
+                let sorts = distinct.sort_expr.iter().flatten().map(|sort| &sort.expr);
+                if let Some(missing) = ties(distinct.on_expr.iter().chain(sorts), distinct.input.schema()) {
+                    let what = "DISTINCT ON takes one of the rows that tie, in any order";
+                    self.refuse(self.places.distinct_on(), what, "here", order_cure(&missing));
+                }
+                &[]
+            }
+            _ => &[],
+        };
+        node.apply_expressions(|expr| {
+            expr.apply(|expr| {
+                match expr {
+                    Expr::ScalarFunction(call) => self.scalar(&call.func, &call.args),
+                    Expr::AggregateFunction(call) => self.aggregate(call, group, &schema),
+                    Expr::WindowFunction(call) => self.window(call, &schema),
+                    _ => {}
+                }
+                Ok(TreeNodeRecursion::Continue)
+            })
+        })?;
+        Ok(())
+    }
+
+    fn refuse(&mut self, place: Option<Range<usize>>, message: impl Into<String>, label: &'static str, cure: impl Into<String>) {
+        self.refusals.push(Refusal { place, message: message.into(), label, cure: cure.into() });
+    }
+
+    fn scalar(&mut self, function: &ScalarUDF, args: &[Expr]) {
+        let names = all_names(function.name(), function.aliases());
+        let name = function.name();
+        let (message, cure) = match name {
+            "random" | "uuid" => (
+                format!("`{name}` gives something else on every run"),
+                "`unit_hash($seed, doc_id, start)` is a number in [0, 1) that depends on nothing but its arguments",
+            ),
+            "log" | "acos" | "acosh" | "asin" | "asinh" | "atan" | "atan2" | "atanh" | "cbrt" | "cos" | "cosh" | "cot"
+            | "sin" | "sinh" | "tan" | "tanh" => (
+                format!("`{name}` comes from the machine's math library: its last bits differ between machines"),
+                match name {
+                    "log" => "write ln(x), log2(x), log10(x), or ln(x) / ln(base): those are the same everywhere",
+                    "cbrt" => "write power(x, 1.0 / 3): power is the same everywhere",
+                    _ => "power, sqrt, exp, ln, log2 and log10 are the same everywhere",
+                },
+            ),
+            "input_file_name" | "file_row_index" | "version" | "arrow_metadata" => (
+                format!("`{name}` depends on how the tables are stored or on this build, not on their rows"),
+                "use the columns of documents: doc_id, domain, tokens, bytes, origin",
+            ),
+            _ if function.signature().volatility != Volatility::Immutable => (
+                format!("`{name}` depends on when or where the recipe runs"),
+                "make it a parameter: declare it in the header, and give the value in the conf",
+            ),
+            _ => return,
+        };
+        let site = self.places.call(&names, first_place(args));
+        self.refuse(site.place, message, "here", cure);
+    }
+
+    fn aggregate(&mut self, call: &AggregateFunction, group: &[Expr], schema: &DFSchema) {
+        let params = &call.params;
+        let keys = group.iter().chain(params.order_by.iter().map(|sort| &sort.expr));
+        let names = all_names(call.func.name(), call.func.aliases());
+        let site = self.places.call(&names, first_place(&params.args));
+        if let Some((message, cure)) = adding(&call.func, &params.args, &site.argument, keys, schema) {
+            self.refuse(site.place, message, "here", cure);
+        }
+    }
+
+    fn window(&mut self, call: &WindowFunction, schema: &DFSchema) {
+        let params = &call.params;
+        let keys = || params.partition_by.iter().chain(params.order_by.iter().map(|sort: &SortExpr| &sort.expr));
+        let names = match &call.fun {
+            WindowFunctionDefinition::AggregateUDF(function) => all_names(function.name(), function.aliases()),
+            WindowFunctionDefinition::WindowUDF(function) => all_names(function.name(), function.aliases()),
+        };
+        let columns: Vec<Expr> = params.args.iter().chain(keys()).cloned().collect();
+        let site = self.places.call(&names, first_place(&columns));
+        let of_ties = |missing: Vec<String>| {
+            (format!("{}({}) depends on the order of rows that tie", names[0], site.argument), order_cure(&missing))
+        };
+        let refused = match &call.fun {
+            WindowFunctionDefinition::AggregateUDF(function) => {
+                adding(function, &params.args, &site.argument, keys(), schema)
+                    .or_else(|| ties(keys(), schema).filter(|_| splits_ties(&params.window_frame)).map(of_ties))
+            }
+            // rows that tie get the same number
+            WindowFunctionDefinition::WindowUDF(_)
+                if ["rank", "dense_rank", "percent_rank", "cume_dist"].contains(&names[0]) =>
+            {
+                None
+            }
+            WindowFunctionDefinition::WindowUDF(_) => ties(keys(), schema).map(of_ties),
+        };
+        if let Some((message, cure)) = refused {
+            self.refuse(site.place, message, "here", cure);
+        }
+    }
+
+    fn limit(&mut self, input: &LogicalPlan) {
+        let mut below = input;
+        let missing = loop {
+            match below {
+                LogicalPlan::Projection(projection) => below = &projection.input,
+                LogicalPlan::SubqueryAlias(alias) => below = &alias.input,
+                LogicalPlan::Sort(sort) => break ties(sort.expr.iter().map(|key| &key.expr), sort.input.schema()),
+                other => break ties([].into_iter(), other.schema()),
+            }
+        };
+        if let Some(missing) = missing {
+            let message = "LIMIT takes any of the rows, unless ORDER BY leaves no two of them equal";
+            self.refuse(self.places.limit(), message, "here", order_cure(&missing));
+        }
+    }
+}
+
+/// What is wrong with an aggregate function of `argument`, and the cure. `keys` order its rows.
+fn adding<'e>(
+    function: &AggregateUDF,
+    args: &[Expr],
+    argument: &str,
+    keys: impl Iterator<Item = &'e Expr>,
+    schema: &DFSchema,
+) -> Option<(String, String)> {
+    let name = function.name();
+    let of_type = args.first().and_then(|arg| arg.get_type(schema).ok());
+    let float_cure = format!("round it to an integer first: sum(cast(round({argument} * 4294967296) as decimal(38, 0)))");
+    match name {
+        "count" | "min" | "max" | "bool_and" | "bool_or" | "bit_and" | "bit_or" | "bit_xor" | "grouping" | "median"
+        | "percentile_cont" => None,
+        // without a type, the planner's own message is better
+        "sum" => match of_type? {
+            DataType::Decimal128(..) | DataType::Decimal256(..) => None,
+            integer if integer.is_integer() || integer.is_null() => Some((
+                format!("sum({argument}) adds up {integer}, which wraps silently when it overflows"),
+                format!("write sum(cast({argument} as decimal(38, 0)))"),
+            )),
+            float => Some((
+                format!("sum({argument}) adds up {float}: its last bits depend on the order of the rows"),
+                float_cure,
+            )),
+        },
+        "avg" => Some((
+            format!("avg({argument}) adds up floats: its last bits depend on the order of the rows"),
+            match of_type? {
+                float if float.is_floating() => float_cure,
+                _ => format!("write cast(sum(cast({argument} as decimal(38, 0))) as double) / count({argument})"),
+            },
+        )),
+        "first_value" | "last_value" | "nth_value" | "array_agg" | "string_agg" => {
+            let keys: Vec<&Expr> = keys.collect();
+            // rows that tie in all that is taken are the same
+            let literal = |arg: &Expr| matches!(arg, Expr::Literal(..));
+            if args.iter().all(|arg| literal(arg) || keys.contains(&arg)) {
+                return None;
+            }
+            let missing = ties(keys.into_iter(), schema)?;
+            Some((format!("{name}({argument}) depends on the order of rows that tie"), order_cure(&missing)))
+        }
+        "any_value" => Some((format!("any_value({argument}) may be another one on every run"), format!("write min({argument})"))),
+        "approx_distinct" => Some((format!("`{name}` depends on how rows are split"), format!("write count(distinct {argument})"))),
+        "approx_median" | "approx_percentile_cont" | "approx_percentile_cont_with_weight" => Some((
+            format!("`{name}` depends on how rows are split"),
+            format!("median({argument}) and percentile_cont({argument}, 0.5) are exact; `domains` has p25, p50, p75, p90, p99"),
+        )),
+        _ => Some((format!("`{name}` adds up floats: its last bits depend on the order of the rows"), float_cure)),
+    }
+}
+
+/// The columns that ORDER BY lacks for a total order; `None` if it is one. A row of documents or spans is known by
+/// its doc_id and start, a row of domains by its domain, any other only by all of its columns.
+fn ties<'e>(keys: impl Iterator<Item = &'e Expr>, schema: &DFSchema) -> Option<Vec<String>> {
+    let keys: Vec<&str> = keys.filter_map(|key| key.try_as_col()).map(|column| column.name.as_str()).collect();
+    let has = |name: &str| schema.fields().iter().any(|field| field.name() == name);
+    let all = || schema.fields().iter().map(|field| field.name().as_str()).collect::<Vec<_>>();
+    let lacking = |wanted: &[&str]| -> Vec<String> {
+        wanted.iter().filter(|name| !keys.contains(name)).map(|name| (*name).to_owned()).collect()
+    };
+    let identifying: Vec<&str> = match (has("doc_id"), has("start"), has("domain"), has("stratum")) {
+        (true, true, ..) => vec!["doc_id", "start"],
+        (true, false, ..) => vec!["doc_id"],
+        (false, _, true, true) => vec!["domain", "stratum"],
+        (false, _, true, false) => vec!["domain"],
+        _ => all(),
+    };
+    let missing = lacking(&identifying);
+    (!missing.is_empty() && !lacking(&all()).is_empty()).then_some(missing)
+}
+
+fn order_cure(missing: &[String]) -> String {
+    format!("add {} to ORDER BY", missing.join(" and "))
+}
+
+/// Whether rows that tie may be in different frames.
+fn splits_ties(frame: &WindowFrame) -> bool {
+    let unbounded = |bound: &WindowFrameBound| match bound {
+        WindowFrameBound::Preceding(value) | WindowFrameBound::Following(value) => value.is_null(),
+        WindowFrameBound::CurrentRow => false,
+    };
+    frame.units == WindowFrameUnits::Rows && !(unbounded(&frame.start_bound) && unbounded(&frame.end_bound))
+}
+
+fn all_names<'n>(name: &'n str, aliases: &'n [String]) -> Vec<&'n str> {
+    [name].into_iter().chain(aliases.iter().map(String::as_str)).collect()
+}
+
+/// Where the first column inside some expressions was written.
+fn first_place(exprs: &[Expr]) -> Option<PlanSpan> {
+    let mut place = None;
+    for expr in exprs {
+        let _ = expr.apply(|expr| {
+            place = place.or_else(|| expr.try_as_col().and_then(|column| column.spans().first()));
+            Ok(if place.is_some() { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
+        });
+    }
+    place
+}

@@ -1,0 +1,77 @@
+-- ProLong's mix: most of the budget from very long documents, the rest from all others.
+-- After Gao et al. 2024, "How to Train Long-Context Language Models (Effectively)", §3: 60 % long and 40 % short data.
+-- One row: a span of at most $max_span tokens to draw from, with its expected copies.
+-- Long here means at least $long_min tokens. Each part is divided by the shares of the domains that have such documents.
+-- With documents of one kind only, the whole budget comes from them.
+--   $long_share  double = 0.60    share of the budget that comes from long documents
+--   $long_min    bigint = 65536   a document of as many tokens is long
+--   $budget      bigint           tokens to draw
+--   $max_span    bigint           a longer document gives several spans
+with documents as (
+    select doc_id, domain, tokens from documents
+),
+
+shares as (
+    select domain, share from shares
+),
+
+-- shares in units of 2^-32, so that their sums are exact
+domains as (
+    select
+        documents.domain,
+        max(cast(round(shares.share * 4294967296) as bigint)) as share,
+        sum(cast(tokens as decimal(38, 0))) filter (where tokens >= $long_min) as long_tokens,
+        sum(cast(tokens as decimal(38, 0))) filter (where tokens < $long_min) as short_tokens
+    from documents
+    inner join shares on documents.domain = shares.domain
+    where tokens > 0 and share > 0
+    group by documents.domain
+),
+
+parts as (
+    select
+        sum(cast(share as decimal(38, 0))) filter (where long_tokens > 0) as long_share,
+        sum(cast(share as decimal(38, 0))) filter (where short_tokens > 0) as short_share
+    from domains
+),
+
+budgets as (
+    select
+        cast(long_share as double) as long_share,
+        cast(short_share as double) as short_share,
+        $budget * case when coalesce(short_share, 0) = 0 then 1.0 else $long_share end as long_budget,
+        $budget * case when coalesce(long_share, 0) = 0 then 1.0 else 1.0 - $long_share end as short_budget
+    from parts
+),
+
+weights as (
+    select
+        domains.domain,
+        budgets.long_budget * domains.share / budgets.long_share / cast(domains.long_tokens as double) as long_copies,
+        budgets.short_budget * domains.share / budgets.short_share / cast(domains.short_tokens as double) as short_copies
+    from domains
+    cross join budgets
+),
+
+spans as (
+    select
+        documents.doc_id,
+        documents.tokens,
+        weights.long_copies,
+        weights.short_copies,
+        unnest(range(0, documents.tokens, $max_span)) as start
+    from weights
+    inner join documents on weights.domain = documents.domain
+),
+
+prolong as (
+    select
+        doc_id,
+        start,
+        least(start + $max_span, tokens) as stop,
+        case when tokens >= $long_min then long_copies else short_copies end as copies,
+        case when tokens >= $long_min then 'long' else 'short' end as stratum
+    from spans
+)
+
+select doc_id, start, stop, copies, stratum from prolong
