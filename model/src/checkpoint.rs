@@ -28,7 +28,8 @@ pub async fn checkpoint_parts(folder: &Location) -> Result<Vec<String>> {
 /// The files that an index names.
 fn shards(folder: &Location, index: &[u8]) -> Result<BTreeSet<String>> {
     let wrong = |message: String| Error::Checkpoint { at: folder.path.to_string(), message };
-    let index: Value = serde_json::from_slice(index).map_err(|e| wrong(format!("model.safetensors.index.json: {e}")))?;
+    let index: Value =
+        serde_json::from_slice(index).map_err(|e| wrong(format!("model.safetensors.index.json: {e}")))?;
     let map = index["weight_map"].as_object().ok_or_else(|| wrong("its index has no weight_map".into()))?;
     Ok(map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect())
 }

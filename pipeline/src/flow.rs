@@ -92,7 +92,12 @@ impl Flow {
         #[cfg(not(feature = "train"))]
         if run.conf.train.is_some() {
             let help = "build with the feature `train`, or end at the packed dataset with `--until pack`";
-            return Err(run.conf.wrong(&["train"], "this build of lengthwise has no trainer", "asked for here", Some(help.into())));
+            return Err(run.conf.wrong(
+                &["train"],
+                "this build of lengthwise has no trainer",
+                "asked for here",
+                Some(help.into()),
+            ));
         }
         #[cfg(feature = "train")]
         if let Some(packed) = &self.packed {

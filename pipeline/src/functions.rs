@@ -15,6 +15,8 @@ use datafusion::logical_expr::{
 };
 use datafusion::prelude::SessionContext;
 
+use crate::hash::unit_hash;
+
 /// Makes the functions known to a session; those of the same name are replaced.
 pub fn register(session: &SessionContext) {
     let unary_functions: [(&str, fn(f64) -> f64); 4] =
@@ -36,8 +38,7 @@ fn power() -> ScalarUDF {
         Ok(Arc::new(values))
     });
     let signature = Signature::exact(vec![Float64, Float64], Volatility::Immutable);
-    let power: ScalarUDF =
-        SimpleScalarUDF::new_with_signature("power", signature, Float64, on_arrays).into();
+    let power: ScalarUDF = SimpleScalarUDF::new_with_signature("power", signature, Float64, on_arrays).into();
     power.with_aliases(["pow"])
 }
 
@@ -65,15 +66,6 @@ fn sql_unit_hash() -> ScalarUDF {
     let signatures = id_types.map(|id| TypeSignature::Exact(vec![Int64, id, Int64])).to_vec();
     let signature = Signature::one_of(signatures, Volatility::Immutable);
     SimpleScalarUDF::new_with_signature("unit_hash", signature, Float64, on_arrays).into()
-}
-
-/// 64 bits that look random and depend on nothing but the arguments. `tag` keeps the uses apart: what is drawn says
-/// nothing about where it is placed.
-pub fn unit_hash(tag: &str, seed: u64, doc_id: &[u8; 16], start: u64, copy: u32) -> u64 {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&(tag.len() as u64).to_le_bytes()).update(tag.as_bytes());
-    hasher.update(&seed.to_le_bytes()).update(doc_id).update(&start.to_le_bytes()).update(&copy.to_le_bytes());
-    u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("8 of 32 bytes"))
 }
 
 /// A function on arrays of equal length as DataFusion wants it; constants in, a constant out.
@@ -132,7 +124,9 @@ mod tests {
         assert_eq!(number(&format!("select unit_hash(7, {id}, 5)")).await.unwrap(), Some(expected));
         assert!((0.0..1.0).contains(&expected));
         assert_eq!(number("select unit_hash(7, null, 5)").await.unwrap(), None);
-        assert!(number("select unit_hash(7, x'0303', 5)").await.unwrap_err().to_string().contains("16 bytes"));
+        assert!(
+            number("select unit_hash(7, x'0303', 5)").await.unwrap_err().to_string().contains("16 bytes")
+        );
         assert_ne!(hash, unit_hash("draw", 7, &[3; 16], 5, 0));
     }
 }

@@ -71,9 +71,9 @@ impl Location {
             .map_err(self.failed("read"))
     }
 
-    /// Several byte ranges of the object, in the order asked for.
-    pub async fn read_ranges(&self, ranges: &[std::ops::Range<u64>]) -> Result<Vec<Bytes>> {
-        self.store.get_ranges(&self.path, ranges).await.map_err(self.failed("read"))
+    /// A byte range of the object.
+    pub async fn read_range(&self, range: std::ops::Range<u64>) -> Result<Bytes> {
+        self.store.get_range(&self.path, range).await.map_err(self.failed("read"))
     }
 
     /// Writes the object whole, over an old one if there is one.

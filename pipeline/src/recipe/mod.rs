@@ -25,8 +25,8 @@ use datafusion::logical_expr::{Expr as PlanExpr, LogicalPlan, LogicalPlanBuilder
 use datafusion::prelude::{SessionContext, ident};
 use datafusion::sql::parser::Statement as AnyStatement;
 use datafusion::sql::sqlparser::ast::{
-    CastKind, DataType, ExactNumberInfo, Expr, Query, Statement, Value, ValueWithSpan, Visit, VisitMut, Visitor,
-    VisitorMut,
+    CastKind, DataType, ExactNumberInfo, Expr, Query, Statement, Value, ValueWithSpan, Visit, VisitMut,
+    Visitor, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::parser::Parser;
@@ -113,7 +113,12 @@ impl Recipe {
         if BUILTIN.contains(&name) {
             let place = if name == "seed" { "[run]" } else { "[mixture]" };
             let message = format!("`{name}` does not belong under [mixture.params]");
-            return Err(self.text.wrong(None, message, "", format!("every recipe has `${name}`: it is set under {place}")));
+            return Err(self.text.wrong(
+                None,
+                message,
+                "",
+                format!("every recipe has `${name}`: it is set under {place}"),
+            ));
         }
         let message = format!("[mixture.params] has `{name}`, but {} has no such parameter", self.text.file);
         names.sort_unstable();
@@ -128,12 +133,15 @@ impl Recipe {
 
     fn of_another_type(&self, parameter: &Parameter, value: &ScalarValue) -> crate::Error {
         let Parameter { name, kind, span, .. } = parameter;
-        let (got, example) = (shown(value), match kind {
-            Kind::Bigint => "1000",
-            Kind::Double => "0.5",
-            Kind::Varchar => "\"text\"",
-            Kind::Boolean => "true",
-        });
+        let (got, example) = (
+            shown(value),
+            match kind {
+                Kind::Bigint => "1000",
+                Kind::Double => "0.5",
+                Kind::Varchar => "\"text\"",
+                Kind::Boolean => "true",
+            },
+        );
         self.text.wrong(
             Some(span.clone()),
             format!("[mixture.params] {name} has to be a {kind}, but is {got}"),
@@ -200,7 +208,8 @@ impl Bound {
             if wanted.contains(name) {
                 continue;
             }
-            let message = format!("the result has a column `{name}`, which is not one of {}", wanted.join(", "));
+            let message =
+                format!("the result has a column `{name}`, which is not one of {}", wanted.join(", "));
             let cure = match nearest(name, missing.iter().copied()) {
                 Some(like) => format!("did you mean `{like}`?"),
                 None => CURE.to_owned(),
@@ -247,7 +256,9 @@ impl Bound {
 /// Whether a column of the result may be cast to its type without changing what it says.
 fn fits(found: &ArrowType, wanted: &ArrowType) -> bool {
     match wanted {
-        ArrowType::FixedSizeBinary(_) => found == wanted || matches!(found, ArrowType::Binary | ArrowType::BinaryView),
+        ArrowType::FixedSizeBinary(_) => {
+            found == wanted || matches!(found, ArrowType::Binary | ArrowType::BinaryView)
+        }
         ArrowType::Int64 => found.is_integer(),
         ArrowType::Float64 => found.is_numeric(),
         _ => found.is_string() || found.is_null(),
@@ -261,7 +272,8 @@ fn own_parameters(text: &Text, declared: Vec<Parameter>) -> Result<Vec<Parameter
     match builtin.into_iter().find(|p| p.kind != Kind::Bigint || p.default.is_some()) {
         None => Ok(own),
         Some(Parameter { name, span, .. }) => {
-            let message = format!("`${name}` is a parameter of every recipe, and cannot be declared otherwise");
+            let message =
+                format!("`${name}` is a parameter of every recipe, and cannot be declared otherwise");
             let cure = format!("write `${name}  bigint` without a default, or choose another name");
             Err(text.wrong(Some(span), message, "declared here", cure))
         }
@@ -270,7 +282,8 @@ fn own_parameters(text: &Text, declared: Vec<Parameter>) -> Result<Vec<Parameter
 
 /// The only statement of a recipe.
 fn one_select(text: &Text) -> Result<Box<Query>> {
-    const CURE: &str = "a recipe is one SELECT over documents, domains and shares; WITH gives its steps names";
+    const CURE: &str =
+        "a recipe is one SELECT over documents, domains and shares; WITH gives its steps names";
     let unparsed = |e: datafusion::sql::sqlparser::parser::ParserError| text.unparsed(&e.to_string());
     let mut parser = Parser::new(&GenericDialect {}).try_with_sql(&text.text).map_err(unparsed)?;
     while parser.consume_token(&Token::SemiColon) {}
@@ -279,7 +292,8 @@ fn one_select(text: &Text) -> Result<Box<Query>> {
     match &first.token {
         Token::EOF => return Err(text.wrong(None, format!("{} has no SELECT", text.file), "", CURE)),
         Token::LParen => {}
-        Token::Word(word) if ["select", "with", "from", "values"].contains(&word.value.to_lowercase().as_str()) => {}
+        Token::Word(word)
+            if ["select", "with", "from", "values"].contains(&word.value.to_lowercase().as_str()) => {}
         token => {
             let message = format!("a recipe cannot begin with `{token}`");
             return Err(text.wrong(here(first.span), message, "not a SELECT", CURE));
@@ -295,7 +309,12 @@ fn one_select(text: &Text) -> Result<Box<Query>> {
         _ if ended => Err(text.wrong(here(next.span), "a recipe has only one statement", "the second", CURE)),
         (_, token) => {
             let message = format!("this is no SQL: the SELECT has ended, but `{token}` follows");
-            Err(text.wrong(here(next.span), message, "here", "look for a missing comma or operator before it"))
+            Err(text.wrong(
+                here(next.span),
+                message,
+                "here",
+                "look for a missing comma or operator before it",
+            ))
         }
     }
 }
@@ -321,11 +340,21 @@ fn used_parameters(text: &Text, query: &Query, own: &[Parameter]) -> Result<BTre
             let like = nearest(name, known()).map(|like| format!("did you mean `${like}`? Otherwise "));
             let like = like.unwrap_or_default();
             let cure = format!("{like}declare it in the header: `--   ${name}  double = 0.5   what it is`");
-            Err(text.wrong(text.range(span), format!("there is no parameter `${name}`"), "not declared", cure))
+            Err(text.wrong(
+                text.range(span),
+                format!("there is no parameter `${name}`"),
+                "not declared",
+                cure,
+            ))
         }
         None => {
             let message = format!("`{written}` is no parameter");
-            Err(text.wrong(text.range(span), message, "here", "parameters are written `$name` and declared in the header"))
+            Err(text.wrong(
+                text.range(span),
+                message,
+                "here",
+                "parameters are written `$name` and declared in the header",
+            ))
         }
     };
     used.0.into_iter().map(declared).collect()
@@ -356,7 +385,9 @@ fn literal(value: &ScalarValue) -> (Value, DataType) {
     match value {
         ScalarValue::Int64(v) => (number(v.map(|v| v.to_string())), DataType::BigInt(None)),
         // `{:?}` of a float reads back as the same float
-        ScalarValue::Float64(v) => (number(v.map(|v| format!("{v:?}"))), DataType::Double(ExactNumberInfo::None)),
+        ScalarValue::Float64(v) => {
+            (number(v.map(|v| format!("{v:?}"))), DataType::Double(ExactNumberInfo::None))
+        }
         ScalarValue::Utf8(v) => {
             (v.clone().map_or(Value::Null, Value::SingleQuotedString), DataType::Varchar(None))
         }

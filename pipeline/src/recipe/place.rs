@@ -5,7 +5,8 @@ use std::ops::{ControlFlow, Range};
 use datafusion::common::{Column, SchemaError, Span as PlanSpan};
 use datafusion::error::DataFusionError;
 use datafusion::sql::sqlparser::ast::{
-    Distinct, Expr, FunctionArguments, Query, Select, SelectItem, SetExpr, Spanned, Visit, Visitor, WindowType,
+    Distinct, Expr, FunctionArguments, Query, Select, SelectItem, SetExpr, Spanned, Visit, Visitor,
+    WindowType,
 };
 use datafusion::sql::sqlparser::tokenizer::{Location, Span};
 
@@ -153,8 +154,8 @@ impl<'a> Places<'a> {
     pub fn call(&self, names: &[&str], inside: Option<PlanSpan>) -> CallSite {
         let named = || self.calls.iter().filter(|call| names.contains(&call.name.as_str()));
         let inside = inside.map(tree_span);
-        let around =
-            named().filter(|call| inside.is_some_and(|at| call.whole.start <= at.start && at.end <= call.whole.end));
+        let around = named()
+            .filter(|call| inside.is_some_and(|at| call.whole.start <= at.start && at.end <= call.whole.end));
         // of calls within calls, the innermost begins last
         let call = around.max_by_key(|call| call.whole.start).or_else(|| named().next());
         CallSite {
@@ -198,7 +199,12 @@ impl<'a> Places<'a> {
         }
         if plain.contains("Cannot run range queries on datatype") {
             let cure = "write the frame out: `over (… order by doc_id rows between unbounded preceding and current row)`";
-            return self.text.wrong(span, "a window ordered by doc_id alone needs a frame of ROWS", "here", cure);
+            return self.text.wrong(
+                span,
+                "a window ordered by doc_id alone needs a frame of ROWS",
+                "here",
+                cure,
+            );
         }
         let message = diagnostic.map_or(plain, |d| d.message.clone());
         let notes = diagnostic.into_iter().flat_map(|d| {
@@ -208,7 +214,9 @@ impl<'a> Places<'a> {
         let advice = notes.map(|(advice, span)| match span.and_then(range) {
             Some(place) => format!("`{}` {advice}", &self.text.text[place]),
             // it would be refused
-            None if advice.contains("ANY_VALUE") => "add it to GROUP BY, or take its min(…) or max(…)".to_owned(),
+            None if advice.contains("ANY_VALUE") => {
+                "add it to GROUP BY, or take its min(…) or max(…)".to_owned()
+            }
             None => advice.clone(),
         });
         self.text.wrong(span, message, "here", advice.collect::<Vec<_>>().join("; "))

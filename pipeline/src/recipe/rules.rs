@@ -59,16 +59,24 @@ struct Syntax<'a> {
 }
 
 impl Syntax<'_> {
-    fn refuse(&self, at: &impl Spanned, message: impl Into<String>, label: &str, cure: impl Into<String>) -> ControlFlow<Box<Error>> {
+    fn refuse(
+        &self,
+        at: &impl Spanned,
+        message: impl Into<String>,
+        label: &str,
+        cure: impl Into<String>,
+    ) -> ControlFlow<Box<Error>> {
         ControlFlow::Break(Box::new(self.text.wrong(self.text.range(at.span()), message, label, cure)))
     }
 
     fn table(&self, name: &ObjectName) -> ControlFlow<Box<Error>> {
         let parts: Vec<_> = name.0.iter().filter_map(|part| part.as_ident()).collect();
         let written = parts.iter().map(|part| part.value.as_str()).collect::<Vec<_>>().join(".");
-        let is_file = parts.iter().any(|part| part.quote_style == Some('\'') || part.value.contains(['/', '.', '*']));
+        let is_file =
+            parts.iter().any(|part| part.quote_style == Some('\'') || part.value.contains(['/', '.', '*']));
         let suffix = parts.last().map(|part| part.value.to_lowercase()).unwrap_or_default();
-        let is_file = is_file || (parts.len() > 1 && ["parquet", "csv", "json", "jsonl", "arrow"].contains(&suffix.as_str()));
+        let is_file = is_file
+            || (parts.len() > 1 && ["parquet", "csv", "json", "jsonl", "arrow"].contains(&suffix.as_str()));
         if is_file {
             let cure = "everything about a mixture is in its recipe: it reads documents, domains and shares; \
                  a small table of your own can be written as `(values ('Book', 2.0), …) as weights(domain, weight)`";
@@ -84,8 +92,13 @@ impl Syntax<'_> {
         }
         let last = parts.last().map(|part| part.value.as_str()).unwrap_or_default();
         let like = nearest(last, known()).map_or("a".to_owned(), |like| format!("did you mean `{like}`? A"));
-        let steps: Vec<&str> = self.steps.iter().map(String::as_str).filter(|step| !TABLES.contains(step)).collect();
-        let steps = if steps.is_empty() { String::new() } else { format!(", and its own steps: {}", steps.join(", ")) };
+        let steps: Vec<&str> =
+            self.steps.iter().map(String::as_str).filter(|step| !TABLES.contains(step)).collect();
+        let steps = if steps.is_empty() {
+            String::new()
+        } else {
+            format!(", and its own steps: {}", steps.join(", "))
+        };
         let cure = format!("{like} recipe reads {}{steps}", TABLES.join(", "));
         self.refuse(name, format!("there is no table `{written}`"), "not a table", cure)
     }
@@ -95,7 +108,10 @@ impl Syntax<'_> {
         if TABLE_FUNCTIONS.contains(&written.as_str()) {
             return ControlFlow::Continue(());
         }
-        let cure = format!("a recipe reads documents, domains and shares; it may also select from {}", TABLE_FUNCTIONS.join(", "));
+        let cure = format!(
+            "a recipe reads documents, domains and shares; it may also select from {}",
+            TABLE_FUNCTIONS.join(", ")
+        );
         self.refuse(name, format!("a recipe cannot read from `{written}(…)`"), "this function", cure)
     }
 }
@@ -104,12 +120,15 @@ impl Visitor for Syntax<'_> {
     type Break = Box<Error>;
 
     fn pre_visit_table_factor(&mut self, table: &TableFactor) -> ControlFlow<Box<Error>> {
-        const SAMPLE: &str = "keep a share of documents by their hash: `where unit_hash($seed, doc_id, 0) < 0.1`";
+        const SAMPLE: &str =
+            "keep a share of documents by their hash: `where unit_hash($seed, doc_id, 0) < 0.1`";
         match table {
             TableFactor::Table { sample: Some(_), .. } | TableFactor::Derived { sample: Some(_), .. } => {
                 self.refuse(table, "TABLESAMPLE takes other rows on every run", "a sample of this", SAMPLE)
             }
-            TableFactor::Table { name, args: Some(_), .. } | TableFactor::Function { name, .. } => self.table_function(name),
+            TableFactor::Table { name, args: Some(_), .. } | TableFactor::Function { name, .. } => {
+                self.table_function(name)
+            }
             TableFactor::Table { name, .. } => self.table(name),
             _ => ControlFlow::Continue(()),
         }
@@ -136,7 +155,12 @@ impl Visitor for Syntax<'_> {
 
     fn pre_visit_select(&mut self, select: &Select) -> ControlFlow<Box<Error>> {
         match &select.into {
-            Some(into) => self.refuse(&into.name, "a recipe writes no tables", "written here", "leave INTO out: the rows of the SELECT are the result"),
+            Some(into) => self.refuse(
+                &into.name,
+                "a recipe writes no tables",
+                "written here",
+                "leave INTO out: the rows of the SELECT are the result",
+            ),
             None => ControlFlow::Continue(()),
         }
     }
@@ -159,7 +183,10 @@ pub fn check_plan(text: &Text, places: &Places<'_>, plan: &LogicalPlan) -> Resul
         Ok(TreeNodeRecursion::Continue)
     });
     walked.map_err(|e| places.unplanned(&e))?;
-    let first = walk.refusals.into_iter().min_by_key(|refusal| refusal.place.as_ref().map_or(usize::MAX, |at| at.start));
+    let first = walk
+        .refusals
+        .into_iter()
+        .min_by_key(|refusal| refusal.place.as_ref().map_or(usize::MAX, |at| at.start));
     match first {
         None => Ok(()),
         Some(Refusal { place, message, label, cure }) => Err(text.wrong(place, message, label, cure)),
@@ -204,7 +231,13 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn refuse(&mut self, place: Option<Range<usize>>, message: impl Into<String>, label: &'static str, cure: impl Into<String>) {
+    fn refuse(
+        &mut self,
+        place: Option<Range<usize>>,
+        message: impl Into<String>,
+        label: &'static str,
+        cure: impl Into<String>,
+    ) {
         self.refusals.push(Refusal { place, message: message.into(), label, cure: cure.into() });
     }
 
@@ -216,11 +249,15 @@ impl Walk<'_> {
                 format!("`{name}` gives something else on every run"),
                 "`unit_hash($seed, doc_id, start)` is a number in [0, 1) that depends on nothing but its arguments",
             ),
-            "log" | "acos" | "acosh" | "asin" | "asinh" | "atan" | "atan2" | "atanh" | "cbrt" | "cos" | "cosh" | "cot"
-            | "sin" | "sinh" | "tan" | "tanh" => (
-                format!("`{name}` comes from the machine's math library: its last bits differ between machines"),
+            "log" | "acos" | "acosh" | "asin" | "asinh" | "atan" | "atan2" | "atanh" | "cbrt" | "cos"
+            | "cosh" | "cot" | "sin" | "sinh" | "tan" | "tanh" => (
+                format!(
+                    "`{name}` comes from the machine's math library: its last bits differ between machines"
+                ),
                 match name {
-                    "log" => "write ln(x), log2(x), log10(x), or ln(x) / ln(base): those are the same everywhere",
+                    "log" => {
+                        "write ln(x), log2(x), log10(x), or ln(x) / ln(base): those are the same everywhere"
+                    }
                     "cbrt" => "write power(x, 1.0 / 3): power is the same everywhere",
                     _ => "power, sqrt, exp, ln, log2 and log10 are the same everywhere",
                 },
@@ -251,20 +288,27 @@ impl Walk<'_> {
 
     fn window(&mut self, call: &WindowFunction, schema: &DFSchema) {
         let params = &call.params;
-        let keys = || params.partition_by.iter().chain(params.order_by.iter().map(|sort: &SortExpr| &sort.expr));
+        let keys =
+            || params.partition_by.iter().chain(params.order_by.iter().map(|sort: &SortExpr| &sort.expr));
         let names = match &call.fun {
-            WindowFunctionDefinition::AggregateUDF(function) => all_names(function.name(), function.aliases()),
+            WindowFunctionDefinition::AggregateUDF(function) => {
+                all_names(function.name(), function.aliases())
+            }
             WindowFunctionDefinition::WindowUDF(function) => all_names(function.name(), function.aliases()),
         };
         let columns: Vec<Expr> = params.args.iter().chain(keys()).cloned().collect();
         let site = self.places.call(&names, first_place(&columns));
         let of_ties = |missing: Vec<String>| {
-            (format!("{}({}) depends on the order of rows that tie", names[0], site.argument), order_cure(&missing))
+            (
+                format!("{}({}) depends on the order of rows that tie", names[0], site.argument),
+                order_cure(&missing),
+            )
         };
         let refused = match &call.fun {
             WindowFunctionDefinition::AggregateUDF(function) => {
-                adding(function, &params.args, &site.argument, keys(), schema)
-                    .or_else(|| ties(keys(), schema).filter(|_| splits_ties(&params.window_frame)).map(of_ties))
+                adding(function, &params.args, &site.argument, keys(), schema).or_else(|| {
+                    ties(keys(), schema).filter(|_| splits_ties(&params.window_frame)).map(of_ties)
+                })
             }
             // rows that tie get the same number
             WindowFunctionDefinition::WindowUDF(_)
@@ -285,7 +329,9 @@ impl Walk<'_> {
             match below {
                 LogicalPlan::Projection(projection) => below = &projection.input,
                 LogicalPlan::SubqueryAlias(alias) => below = &alias.input,
-                LogicalPlan::Sort(sort) => break ties(sort.expr.iter().map(|key| &key.expr), sort.input.schema()),
+                LogicalPlan::Sort(sort) => {
+                    break ties(sort.expr.iter().map(|key| &key.expr), sort.input.schema());
+                }
                 other => break ties([].into_iter(), other.schema()),
             }
         };
@@ -306,10 +352,11 @@ fn adding<'e>(
 ) -> Option<(String, String)> {
     let name = function.name();
     let of_type = args.first().and_then(|arg| arg.get_type(schema).ok());
-    let float_cure = format!("round it to an integer first: sum(cast(round({argument} * 4294967296) as decimal(38, 0)))");
+    let float_cure =
+        format!("round it to an integer first: sum(cast(round({argument} * 4294967296) as decimal(38, 0)))");
     match name {
-        "count" | "min" | "max" | "bool_and" | "bool_or" | "bit_and" | "bit_or" | "bit_xor" | "grouping" | "median"
-        | "percentile_cont" => None,
+        "count" | "min" | "max" | "bool_and" | "bool_or" | "bit_and" | "bit_or" | "bit_xor" | "grouping"
+        | "median" | "percentile_cont" => None,
         // without a type, the planner's own message is better
         "sum" => match of_type? {
             DataType::Decimal128(..) | DataType::Decimal256(..) => None,
@@ -326,7 +373,9 @@ fn adding<'e>(
             format!("avg({argument}) adds up floats: its last bits depend on the order of the rows"),
             match of_type? {
                 float if float.is_floating() => float_cure,
-                _ => format!("write cast(sum(cast({argument} as decimal(38, 0))) as double) / count({argument})"),
+                _ => format!(
+                    "write cast(sum(cast({argument} as decimal(38, 0))) as double) / count({argument})"
+                ),
             },
         )),
         "first_value" | "last_value" | "nth_value" | "array_agg" | "string_agg" => {
@@ -339,20 +388,32 @@ fn adding<'e>(
             let missing = ties(keys.into_iter(), schema)?;
             Some((format!("{name}({argument}) depends on the order of rows that tie"), order_cure(&missing)))
         }
-        "any_value" => Some((format!("any_value({argument}) may be another one on every run"), format!("write min({argument})"))),
-        "approx_distinct" => Some((format!("`{name}` depends on how rows are split"), format!("write count(distinct {argument})"))),
+        "any_value" => Some((
+            format!("any_value({argument}) may be another one on every run"),
+            format!("write min({argument})"),
+        )),
+        "approx_distinct" => Some((
+            format!("`{name}` depends on how rows are split"),
+            format!("write count(distinct {argument})"),
+        )),
         "approx_median" | "approx_percentile_cont" | "approx_percentile_cont_with_weight" => Some((
             format!("`{name}` depends on how rows are split"),
-            format!("median({argument}) and percentile_cont({argument}, 0.5) are exact; `domains` has p25, p50, p75, p90, p99"),
+            format!(
+                "median({argument}) and percentile_cont({argument}, 0.5) are exact; `domains` has p25, p50, p75, p90, p99"
+            ),
         )),
-        _ => Some((format!("`{name}` adds up floats: its last bits depend on the order of the rows"), float_cure)),
+        _ => Some((
+            format!("`{name}` adds up floats: its last bits depend on the order of the rows"),
+            float_cure,
+        )),
     }
 }
 
 /// The columns that ORDER BY lacks for a total order; `None` if it is one. A row of documents or spans is known by
 /// its doc_id and start, a row of domains by its domain, any other only by all of its columns.
 fn ties<'e>(keys: impl Iterator<Item = &'e Expr>, schema: &DFSchema) -> Option<Vec<String>> {
-    let keys: Vec<&str> = keys.filter_map(|key| key.try_as_col()).map(|column| column.name.as_str()).collect();
+    let keys: Vec<&str> =
+        keys.filter_map(|key| key.try_as_col()).map(|column| column.name.as_str()).collect();
     let has = |name: &str| schema.fields().iter().any(|field| field.name() == name);
     let all = || schema.fields().iter().map(|field| field.name().as_str()).collect::<Vec<_>>();
     let lacking = |wanted: &[&str]| -> Vec<String> {

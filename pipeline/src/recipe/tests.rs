@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use arrow::array::{
-    AsArray, FixedSizeBinaryArray, Float64Array, Int64Array, RecordBatch, StringArray,
-};
+use arrow::array::{AsArray, FixedSizeBinaryArray, Float64Array, Int64Array, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, SchemaRef};
 use datafusion::common::ScalarValue;
 use datafusion::datasource::MemTable;
@@ -127,7 +125,8 @@ impl Corpus {
             self.documents.iter().filter(|doc| doc.domain == d && which(doc)).count() as i64
         };
         let sum: f64 = there.iter().map(|d| self.all(*d)).sum();
-        let integers = |of: &dyn Fn(usize) -> i64| Arc::new(Int64Array::from_iter_values(there.iter().map(|d| of(*d))));
+        let integers =
+            |of: &dyn Fn(usize) -> i64| Arc::new(Int64Array::from_iter_values(there.iter().map(|d| of(*d))));
         let domains = RecordBatch::try_new(
             Arc::new(Schema::new(vec![
                 Field::new("domain", DataType::Utf8, false),
@@ -147,7 +146,10 @@ impl Corpus {
             ],
         );
         let shares = RecordBatch::try_from_iter([
-            ("domain", Arc::new(StringArray::from_iter_values((0..self.shares.len()).map(|d| name(&d)))) as _),
+            (
+                "domain",
+                Arc::new(StringArray::from_iter_values((0..self.shares.len()).map(|d| name(&d)))) as _,
+            ),
             ("share", Arc::new(Float64Array::from(self.shares.clone())) as _),
         ]);
         register_batch(session, "domains", domains.unwrap());
@@ -229,7 +231,8 @@ async fn rows(session: &SessionContext, plan: LogicalPlan) -> Vec<Row> {
     let batches = session.execute_logical_plan(plan).await.unwrap().collect().await.unwrap();
     let mut rows = Vec::new();
     for batch in batches {
-        let types: Vec<_> = batch.schema().fields().iter().map(|f| (f.name().clone(), f.data_type().clone())).collect();
+        let types: Vec<_> =
+            batch.schema().fields().iter().map(|f| (f.name().clone(), f.data_type().clone())).collect();
         assert_eq!(types, RESULT.map(|(name, t)| (name.to_owned(), t)));
         assert!(batch.columns().iter().all(|column| column.null_count() == 0), "a null in {batch:?}");
         for row in 0..batch.num_rows() {
@@ -251,14 +254,16 @@ fn corpora() -> impl Strategy<Value = Corpus> {
     let tokens = prop_oneof![1 => Just(0i64), 6 => 1..LONG + 2, 4 => LONG..260i64, 1 => 300..2000i64];
     let document = (0..4usize, tokens).prop_map(|(domain, tokens)| Document { domain, tokens });
     let parts = proptest::collection::vec(0..5u32, 4);
-    (proptest::collection::vec(document, 1..60), parts, 1..40_000i64).prop_map(|(documents, parts, budget)| {
-        let sum = parts.iter().sum::<u32>().max(1) as f64;
-        let mut shares: Vec<f64> = parts.iter().map(|part| *part as f64 / sum).collect();
-        if shares.iter().all(|share| *share == 0.0) {
-            shares = vec![0.25; 4];
-        }
-        Corpus { documents, shares, budget }
-    })
+    (proptest::collection::vec(document, 1..60), parts, 1..40_000i64).prop_map(
+        |(documents, parts, budget)| {
+            let sum = parts.iter().sum::<u32>().max(1) as f64;
+            let mut shares: Vec<f64> = parts.iter().map(|part| *part as f64 / sum).collect();
+            if shares.iter().all(|share| *share == 0.0) {
+                shares = vec![0.25; 4];
+            }
+            Corpus { documents, shares, budget }
+        },
+    )
 }
 
 /// Runs a recipe on a corpus, and compares every row with what `copies` and `strata` say of its document. What a
@@ -281,14 +286,19 @@ fn check(
         }
         let mut start = 0;
         while start < document.tokens {
-            let row = found.next().ok_or_else(|| TestCaseError::fail(format!("no span {start} of {i} {document:?}")))?;
+            let row = found
+                .next()
+                .ok_or_else(|| TestCaseError::fail(format!("no span {start} of {i} {document:?}")))?;
             let stop = document.tokens.min(start + span);
             prop_assert_eq!((row.doc_id, row.start, row.stop), (corpus.id(i).to_vec(), start, stop));
             prop_assert_eq!(row.stratum.as_str(), stratum(document));
             let expected = copies(document);
             prop_assert!(
                 (row.copies - expected).abs() <= 1e-6 * expected.max(1e-9),
-                "{} copies of {:?}, not {}", row.copies, document, expected
+                "{} copies of {:?}, not {}",
+                row.copies,
+                document,
+                expected
             );
             drawn += row.copies * (row.stop - row.start) as f64;
             start = stop;
@@ -378,9 +388,10 @@ proptest! {
         if !(raised > 1.0 && long > 0.0) {
             raised = 1.0;
         }
-        let copies = |d: &Document| original(d.domain) * match is_long(d) {
-            true => raised,
-            false => (all - raised * long) / (all - long),
+        let copies = |d: &Document| match (original(d.domain), is_long(d)) {
+            (0.0, _) => 0.0,
+            (copies, true) => copies * raised,
+            (copies, false) => copies * (all - raised * long) / (all - long),
         };
         check(&corpus, "global", &[("long_share", long_share.into())], SPAN, copies, long_or_short)?;
     }
@@ -457,7 +468,11 @@ async fn copies_are_the_same_to_the_last_bit_in_any_number_of_partitions() {
         let one = corpus.rows(&recipe(name), &required(name), 1).await;
         assert!(one.len() >= 2900, "{name}: {} rows", one.len());
         for partitions in [2, 7] {
-            assert_eq!(one, corpus.rows(&recipe(name), &required(name), partitions).await, "{name} {partitions}");
+            assert_eq!(
+                one,
+                corpus.rows(&recipe(name), &required(name), partitions).await,
+                "{name} {partitions}"
+            );
         }
     }
 }
@@ -471,8 +486,15 @@ async fn a_sorted_scan_stays_sorted_through_every_recipe() {
     for (file, from) in (0..batch.num_rows()).step_by(1300).enumerate() {
         let part = batch.slice(from, 1300.min(batch.num_rows() - from));
         let path = folder.path().join(format!("catalog-{file:05}.parquet"));
-        let properties = parquet::file::properties::WriterProperties::builder().set_max_row_group_row_count(Some(200)).build();
-        let mut writer = parquet::arrow::ArrowWriter::try_new(std::fs::File::create(path).unwrap(), part.schema(), Some(properties)).unwrap();
+        let properties = parquet::file::properties::WriterProperties::builder()
+            .set_max_row_group_row_count(Some(200))
+            .build();
+        let mut writer = parquet::arrow::ArrowWriter::try_new(
+            std::fs::File::create(path).unwrap(),
+            part.schema(),
+            Some(properties),
+        )
+        .unwrap();
         writer.write(&part).unwrap();
         writer.close().unwrap();
     }
@@ -484,12 +506,19 @@ async fn a_sorted_scan_stays_sorted_through_every_recipe() {
                 .with_file_extension("parquet")
                 .with_file_sort_order(vec![vec![col("doc_id").sort(true, false)]]);
             let url = folder.path().to_str().unwrap();
-            session.register_listing_table("documents", url, options, Some(documents_schema()), None).await.unwrap();
+            session
+                .register_listing_table("documents", url, options, Some(documents_schema()), None)
+                .await
+                .unwrap();
             corpus.register_domains(&session);
             let given = required(name).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
             let bound = shown_error(recipe(name).bind(&corpus.builtin(), &given));
             let plan = shown_error(bound.plan(&session).await);
-            let sorted = LogicalPlanBuilder::from(plan).sort([col("doc_id").sort(true, false)]).unwrap().build().unwrap();
+            let sorted = LogicalPlanBuilder::from(plan)
+                .sort([col("doc_id").sort(true, false)])
+                .unwrap()
+                .build()
+                .unwrap();
             let frame = session.execute_logical_plan(sorted).await.unwrap();
             let physical = frame.clone().create_physical_plan().await.unwrap();
             let text = displayable(physical.as_ref()).indent(false).to_string();
@@ -521,17 +550,22 @@ fn a_recipe_says_what_it_is() {
         assert!(recipe.parameters.iter().all(|p| !p.description.is_empty()));
     }
     let per_source = recipe("per_source");
-    let names: Vec<_> = per_source.parameters.iter().map(|p| (p.name.as_str(), p.kind, p.default.clone())).collect();
+    let names: Vec<_> =
+        per_source.parameters.iter().map(|p| (p.name.as_str(), p.kind, p.default.clone())).collect();
     assert_eq!(
         names,
-        [("long_share", Kind::Double, Some(0.7.into())), ("short_keep", Kind::Double, Some(ScalarValue::Float64(None)))]
+        [
+            ("long_share", Kind::Double, Some(0.7.into())),
+            ("short_keep", Kind::Double, Some(ScalarValue::Float64(None)))
+        ]
     );
 }
 
 #[test]
 fn white_space_comments_and_defaults_are_not_in_the_canonical_form() {
     let text = RECIPES[2].1;
-    let other = text.replace("= 0.70", "= 0.55").replace(",\n", ", -- a comment\n\n   ").replace("select", "SELECT");
+    let other =
+        text.replace("= 0.70", "= 0.55").replace(",\n", ", -- a comment\n\n   ").replace("select", "SELECT");
     let (one, other) = (recipe("per_source"), shown_error(Recipe::parse("r.sql", &other)));
     assert_eq!(one.canonical(), other.canonical());
     let other = text.replace("least(start + $max_span, tokens)", "least(start + $max_span, tokens - 1)");
@@ -674,8 +708,17 @@ async fn sums_do_not_depend_on_order_and_do_not_wrap() {
 
 #[tokio::test]
 async fn functions_that_differ_between_runs_and_machines() {
-    let calls =
-        ["random()", "uuid()", "now()", "current_date", "version()", "sin(tokens)", "log(2, tokens)", "cbrt(tokens)", "log(tokens)"];
+    let calls = [
+        "random()",
+        "uuid()",
+        "now()",
+        "current_date",
+        "version()",
+        "sin(tokens)",
+        "log(2, tokens)",
+        "cbrt(tokens)",
+        "log(tokens)",
+    ];
     let in_subquery = "-- Mine.\nselect doc_id from documents\nwhere tokens > (\n    select max(tokens) * random() from documents\n)";
     insta::assert_snapshot!(messages_of(calls.map(step).into_iter().chain([in_subquery.to_owned()])).await);
 }
@@ -690,7 +733,11 @@ async fn order_is_total_where_it_matters() {
         "first_value(tokens) over (partition by domain order by bytes)",
         "sum(cast(tokens as decimal(38, 0))) over (order by tokens rows between unbounded preceding and current row)",
     ];
-    let aggregates = ["first_value(tokens order by bytes)", "array_agg(tokens)", "string_agg(origin, ',' order by tokens)"];
+    let aggregates = [
+        "first_value(tokens order by bytes)",
+        "array_agg(tokens)",
+        "string_agg(origin, ',' order by tokens)",
+    ];
     let others = [
         "select * from documents order by tokens limit 10",
         "select * from documents offset 10",
@@ -698,7 +745,8 @@ async fn order_is_total_where_it_matters() {
         "with spans as (select doc_id, unnest(range(0, tokens, 5)) as start from documents)\nselect * from spans order by doc_id limit 3",
         "with top as (select * from domains order by tokens limit 3)\nselect * from top",
     ];
-    let texts = windows.map(step).into_iter().chain(aggregates.map(by_domain)).chain(others.map(str::to_owned));
+    let texts =
+        windows.map(step).into_iter().chain(aggregates.map(by_domain)).chain(others.map(str::to_owned));
     insta::assert_snapshot!(messages_of(texts).await);
 }
 
@@ -795,7 +843,7 @@ async fn what_is_allowed() {
         "row_number() over (order by tokens, doc_id)",
         "sum(cast(tokens as decimal(38, 0))) over (partition by domain order by tokens)",
         "sum(cast(tokens as decimal(38, 0))) over (order by tokens, doc_id rows unbounded preceding)",
-        "lag(tokens) over (order by doc_id rows between unbounded preceding and current row)",
+        "coalesce(lag(tokens) over (order by doc_id rows between unbounded preceding and current row), 0)",
         "unit_hash($seed, doc_id, 0)",
         "power(tokens, 0.5) + ln(2.0) + sqrt(tokens) + exp(0)",
     ] {

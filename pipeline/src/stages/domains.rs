@@ -41,8 +41,8 @@ pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {
 
         let shares = match named {
             Some(named) => {
-                let names = StringArray::from_iter_values(named.iter().map(|(domain, _)| domain));
-                let shares = Float64Array::from_iter_values(named.iter().map(|(_, share)| *share));
+                let names = StringArray::from_iter_values(named.keys());
+                let shares = Float64Array::from_iter_values(named.values().copied());
                 let batch = RecordBatch::try_new(tables::shares(), vec![Arc::new(names), Arc::new(shares)]);
                 let rows = futures::stream::iter([batch.map_err(Into::into)]);
                 write_table(&draft.folder, "shares", tables::shares(), rows).await?

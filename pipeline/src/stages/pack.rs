@@ -76,8 +76,8 @@ impl Scattered {
             let file = files.get(&range.part).ok_or_else(|| lacking(range.part))?;
             let bytes = |tokens: i64| tokens as u64 * width as u64;
             let begin = bytes(range.begin);
-            let read = folder.join(&file.name).read_ranges(&[begin..begin + bytes(range.tokens)]).await?;
-            Ok::<_, Error>((range.part, read.into_iter().next().unwrap_or_default()))
+            let read = folder.join(&file.name).read_range(begin..begin + bytes(range.tokens)).await?;
+            Ok::<_, Error>((range.part, read))
         });
         let parts = futures::stream::iter(reads).buffer_unordered(16).try_collect().await?;
         Ok(Self { parts, width })
@@ -149,7 +149,7 @@ pub async fn pack_file(
                 ended.label = piece.first().copied();
                 continue;
             }
-            if at % size == 0 {
+            if at.is_multiple_of(size) {
                 sequences.push(Filling::default());
             }
             let sequence_at = at - (sequences.len().max(1) - 1) * size;
@@ -330,10 +330,10 @@ pub async fn obtain(
                 }
             };
             let own: Vec<Range> = waiting.drain(..complete).map(|(_, range)| range).collect();
-            if jobs.len() >= run.engine.partitions {
-                if let Some(done) = jobs.next().await {
-                    output.merge(done?);
-                }
+            if jobs.len() >= run.engine.partitions
+                && let Some(done) = jobs.next().await
+            {
+                output.merge(done?);
             }
             run.check_stop()?;
             let prefix = format!("plan-{next:05}-");

@@ -154,7 +154,8 @@ impl Planner {
         std::mem::take(&mut self.open)
     }
 
-    pub fn next(&mut self) -> Option<Sequence> {
+    /// The next sequence that is ready.
+    pub fn pop(&mut self) -> Option<Sequence> {
         self.ready.pop_front()
     }
 
@@ -240,14 +241,14 @@ pub async fn plan(
                 bos: layout.bos && start == 0,
                 eos: layout.eos && stop == tokens,
             });
-            while let Some(sequence) = planner.next() {
+            while let Some(sequence) = planner.pop() {
                 writer.write(&sequence).await?;
             }
         }
         seen(batch.num_rows() as u64);
     }
     let dropped = planner.finish();
-    while let Some(sequence) = planner.next() {
+    while let Some(sequence) = planner.pop() {
         writer.write(&sequence).await?;
     }
     for fragment in &dropped {
@@ -531,10 +532,10 @@ pub async fn obtain(
         let mut jobs = futures::stream::FuturesUnordered::new();
         Wanted::gather(rows, async |wanted| {
             ranges.write(wanted.ranges_batch()).await?;
-            if jobs.len() >= run.engine.partitions {
-                if let Some(done) = jobs.next().await {
-                    output.merge(done?);
-                }
+            if jobs.len() >= run.engine.partitions
+                && let Some(done) = jobs.next().await
+            {
+                output.merge(done?);
             }
             run.check_stop()?;
             let bar = bar.clone();
@@ -634,10 +635,10 @@ mod tests {
         let mut sequences = vec![];
         for fragment in input {
             planner.push(fragment.clone());
-            sequences.extend(std::iter::from_fn(|| planner.next()));
+            sequences.extend(std::iter::from_fn(|| planner.pop()));
         }
         let rest = planner.finish();
-        sequences.extend(std::iter::from_fn(|| planner.next()));
+        sequences.extend(std::iter::from_fn(|| planner.pop()));
         (sequences, rest)
     }
 

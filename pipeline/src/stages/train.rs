@@ -72,7 +72,13 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
             let bar = run.progress.stage("train", steps);
             let stop = run.stop.clone();
             let mut on_step = |step: &Metrics| {
-                bar.say(step.step, format!("step {} of {steps}, loss {:.3}, {:.0} tokens/s", step.step, step.loss, step.tokens_per_second));
+                bar.say(
+                    step.step,
+                    format!(
+                        "step {} of {steps}, loss {:.3}, {:.0} tokens/s",
+                        step.step, step.loss, step.tokens_per_second
+                    ),
+                );
                 match stop.load(std::sync::atomic::Ordering::Relaxed) {
                     true => Err(lengthwise_model::Error::Stopped(step.step)),
                     false => Ok(()),
