@@ -28,29 +28,32 @@ domains as (
     group by documents.domain
 ),
 
+-- of each kind of document: the shares of all domains that have some
 parts as (
     select
-        sum(cast(share as decimal(38, 0))) filter (where long_tokens > 0) as long_share,
-        sum(cast(share as decimal(38, 0))) filter (where short_tokens > 0) as short_share
+        domain,
+        cast(share as double) as share,
+        cast(long_tokens as double) as long_tokens,
+        cast(short_tokens as double) as short_tokens,
+        cast(sum(case when long_tokens > 0 then cast(share as decimal(38, 0)) end) over () as double) as all_long,
+        cast(sum(case when short_tokens > 0 then cast(share as decimal(38, 0)) end) over () as double) as all_short
     from domains
 ),
 
 budgets as (
     select
-        cast(long_share as double) as long_share,
-        cast(short_share as double) as short_share,
-        $budget * case when coalesce(short_share, 0) = 0 then 1.0 else $long_share end as long_budget,
-        $budget * case when coalesce(long_share, 0) = 0 then 1.0 else 1.0 - $long_share end as short_budget
+        *,
+        $budget * case when all_short is null then 1.0 else $long_share end as long_budget,
+        $budget * case when all_long is null then 1.0 else 1.0 - $long_share end as short_budget
     from parts
 ),
 
 weights as (
     select
-        domains.domain,
-        budgets.long_budget * domains.share / budgets.long_share / cast(domains.long_tokens as double) as long_copies,
-        budgets.short_budget * domains.share / budgets.short_share / cast(domains.short_tokens as double) as short_copies
-    from domains
-    cross join budgets
+        domain,
+        long_budget * share / all_long / long_tokens as long_copies,
+        short_budget * share / all_short / short_tokens as short_copies
+    from budgets
 ),
 
 spans as (

@@ -182,7 +182,9 @@ impl Bound {
         options.parse_float_as_decimal = false;
         options.enable_ident_normalization = true;
 
-        let places = Places::of(&self.text, &self.query);
+        let functions = state.scalar_functions().keys().chain(state.aggregate_functions().keys());
+        let functions = functions.chain(state.window_functions().keys()).cloned().collect();
+        let places = Places::of(&self.text, &self.query, functions);
         let mut query = self.query.clone();
         let _ = VisitMut::visit(&mut query, &mut Literals(&self.values));
         let statement = Statement::Query(query);

@@ -138,14 +138,16 @@ pub struct CallSite {
 pub struct Places<'a> {
     text: &'a Text,
     query: &'a Query,
+    /// The names of all functions there are.
+    functions: Vec<String>,
     calls: Vec<Call>,
     limits: Vec<Span>,
     distinct_on: Vec<Span>,
 }
 
 impl<'a> Places<'a> {
-    pub fn of(text: &'a Text, query: &'a Query) -> Self {
-        let mut places = Self { text, query, calls: vec![], limits: vec![], distinct_on: vec![] };
+    pub fn of(text: &'a Text, query: &'a Query, functions: Vec<String>) -> Self {
+        let mut places = Self { text, query, functions, calls: vec![], limits: vec![], distinct_on: vec![] };
         let _ = query.visit(&mut places);
         places
     }
@@ -193,8 +195,10 @@ impl<'a> Places<'a> {
             return self.text.wrong(place, message, "here", format!("it can be called as {candidates}"));
         }
         if let Some((_, name)) = plain.split_once("Invalid function '") {
-            let (name, like) = name.split_once("'.\nDid you mean '").unwrap_or((name, ""));
-            let cure = format!("did you mean `{}`?", like.trim_end_matches("'?"));
+            let name = name.split('\'').next().unwrap_or_default();
+            // DataFusion suggests another one on every run
+            let like = nearest(name, self.functions.iter().map(String::as_str));
+            let cure = like.map(|like| format!("did you mean `{like}`?")).unwrap_or_default();
             return self.text.wrong(span, format!("there is no function `{name}`"), "not a function", cure);
         }
         if plain.contains("Cannot run range queries on datatype") {

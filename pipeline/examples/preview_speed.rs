@@ -1,13 +1,13 @@
-//! Streams a recipe's rows over a catalog of `synthetic_catalog`, sorted by doc_id, and counts them.
+//! What `lengthwise preview` does, over a catalog of `synthetic_catalog`: statistics of domains, the recipe, its sums.
 //!
-//!     cargo run --release --example recipe_speed -- sql/mixtures/per_source.sql /tmp/catalog 2 [name=text …]
+//!     cargo run --release --example preview_speed -- sql/mixtures/per_source.sql /tmp/catalog 2 [name=text …]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow::array::AsArray;
-use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema};
+use arrow::array::{Array, AsArray};
+use arrow::datatypes::{DataType, Field, Schema};
 use datafusion::common::ScalarValue;
 use datafusion::datasource::MemTable;
 use datafusion::datasource::file_format::parquet::ParquetFormat;
@@ -16,7 +16,9 @@ use datafusion::logical_expr::LogicalPlanBuilder;
 use datafusion::physical_plan::{displayable, execute_stream};
 use datafusion::prelude::{SessionConfig, SessionContext, col};
 use futures::TryStreamExt;
+use lengthwise::engine::query;
 use lengthwise::recipe::Recipe;
+use lengthwise::stages::mixture::{Sums, Weaver};
 
 const DOMAINS: &str = "
     select
@@ -31,7 +33,7 @@ const DOMAINS: &str = "
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [file, folder, partitions, given @ ..] = arguments.as_slice() else {
-        eprintln!("usage: recipe_speed RECIPE.sql DIR PARTITIONS [name=text …]");
+        eprintln!("usage: preview_speed RECIPE.sql DIR PARTITIONS [name=text …]");
         std::process::exit(2);
     };
     let mut config = SessionConfig::new().with_target_partitions(partitions.parse()?).with_batch_size(4096);
@@ -83,22 +85,25 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::var_os("EXPLAIN").is_some() {
         eprintln!("{}", displayable(physical.as_ref()).indent(false));
     }
-    let mut stream = execute_stream(physical, session.task_ctx())?;
-    let (mut rows, mut tokens, mut last) = (0u64, 0.0, vec![]);
-    while let Some(batch) = stream.try_next().await? {
-        rows += batch.num_rows() as u64;
-        let (starts, stops) =
-            (batch.column(1).as_primitive::<Int64Type>(), batch.column(2).as_primitive::<Int64Type>());
-        let copies = batch.column(3).as_primitive::<Float64Type>();
-        tokens += (0..batch.num_rows())
-            .map(|i| copies.value(i) * (stops.value(i) - starts.value(i)) as f64)
-            .sum::<f64>();
-        let ids = batch.column(0).as_fixed_size_binary();
-        assert!(last.as_slice() <= ids.value(0), "not sorted by doc_id");
-        last = ids.value(ids.len() - 1).to_vec();
-    }
+    // the preview's own work: woven with the catalog, checked row by row, summed by stratum and length
+    let rows = execute_stream(physical, session.task_ctx())?.map_err(|e| query("the recipe", e));
+    let documents = "select doc_id, domain, tokens from documents order by doc_id";
+    let documents =
+        session.sql(documents).await?.execute_stream().await?.map_err(|e| query("the catalog", e));
+    let mut weaver = Weaver::new(file, Box::pin(rows), Box::pin(documents));
+    let mut sums = Sums::new(4096, 4);
+    while weaver
+        .step(&mut |span| {
+            sums.add(&span);
+            Ok(())
+        })
+        .await?
+    {}
+    let asked = sums.asked();
     println!(
-        "{file}: {rows} spans, {tokens:.1} tokens, {:.1} s, peak {} MB",
+        "{file}: {} spans, {} tokens, {:.1} s, peak {} MB",
+        asked.strata.iter().map(|stratum| stratum.spans).sum::<u64>(),
+        asked.strata.iter().map(|stratum| stratum.budget).sum::<u64>(),
         begin.elapsed().as_secs_f64(),
         peak_megabytes()
     );

@@ -1,0 +1,171 @@
+//! A folder with a small corpus, a conf, and the program to run in it.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_lengthwise-under-test");
+
+/// A recipe of this repository.
+pub fn recipe(name: &str) -> String {
+    format!("{}/../sql/mixtures/{name}.sql", env!("CARGO_MANIFEST_DIR"))
+}
+
+pub type Row = (String, String);
+
+/// Documents of three domains with heavy-tailed lengths: (domain, text).
+pub fn corpus(seed: u64, documents: usize) -> Vec<Row> {
+    const WORDS: [&str; 24] = [
+        "the", "sea", "was", "calm", "and", "wide", "fn", "main", "let", "x", "=", "1;", "Theorem", "holds",
+        "for", "all", "primes", "über", "naïve", "日本", "run", "again", "until", "dawn.\n",
+    ];
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) + 1;
+    let mut next = move |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    let mut rows = vec![];
+    for i in 0..documents {
+        let domain = ["book", "code", "web"][next(3) as usize];
+        let scale = 1 << next(if domain == "web" { 5 } else { 8 });
+        let words = 8 + next(12 * scale);
+        let text: Vec<&str> = (0..words).map(|_| WORDS[next(24) as usize]).collect();
+        rows.push((domain.to_owned(), format!("{i} {}", text.join(" "))));
+    }
+    rows
+}
+
+pub struct Bench {
+    pub dir: tempfile::TempDir,
+}
+
+/// What the program said.
+#[derive(Debug)]
+pub struct Said {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Bench {
+    /// An empty folder.
+    pub fn empty() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    /// A folder with a corpus in `in/` and a conf.
+    pub fn new(seed: u64) -> Self {
+        let bench = Self::empty();
+        bench.jsonl("in/a.jsonl", &corpus(seed, 240));
+        bench.conf("in/*", "jsonl", "");
+        bench
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    /// Writes rows as JSONL; compressed as the name says.
+    pub fn jsonl(&self, name: &str, rows: &[Row]) {
+        let lines: Vec<String> = rows
+            .iter()
+            .map(|(domain, text)| json!({ "meta": { "set": domain }, "text": text }).to_string())
+            .collect();
+        let text = lines.join("\n") + "\n";
+        let bytes = match name.rsplit('.').next() {
+            Some("gz") => {
+                let mut encoder = flate2::write::GzEncoder::new(vec![], flate2::Compression::fast());
+                encoder.write_all(text.as_bytes()).unwrap();
+                encoder.finish().unwrap()
+            }
+            Some("zst") => zstd::encode_all(text.as_bytes(), 1).unwrap(),
+            _ => text.into_bytes(),
+        };
+        self.write(name, bytes);
+    }
+
+    /// Writes `conf.toml` over the files of `url`; `more` are further lines of `[mixture]`.
+    pub fn conf(&self, url: &str, format: &str, more: &str) {
+        let recipe = recipe("per_source");
+        self.write(
+            "conf.toml",
+            format!(
+                "[run]\nname = \"t\"\nseed = 7\noutput = \"out\"\n\
+                 [[source]]\nname = \"in\"\nurl = \"{url}\"\nformat = \"{format}\"\ndomain = \"meta.set\"\n\
+                 [tokenizer]\ntrain = {{ vocab = 400 }}\n\
+                 [pack]\nsequence_tokens = 256\nsequences_per_file = 48\nsequences_per_row_group = 8\n\
+                 [mixture]\nrecipe = \"{recipe}\"\nbudget = \"40K\"\nlong_tokens = 512\nmax_span = 2048\nholdout = 0.05\n{more}\n"
+            ),
+        );
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.current_dir(self.dir.path()).args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    pub fn say(&self, arguments: &[&str]) -> Said {
+        said(self.command(arguments).output().unwrap())
+    }
+
+    /// Runs `conf.toml` to the end and returns the run's directory.
+    pub fn run(&self, more: &[&str]) -> PathBuf {
+        let mut arguments = vec!["run", "conf.toml"];
+        arguments.extend(more);
+        let said = self.say(&arguments);
+        assert_eq!(said.code, 0, "{}", said.err);
+        PathBuf::from(said.out.lines().last().unwrap())
+    }
+
+    /// `lengthwise sql … --json`
+    pub fn sql(&self, query: &str) -> Vec<Value> {
+        let said = self.say(&["sql", "conf.toml", query, "--json"]);
+        assert_eq!(said.code, 0, "{}", said.err);
+        said.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+pub fn said(output: Output) -> Said {
+    Said {
+        code: output.status.code().unwrap_or(-1),
+        out: String::from_utf8_lossy(&output.stdout).into_owned(),
+        err: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// The packed files of a run, by name.
+pub fn packed(run: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for folder in ["data", "heldout"] {
+        for entry in std::fs::read_dir(run.join(folder)).into_iter().flatten() {
+            let entry = entry.unwrap();
+            files.insert(
+                format!("{folder}/{}", entry.file_name().display()),
+                std::fs::read(entry.path()).unwrap(),
+            );
+        }
+    }
+    assert!(files.len() >= 2, "{} has no packed files", run.display());
+    files
+}
+
+/// All files below a folder.
+pub fn tree(folder: &Path) -> Vec<PathBuf> {
+    let mut files = vec![];
+    for entry in std::fs::read_dir(folder).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { files.extend(tree(&path)) } else { files.push(path) }
+    }
+    files.sort();
+    files
+}

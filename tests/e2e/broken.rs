@@ -1,0 +1,108 @@
+//! Kills, damage, and runs beside each other.
+
+use std::time::Duration;
+
+use crate::bench::{Bench, packed, said, tree};
+
+/// Kills runs at moments spread over their duration, then lets one finish.
+fn kills(seed: u64, count: u32) {
+    let bench = Bench::new(seed);
+    let undisturbed = Bench::new(seed);
+    let started = std::time::Instant::now();
+    let want = packed(&undisturbed.run(&[]));
+    let whole = started.elapsed();
+    for i in 0..count {
+        let mut child = bench.command(&["run", "conf.toml"]).spawn().unwrap();
+        // from the start to just before the end, in an order that isn't the clock's
+        std::thread::sleep(whole.mul_f64(f64::from((i * 7 + 3) % count) / f64::from(count)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if i % 3 == 2 {
+            // a run that dies in a fresh place, too
+            std::fs::remove_dir_all(bench.path("out")).ok();
+        }
+    }
+    let run = bench.run(&[]);
+    assert!(packed(&run) == want);
+    assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bytes() {
+    kills(1, 6);
+}
+
+/// The slow proof: `cargo test --release -p lengthwise-tests -- --ignored twenty_kills`
+#[test]
+#[ignore = "a slow proof: run it by name"]
+fn twenty_kills_leave_the_same_bytes() {
+    kills(2, 20);
+}
+
+#[test]
+fn sigterm_is_a_stop_that_goes_on() {
+    let bench = Bench::new(3);
+    let shape = "train={ steps = 100000, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
+    let child = bench.command(&["run", "conf.toml", "--set", shape]).spawn().unwrap();
+    // it is training once the packed files are there
+    while !tree(&bench.path("out/stages/pack")).iter().any(|path| path.ends_with("manifest.json")) {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    let said = said(child.wait_with_output().unwrap());
+    assert_eq!(said.code, 75, "{said:?}");
+    assert!(said.err.contains("stopped by a signal") && said.out.is_empty(), "{said:?}");
+    let run = bench.run(&[]);
+    assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+}
+
+#[test]
+fn two_runs_at_once_do_not_disturb_each_other() {
+    let bench = Bench::new(4);
+    let children: Vec<_> = (0..2).map(|_| bench.command(&["run", "conf.toml"]).spawn().unwrap()).collect();
+    let runs: Vec<_> = children.into_iter().map(|child| said(child.wait_with_output().unwrap())).collect();
+    for said in &runs {
+        assert_eq!(said.code, 0, "{}", said.err);
+    }
+    assert_eq!(runs[0].out, runs[1].out);
+    let verdict = bench.say(&["verify", runs[0].out.trim()]);
+    assert_eq!(verdict.code, 0, "{verdict:?}");
+}
+
+#[test]
+fn a_damaged_file_is_found_by_verify_and_computed_again_by_run() {
+    let bench = Bench::new(5);
+    let run = bench.run(&[]);
+    let url = run.to_str().unwrap().to_owned();
+    let want = packed(&run);
+    let files = tree(&bench.path("out"));
+    let damaged = ["catalog-00000", "tokens-", "drawn-00000", "mixture-00000", "runs/", "shuffle/"];
+    for name in damaged {
+        let mine = |path: &&std::path::PathBuf| {
+            let text = path.to_string_lossy();
+            text.contains(name) && (text.ends_with(".parquet") || text.ends_with(".bin"))
+        };
+        let path = files.iter().find(mine).unwrap_or_else(|| panic!("no {name}"));
+        let mut bytes = std::fs::read(path).unwrap();
+        if name == "drawn-00000" {
+            bytes.truncate(bytes.len() / 2);
+        } else {
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+        }
+        // a new file, as a disk's error would not follow hard links
+        std::fs::remove_file(path).unwrap();
+        std::fs::write(path, bytes).unwrap();
+        let verdict = bench.say(&["verify", &url]);
+        assert_eq!(verdict.code, 5, "{name}: {verdict:?}");
+        let shown = path.file_name().unwrap().to_string_lossy();
+        assert!(
+            verdict.out.contains(&*shown) && verdict.out.contains("withdrawn"),
+            "{name}: {}",
+            verdict.out
+        );
+        assert!(packed(&bench.run(&[])) == want, "{name}");
+        let verdict = bench.say(&["verify", &url]);
+        assert_eq!(verdict.code, 0, "{name}: {verdict:?}");
+    }
+}

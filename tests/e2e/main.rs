@@ -1,0 +1,10 @@
+//! End to end: the program as users run it, on inputs made here.
+
+mod bench;
+mod broken;
+mod caching;
+mod faults;
+mod packed;
+mod rejects;
+mod s3;
+mod same_bytes;

@@ -1,0 +1,118 @@
+//! Bad input: kept with file, line and reason, or refused with a clear word.
+
+use crate::bench::{Bench, Row, corpus};
+
+#[test]
+fn every_bad_row_is_kept_with_file_line_and_reason() {
+    let bench = Bench::new(1);
+    let long = format!(r#"{{"text": "{}", "meta": {{"set": "web"}}}}"#, "x ".repeat(600));
+    let lines: Vec<Vec<u8>> = [
+        r#"{"text": "good", "meta": {"set": "web"}}"#,
+        "not json",
+        "[1, 2]",
+        r#"{"meta": {"set": "web"}}"#,
+        r#"{"text": 7, "meta": {"set": "web"}}"#,
+        "",
+        r#"{"text": "", "meta": {"set": "web"}}"#,
+        r#"{"text": "no domain"}"#,
+        r#"{"text": "domain 3", "meta": {"set": 3}}"#,
+        r#"{"text": "empty domain", "meta": {"set": ""}}"#,
+        &long,
+        "\u{fffd}",
+    ]
+    .iter()
+    .map(|line| {
+        if *line == "\u{fffd}" {
+            b"{\"text\": \"\xff\", \"meta\": {\"set\": \"web\"}}".to_vec()
+        } else {
+            line.as_bytes().to_vec()
+        }
+    })
+    .collect();
+    bench.write("in/bad.jsonl", lines.join(&b'\n'));
+    let said =
+        bench.say(&["run", "conf.toml", "--until", "tokens", "--set", "source.0.max_document_bytes=1000KB"]);
+    assert_eq!(said.code, 3, "{said:?}");
+    assert!(said.err.contains("more than") && said.err.contains("max_reject_share = 0.001"), "{}", said.err);
+    assert!(said.err.contains("bad.jsonl line 2: not_json"), "{}", said.err);
+
+    let sets = ["--set", "source.0.max_document_bytes=1KB", "--set", "source.0.max_reject_share=1"];
+    let mut arguments = vec!["run", "conf.toml", "--until", "tokens"];
+    arguments.extend(sets);
+    assert_eq!(bench.say(&arguments).code, 0);
+    let mut arguments = vec![
+        "sql",
+        "conf.toml",
+        "select file, line, reason from rejects where file like '%bad%' order by line",
+        "--json",
+    ];
+    arguments.extend(sets);
+    let said = bench.say(&arguments);
+    let found: Vec<(u64, String)> = said
+        .out
+        .lines()
+        .map(|line| {
+            let row: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert!(row["file"].as_str().unwrap().ends_with("in/bad.jsonl"));
+            (row["line"].as_u64().unwrap(), row["reason"].as_str().unwrap().to_owned())
+        })
+        .collect();
+    let want = [
+        (2, "not_json"),
+        (3, "not_an_object"),
+        (4, "no_text"),
+        (5, "text_not_a_string"),
+        (7, "text_empty"),
+        (8, "no_domain"),
+        (9, "domain_not_a_string"),
+        (10, "bad_domain"),
+        (11, "too_long"),
+        (12, "not_utf8"),
+    ];
+    assert_eq!(found, want.map(|(line, reason)| (line, reason.to_owned())));
+}
+
+#[test]
+fn a_wrong_conf_recipe_or_budget_ends_with_its_code_and_the_cure() {
+    let bench = Bench::new(2);
+    let long_row: Vec<Row> = corpus(1, 3);
+    bench.jsonl("in/more.jsonl", &long_row);
+    bench.write("bad.sql", "select doc_id, 0 as start, tokens as stop, random() as copies from documents");
+    bench.write("two.sql", "select 1; drop table documents");
+    bench.write(
+        "wide.sql",
+        "select doc_id, cast(0 as bigint) as start, tokens + 5 as stop, 1.0 as copies from documents",
+    );
+    for (arguments, code, message) in [
+        (vec!["--set", "pack.sequence_token=7"], 2, "sequence_tokens"),
+        (vec!["--set", "mixture.budget=five"], 2, "budget"),
+        (vec!["--set", "mixture.recipe=nowhere.sql"], 2, "nowhere.sql"),
+        (vec!["--set", "mixture.recipe=bad.sql"], 2, "random"),
+        (vec!["--set", "mixture.recipe=two.sql"], 2, "SELECT"),
+        (vec!["--set", "mixture.recipe=wide.sql"], 3, "is not inside its"),
+        (vec!["--set", "mixture.params.long_shar=0.5"], 2, "long_share"),
+        (vec!["--set", "mixture.budget=5B"], 3, "max_copies = 4 leaves"),
+        (vec!["--set", "source.0.url=nothing/*.jsonl"], 3, "nothing"),
+        (vec!["--set", "tokenizer.train.vocab=12"], 2, "vocab"),
+        (vec!["--set", "train.steps=0"], 2, "train"),
+        (vec!["--set", "mixture.shares={ book = 0.5, poems = 0.5 }"], 3, "poems"),
+    ] {
+        let mut all = vec!["run", "conf.toml"];
+        all.extend(&arguments);
+        let said = bench.say(&all);
+        assert_eq!(said.code, code, "{arguments:?}: {}", said.err);
+        assert!(said.err.contains(message), "{arguments:?}: {}", said.err);
+        assert_eq!(said.out, "");
+    }
+    let said = bench.say(&[
+        "run",
+        "conf.toml",
+        "--set",
+        "mixture.budget=5B",
+        "--set",
+        "mixture.shortfall=allow",
+        "--until",
+        "mixture",
+    ]);
+    assert_eq!(said.code, 0, "{}", said.err);
+}

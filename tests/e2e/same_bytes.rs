@@ -1,0 +1,93 @@
+//! Promise 2: same documents, conf and commit, same bytes.
+
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, RecordBatch, StringArray, StructArray};
+use arrow::datatypes::{DataType, Field};
+
+use crate::bench::{Bench, Row, corpus, packed};
+
+fn parquet(rows: &[Row]) -> Vec<u8> {
+    let sets: ArrayRef = Arc::new(StringArray::from_iter_values(rows.iter().map(|row| &row.0)));
+    let texts: ArrayRef = Arc::new(StringArray::from_iter_values(rows.iter().map(|row| &row.1)));
+    let meta = StructArray::from(vec![(Arc::new(Field::new("set", DataType::Utf8, false)), sets)]);
+    let batch = RecordBatch::try_from_iter([("text", texts), ("meta", Arc::new(meta) as _)]).unwrap();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(vec![], batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.into_inner().unwrap()
+}
+
+#[test]
+fn the_same_documents_in_other_files_give_the_same_bytes() {
+    let rows = corpus(1, 240);
+    let bench = Bench::new(1);
+    let want = packed(&bench.run(&[]));
+
+    // other files, another order, other compression, and a third of the documents twice
+    let other = Bench::empty();
+    let mut reversed: Vec<Row> = rows.iter().rev().cloned().collect();
+    reversed.rotate_left(31);
+    other.jsonl("in/z.jsonl.zst", &reversed[..100]);
+    other.jsonl("in/m/y.jsonl.gz", &reversed[100..170]);
+    other.jsonl("in/b.jsonl", &reversed[170..]);
+    other.jsonl("in/again.jsonl", &reversed[40..120]);
+    other.conf("in", "jsonl", "");
+    assert!(packed(&other.run(&[])) == want, "other files");
+
+    let table = Bench::empty();
+    table.write("in/a.parquet", parquet(&reversed[..50]));
+    table.write("in/b.parquet", parquet(&reversed[50..]));
+    table.conf("in", "parquet", "");
+    assert!(packed(&table.run(&[])) == want, "Parquet");
+}
+
+#[test]
+fn cores_and_memory_change_no_byte() {
+    let bench = Bench::new(2);
+    let want = packed(&bench.run(&[]));
+    for set in ["engine.partitions=1", "engine.partitions=2", "engine.partitions=7", "engine.memory=64MB"] {
+        std::fs::remove_dir_all(bench.path("out")).unwrap();
+        assert!(packed(&bench.run(&["--set", set])) == want, "{set}");
+    }
+}
+
+#[test]
+fn another_seed_gives_other_bytes() {
+    let bench = Bench::new(3);
+    assert!(packed(&bench.run(&[])) != packed(&bench.run(&["--set", "run.seed=8"])));
+}
+
+#[test]
+fn a_run_is_reproduced_from_its_manifest_and_a_changed_input_is_named() {
+    let bench = Bench::new(4);
+    let run = bench.run(&[]);
+    let run = run.to_str().unwrap();
+    std::fs::remove_file(bench.path("conf.toml")).unwrap();
+    let said = bench.say(&["reproduce", run, "--into", "again"]);
+    assert!(said.code == 0 && said.out.contains("the same bytes"), "{said:?}");
+
+    bench.jsonl("in/a.jsonl", &corpus(5, 240));
+    let said = bench.say(&["reproduce", run, "--into", "changed"]);
+    assert_eq!(said.code, 5, "{said:?}");
+    assert!(said.out.contains("inputs differ") && said.out.contains("in/a.jsonl"), "{said:?}");
+}
+
+#[test]
+fn a_conf_of_a_commit_is_run_as_it_was() {
+    let bench = Bench::new(6);
+    let git = |arguments: &[&str]| {
+        let done =
+            std::process::Command::new("git").current_dir(bench.dir.path()).args(arguments).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+    };
+    git(&["init", "-q"]);
+    git(&["add", "conf.toml"]);
+    git(&["-c", "user.name=t", "-c", "user.email=t@t.invalid", "commit", "-qm", "conf"]);
+    let want = packed(&bench.run(&[]));
+    let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    bench.write("conf.toml", text.replace("seed = 7", "seed = 9"));
+    assert!(packed(&bench.run(&[])) != want);
+    assert!(packed(&bench.run(&["--at", "HEAD"])) == want);
+    let manifest = std::fs::read_to_string(bench.run(&["--at", "HEAD"]).join("manifest.json")).unwrap();
+    assert!(manifest.contains("\"dirty\": false"));
+}
