@@ -190,11 +190,20 @@ impl Cuts {
         }
     }
 
-    /// The first added token in a text, the longest where several begin: (start, stop, id).
-    fn added(&self, text: &str) -> Option<(usize, usize, u32)> {
-        let found = self.added.iter().filter_map(|(token, id)| {
-            memchr::memmem::find(text.as_bytes(), token.as_bytes()).map(|at| (at, at + token.len(), *id))
-        });
+    /// The first added token from a place on, the longest where several begin: (start, stop, id). `seen` holds where each
+    /// was found last, `usize::MAX` where there is no more, so that a text is searched once, however many there are.
+    fn added(&self, text: &str, from: usize, seen: &mut [usize]) -> Option<(usize, usize, u32)> {
+        for ((token, _), found) in self.added.iter().zip(seen.iter_mut()) {
+            if *found < from {
+                let rest = &text.as_bytes()[from..];
+                *found = memchr::memmem::find(rest, token.as_bytes()).map_or(usize::MAX, |at| from + at);
+            }
+        }
+        let found = self
+            .added
+            .iter()
+            .zip(seen.iter())
+            .filter_map(|((token, id), at)| (*at != usize::MAX).then(|| (*at, at + token.len(), *id)));
         found.min_by_key(|(start, stop, _)| (*start, std::cmp::Reverse(*stop)))
     }
 }
@@ -223,13 +232,16 @@ impl Encoder<'_> {
             ids.extend_from_slice(&self.tokenizer.encode_plain(text)?);
             return Ok(());
         };
-        let mut rest = text;
-        while let Some((start, stop, id)) = cuts.added(rest) {
-            self.encode_segment(cuts, &rest[..start], ids)?;
+        let mut from = 0;
+        let first =
+            |token: &str| memchr::memmem::find(text.as_bytes(), token.as_bytes()).unwrap_or(usize::MAX);
+        let mut seen: Vec<usize> = cuts.added.iter().map(|(token, _)| first(token)).collect();
+        while let Some((start, stop, id)) = cuts.added(text, from, &mut seen) {
+            self.encode_segment(cuts, &text[from..start], ids)?;
             ids.push(id);
-            rest = &rest[stop..];
+            from = stop;
         }
-        self.encode_segment(cuts, rest, ids)
+        self.encode_segment(cuts, &text[from..], ids)
     }
 
     /// Encodes a text without added tokens.
@@ -281,7 +293,9 @@ impl Encoder<'_> {
         ids: &mut Vec<u32>,
     ) -> Result<(), TokenizerError> {
         let length = stop - start;
-        let key = if length <= SHORT_BYTES { short_key(text, start, length) } else { 0 };
+        // filled up with zeros, a piece that ends with one would be taken for a shorter one
+        let is_short = length <= SHORT_BYTES && text[stop - 1] != 0;
+        let key = if is_short { short_key(text, start, length) } else { 0 };
         if key != 0 && self.short.get(key, ids) {
             return Ok(());
         }
@@ -297,8 +311,7 @@ impl Encoder<'_> {
         }
         let from = ids.len();
         self.encode_anew(piece, ids)?;
-        // filled up with zeros, a piece that ends with one would be taken for a shorter one
-        let fits = key != 0 && piece.last() != Some(&0) && self.short.insert(key, &ids[from..]);
+        let fits = key != 0 && self.short.insert(key, &ids[from..]);
         if !fits && piece.len() <= LONG_PIECE {
             self.remember(piece, ids[from..].into());
         }
@@ -405,6 +418,9 @@ impl ShortPieces {
     }
 }
 
+/// Lines with longer words are not trained on.
+const LONGEST_TRAINED_WORD: usize = 1024;
+
 /// Trains a byte-level BPE on texts and returns its `tokenizer.json`. BOS is `<s>`, put before every text; EOS is `</s>`.
 ///
 /// The same for any order of the texts and any number of threads.
@@ -420,7 +436,6 @@ pub fn train<'a>(
         .show_progress(false)
         .special_tokens(vec![special("<s>"), special("</s>")])
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        // a word of a megabyte is data, not language
         .max_token_length(Some(64))
         .build();
     let split = ByteLevel::new(false, true, true);
@@ -436,7 +451,11 @@ pub fn train<'a>(
     .with_decoder(Some(split.into()))
     .build()
     .map_err(failed)?;
-    tokenizer.train(&mut tokenizers::models::TrainerWrapper::from(trainer), texts).map_err(failed)?;
+    // a word of a megabyte is data, not language, and merging it takes time that grows with its square
+    let lines = texts
+        .flat_map(|text| text.split_inclusive('\n'))
+        .filter(|line| line.split_ascii_whitespace().all(|word| word.len() <= LONGEST_TRAINED_WORD));
+    tokenizer.train(&mut tokenizers::models::TrainerWrapper::from(trainer), lines).map_err(failed)?;
     let mut json: Value = serde_json::from_str(&tokenizer.to_string(false).map_err(failed)?)
         .map_err(|e| TokenizerError::NotTrained(e.to_string()))?;
     let bos = serde_json::json!({ "SpecialToken": { "id": "<s>", "type_id": 0 } });
@@ -596,6 +615,15 @@ mod tests {
         }
         assert!(encoder.short.used <= ShortPieces::PLACES / 2 && encoder.long.len() <= LONG_PIECES);
         assert_eq!(encode(&mut encoder, SAMPLE), tokenizer.encode_plain(SAMPLE).unwrap());
+    }
+
+    #[test]
+    fn a_text_of_nothing_but_added_tokens_takes_linear_time() {
+        let tokenizer = load(&sentencepiece(|_| {}));
+        let started = std::time::Instant::now();
+        let ids = encode(&mut tokenizer.encoder(), &"<s>".repeat(1 << 20));
+        assert_eq!((ids.len(), ids[0]), (1 << 20, 1));
+        assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
     }
 
     #[test]

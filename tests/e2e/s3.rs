@@ -143,6 +143,7 @@ fn a_run_on_s3_gives_the_bytes_of_a_local_run_and_leaks_no_secret() {
     let (mut same, mut seen) = (0, 0);
     runtime.block_on(async {
         use futures::TryStreamExt;
+        use object_store::ObjectStore;
         let all: Vec<_> = store.list(None).try_collect().await.unwrap();
         for meta in all {
             let bytes = store.get(&meta.location).await.unwrap().bytes().await.unwrap();
