@@ -32,6 +32,7 @@ use crate::{Error, Result};
 /// Where queries run, and within which limits.
 pub struct Engine {
     runtime: Arc<RuntimeEnv>,
+    memory: usize,
     /// How many jobs, and how many partitions of a query, run at a time. No result depends on it.
     pub partitions: usize,
 }
@@ -50,7 +51,7 @@ impl Engine {
             .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(mode))
             .build_arc()
             .map_err(|e| query("cannot start the query engine", e))?;
-        Ok(Self { runtime, partitions })
+        Ok(Self { runtime, memory: memory as usize, partitions })
     }
 
     /// A session without tables.
@@ -60,6 +61,9 @@ impl Engine {
         options.execution.parquet.schema_force_view_types = false;
         options.sql_parser.map_string_types_to_utf8view = false;
         options.sql_parser.collect_spans = true;
+        // a merge of spilled runs reserves this in each partition; all of them together may not take the whole pool
+        options.execution.sort_spill_reservation_bytes =
+            (self.memory / (self.partitions * 16)).clamp(256 << 10, 10 << 20);
         // keeps a scan in the order of its files where that order is declared
         options.execution.split_file_groups_by_statistics = true;
         options.optimizer.prefer_existing_sort = true;
@@ -121,6 +125,10 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
                 help: None,
             },
         };
+    }
+    if let DataFusionError::ObjectStore(_) = source.find_root() {
+        let source = object_store::Error::Generic { store: "storage", source: Box::new(source) };
+        return Error::Storage { doing: "read what a query needs from", url: doing.to_owned(), source };
     }
     let help = matches!(source.find_root(), DataFusionError::ResourcesExhausted(_)).then(|| {
         "the query needs more memory than `engine.memory` allows even with spilling: raise it, or lower `engine.partitions`".to_owned()

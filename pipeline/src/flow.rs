@@ -208,7 +208,7 @@ impl Flow {
         let text = serde_json::to_vec_pretty(&manifest).expect("a manifest prints as JSON");
         let at = folder.join("manifest.json");
         if !at.put_new(text.clone()).await? {
-            match publish::find(&folder).await? {
+            match publish::find(&folder).await.unwrap_or_default() {
                 Some(there) if there.files == manifest.files => {}
                 _ => at.put(text).await?,
             }

@@ -127,9 +127,11 @@ impl Bench {
         PathBuf::from(said.out.lines().last().unwrap())
     }
 
-    /// `lengthwise sql … --json`
-    pub fn sql(&self, query: &str) -> Vec<Value> {
-        let said = self.say(&["sql", "conf.toml", query, "--json"]);
+    /// `lengthwise sql … --json`, with the `--set`s of the run that is asked about.
+    pub fn sql(&self, query: &str, more: &[&str]) -> Vec<Value> {
+        let mut arguments = vec!["sql", "conf.toml", query, "--json"];
+        arguments.extend(more);
+        let said = self.say(&arguments);
         assert_eq!(said.code, 0, "{}", said.err);
         said.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
@@ -139,7 +141,12 @@ pub fn said(output: Output) -> Said {
     Said {
         code: output.status.code().unwrap_or(-1),
         out: String::from_utf8_lossy(&output.stdout).into_owned(),
-        err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        // messages are wrapped to a terminal's width
+        err: String::from_utf8_lossy(&output.stderr)
+            .replace('│', " ")
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" "),
     }
 }
 

@@ -85,7 +85,7 @@ fn a_preview_shows_what_the_run_then_draws() {
     for domain in preview["domains"].as_array().unwrap() {
         let name = domain["domain"].as_str().unwrap();
         let drawn =
-            bench.sql(&format!("select sum(stop - start) as drawn from drawn where domain = '{name}'"));
+            bench.sql(&format!("select sum(stop - start) as drawn from drawn where domain = '{name}'"), &[]);
         let (expected, drawn) = (domain["drawn"].as_f64().unwrap(), drawn[0]["drawn"].as_f64().unwrap());
         assert!((expected - drawn).abs() <= 2.0, "{name}: {expected} {drawn}");
     }

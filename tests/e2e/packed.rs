@@ -65,7 +65,8 @@ fn by_domain(sequences: &[Sequence]) -> BTreeMap<String, u64> {
 fn segments_tile_every_sequence_and_domains_meet_their_budgets() {
     for (seed, name) in [(1, "per_source"), (2, "cut_128k"), (3, "cut_4k"), (4, "length_power")] {
         let bench = Bench::new(seed);
-        let run = bench.run(&["--set", &format!("mixture.recipe={}", recipe(name))]);
+        let set = format!("mixture.recipe={}", recipe(name));
+        let run = bench.run(&["--set", &set]);
         let sequences = read(&run.join("data"));
         for pair in sequences.windows(2) {
             assert_eq!(pair[0].label, pair[1].ids[0], "{name}: the label is the next id");
@@ -78,13 +79,12 @@ fn segments_tile_every_sequence_and_domains_meet_their_budgets() {
             assert_eq!(starts[1..], ends[..ends.len() - 1]);
             assert_eq!(ends[ends.len() - 1], 256);
         }
-        let drawn = bench.sql("select domain, sum(stop - start) as tokens from drawn group by domain");
+        let drawn = bench
+            .sql("select domain, sum(stop - start) as tokens from drawn group by domain", &["--set", &set]);
         let packed = by_domain(&sequences);
         let mut dropped = 0;
         for row in drawn {
-            if name == "per_source" {
-                dropped += row["tokens"].as_u64().unwrap() - packed[row["domain"].as_str().unwrap()];
-            }
+            dropped += row["tokens"].as_u64().unwrap() - packed[row["domain"].as_str().unwrap()];
         }
         assert!(dropped < 256, "{name}: {dropped} tokens are missing, more than the last sequence's");
         let verdict = bench.say(&["verify", run.to_str().unwrap()]);
@@ -104,7 +104,7 @@ fn held_out_documents_are_packed_by_themselves() {
     };
     let (train, heldout) = (ids("data"), ids("heldout"));
     assert!(!heldout.is_empty() && train.is_disjoint(&heldout));
-    for row in bench.sql("select c.domain, sum(c.tokens) as tokens, coalesce(sum(h.tokens), 0) as held from catalog c left join heldout h on c.doc_id = h.doc_id group by c.domain") {
+    for row in bench.sql("select c.domain, sum(c.tokens) as tokens, coalesce(sum(h.tokens), 0) as held from catalog c left join heldout h on c.doc_id = h.doc_id group by c.domain", &["--set", "mixture.holdout=0.2"]) {
         let (tokens, held) = (row["tokens"].as_f64().unwrap(), row["held"].as_f64().unwrap());
         assert!(held > 0.0 && held <= 0.2 * tokens, "{row}");
     }
@@ -115,11 +115,11 @@ fn best_fit_cuts_no_document_that_fits() {
     let bench = Bench::new(6);
     let run = bench.run(&["--set", "pack.mode=best_fit"]);
     let lengths: BTreeMap<String, u64> = bench
-        .sql("select encode(doc_id, 'hex') as id, tokens from catalog")
+        .sql("select encode(doc_id, 'hex') as id, tokens from catalog", &[])
         .iter()
         .map(|row| (row["id"].as_str().unwrap().to_owned(), row["tokens"].as_u64().unwrap()))
         .collect();
-    let cut = bench.sql("select count(*) as n from drawn where stop < tokens");
+    let cut = bench.sql("select count(*) as n from drawn where stop < tokens", &[]);
     let mut short = 0;
     for s in read(&run.join("data")) {
         for (domain, doc_id, start, end) in &s.segments {

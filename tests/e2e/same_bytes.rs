@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, RecordBatch, StringArray, StructArray};
 use arrow::datatypes::{DataType, Field};
 
-use crate::bench::{Bench, Row, corpus, packed};
+use crate::bench::{Bench, Row, corpus, packed, recipe};
 
 fn parquet(rows: &[Row]) -> Vec<u8> {
     let sets: ArrayRef = Arc::new(StringArray::from_iter_values(rows.iter().map(|row| &row.0)));
@@ -80,8 +80,12 @@ fn a_conf_of_a_commit_is_run_as_it_was() {
             std::process::Command::new("git").current_dir(bench.dir.path()).args(arguments).output().unwrap();
         assert!(done.status.success(), "{done:?}");
     };
+    // the recipe has to be in the commit, too
+    bench.write("sql/mixtures/own.sql", std::fs::read(recipe("per_source")).unwrap());
+    let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    bench.write("conf.toml", text.replace(&recipe("per_source"), "sql/mixtures/own.sql"));
     git(&["init", "-q"]);
-    git(&["add", "conf.toml"]);
+    git(&["add", "conf.toml", "sql"]);
     git(&["-c", "user.name=t", "-c", "user.email=t@t.invalid", "commit", "-qm", "conf"]);
     let want = packed(&bench.run(&[]));
     let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();

@@ -36,8 +36,9 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
 pub async fn go(run: &Run, until: Option<Stage>, started: jiff::Timestamp) -> Result<Option<String>> {
     let mut flow = Flow::default();
     let gone = flow.go(run, until).await;
-    remember(run).await?;
+    let remembered = remember(run).await;
     gone?;
+    remembered?;
     for step in run.steps.lock().expect("no panic while held").iter() {
         let how = if step.cached { "was there".to_owned() } else { format!("took {:.1} s", step.seconds) };
         tracing::info!("{}: {how}", step.stage);
