@@ -126,9 +126,14 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
             },
         };
     }
-    if let DataFusionError::ObjectStore(_) = source.find_root() {
-        let source = object_store::Error::Generic { store: "storage", source: Box::new(source) };
-        return Error::Storage { doing: "read what a query needs from", url: doing.to_owned(), source };
+    // storage may have failed deep inside: in a scan, in its Parquet reader, shared between partitions
+    let mut cause: Option<&dyn std::error::Error> = Some(&source);
+    while let Some(error) = cause {
+        if error.is::<object_store::Error>() {
+            let source = object_store::Error::Generic { store: "storage", source: Box::new(source) };
+            return Error::Storage { doing: "read what a query needs", url: format!("({doing})"), source };
+        }
+        cause = error.source();
     }
     let help = matches!(source.find_root(), DataFusionError::ResourcesExhausted(_)).then(|| {
         "the query needs more memory than `engine.memory` allows even with spilling: raise it, or lower `engine.partitions`".to_owned()

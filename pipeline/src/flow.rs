@@ -174,7 +174,7 @@ impl Flow {
                 .chain(
                     steps
                         .iter()
-                        .filter(|s| s.stage != "tokens")
+                        .filter(|s| !["tokens", "shuffle"].contains(&s.stage.as_str()))
                         .map(|s| StageKey { stage: s.stage.clone(), key: s.key.clone() }),
                 )
                 .collect(),

@@ -140,7 +140,7 @@ impl StageSql {
             .map_err(|e| Error::written(file, text, None, e.to_string(), "", None))?;
         match (statements.pop(), statements.pop()) {
             (Some(statement @ Statement::Query(_)), None) => Ok(Self { file: file.to_owned(), statement }),
-            _ => Err(Error::written(file, text, None, "this file has to be one SELECT", "", None)),
+            _ => Err(Error::written(file, text, None, "one SELECT is wanted", "", None)),
         }
     }
 

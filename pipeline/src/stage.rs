@@ -217,6 +217,24 @@ pub async fn find(folder: &Location) -> Result<Option<Manifest>> {
     Ok(Some(manifest))
 }
 
+/// Reads every file of an output that was there already, for a consumer that can't check what it reads. Where one is
+/// broken, the output is withdrawn and false returned.
+pub async fn sound(published: &Published) -> Result<bool> {
+    for file in published.manifest.tables.values().flat_map(|table| &table.files) {
+        match file.read(&published.folder).await {
+            Ok(_) => {}
+            Err(Error::Corrupt { url, .. }) => {
+                tracing::warn!("{url} is broken; stage {} is computed again", published.manifest.stage);
+                published.folder.join(&file.name).delete().await?;
+                published.folder.join("manifest.json").delete().await?;
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
 /// Publishes a finished output. Where another run was first, both must have computed the same.
 pub async fn publish(folder: &Location, manifest: &Manifest) -> Result<()> {
     let text = serde_json::to_vec_pretty(manifest).expect("a manifest prints as JSON");

@@ -76,7 +76,7 @@ fn a_damaged_file_is_found_by_verify_and_computed_again_by_run() {
     let url = run.to_str().unwrap().to_owned();
     let want = packed(&run);
     let files = tree(&bench.path("out"));
-    let damaged = ["catalog-00000", "tokens-", "drawn-00000", "mixture-00000", "runs/", "shuffle/"];
+    let damaged = ["catalog-00000", "tokens-", "drawn-00000", "mixture-00000", "domains-00000", "runs/"];
     for name in damaged {
         let mine = |path: &&std::path::PathBuf| {
             let text = path.to_string_lossy();
@@ -105,4 +105,22 @@ fn a_damaged_file_is_found_by_verify_and_computed_again_by_run() {
         let verdict = bench.say(&["verify", &url]);
         assert_eq!(verdict.code, 0, "{name}: {verdict:?}");
     }
+}
+
+#[test]
+fn scattered_ids_that_rotted_between_two_attempts_are_not_packed() {
+    let bench = Bench::new(6);
+    let want = packed(&bench.run(&[]));
+    // as if the run had been killed between shuffle and pack
+    for folder in ["out/stages/pack", "out/runs"] {
+        std::fs::remove_dir_all(bench.path(folder)).unwrap();
+    }
+    let ids = tree(&bench.path("out/stages/shuffle"))
+        .into_iter()
+        .find(|path| path.extension().is_some_and(|e| e == "bin"));
+    let ids = ids.unwrap();
+    let mut bytes = std::fs::read(&ids).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&ids, bytes).unwrap();
+    assert!(packed(&bench.run(&[])) == want);
 }

@@ -24,6 +24,16 @@ pub struct RunArguments {
 }
 
 pub async fn main(arguments: RunArguments) -> Result<()> {
+    if let (Some(from), Some(until)) = (arguments.from, arguments.until)
+        && from > until
+    {
+        let message =
+            format!("--from {} comes after --until {}: nothing would be computed", from.name(), until.name());
+        return Err(Error::data(
+            message,
+            "stages are, in order: tokenizer, tokens, catalog, domains, mixture, draw, shuffle, pack, train",
+        ));
+    }
     let run = arguments.conf.open(Goal::Compute { from: arguments.from })?;
     let started = jiff::Timestamp::now();
     let folder = until_stopped(&run, go(&run, arguments.until, started)).await?;

@@ -26,7 +26,7 @@ use super::tokens::Tokens;
 use crate::engine::{put_file, query, scan, stream};
 use crate::hash::{RowDigest, hex};
 use crate::run::{Run, Stage, ingredients};
-use crate::stage::{File, Output, Published, Table};
+use crate::stage::{self, File, Output, Published, Table};
 use crate::stages::tokenizer::Tokenizer;
 use crate::store::Location;
 use crate::{Error, Result, tables};
@@ -288,7 +288,11 @@ pub async fn obtain(
         ("eos", json!(eos)),
     ]);
     run.obtain(Stage::Pack, list, async |draft| {
-        let shuffled = shuffle::obtain(run, tokens, catalog, drawn, layout).await?;
+        let mut shuffled = shuffle::obtain(run, tokens, catalog, drawn, layout).await?;
+        // ranges are read of its files, and a range has no digest
+        if shuffled.cached && !stage::sound(&shuffled).await? {
+            shuffled = shuffle::obtain(run, tokens, catalog, drawn, layout).await?;
+        }
         let packing = Packing {
             sequence_tokens: layout.sequence_tokens,
             sequences_per_row_group: conf.sequences_per_row_group as usize,
