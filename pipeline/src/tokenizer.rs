@@ -7,6 +7,8 @@
 //! and the pieces encoded apart, each distinct piece once. Whether that holds is read from the file when it is loaded;
 //! a tokenizer for which it doesn't takes the plain path.
 
+use std::sync::Mutex;
+
 use hashbrown::HashMap;
 use serde_json::Value;
 use tokenizers::models::bpe::BpeTrainer;
@@ -34,6 +36,8 @@ pub struct Tokenizer {
     vocab_size: usize,
     bos: Option<u32>,
     eos: Option<u32>,
+    /// Caches that no encoder uses at the moment: a new one need not begin anew.
+    caches: Mutex<Vec<Cache>>,
 }
 
 impl Tokenizer {
@@ -50,7 +54,7 @@ impl Tokenizer {
         let cuts = Cuts::of(&described)
             // the library decides about the ids of added tokens
             .filter(|cuts| cuts.added.iter().all(|(token, id)| plain.token_to_id(token) == Some(*id)));
-        Ok(Self { plain, cuts, vocab_size, bos, eos })
+        Ok(Self { plain, cuts, vocab_size, bos, eos, caches: Mutex::default() })
     }
 
     /// The largest id and one.
@@ -90,14 +94,14 @@ impl Tokenizer {
         Ok(encoded.get_ids().to_vec())
     }
 
-    /// Encodes on one thread; keeps a cache of pieces.
+    /// Encodes on one thread, with a cache of pieces that the next encoder takes over.
     pub fn encoder(&self) -> Encoder<'_> {
+        let cache = self.caches.lock().ok().and_then(|mut caches| caches.pop());
         Encoder {
             tokenizer: self,
             text: Vec::new(),
-            short: ShortPieces::new(),
-            long: HashMap::new(),
-            piece: String::new(),
+            cache: cache.unwrap_or_default(),
+            merging: Merging::default(),
         }
     }
 }
@@ -129,6 +133,16 @@ struct Cuts {
     other: hashbrown::HashSet<(char, char)>,
     /// Tokens that are found in the raw text before anything else, with their ids.
     added: Vec<(String, u32)>,
+    merges: Merges,
+}
+
+/// The merges of a byte-pair encoding.
+struct Merges {
+    characters: HashMap<char, u32>,
+    /// Ids of bytes, which spell the characters that have no id of their own.
+    bytes: [u32; 256],
+    /// For two ids side by side: the rank of the merge that joins them, and the id it gives.
+    pairs: HashMap<(u32, u32), (u32, u32)>,
 }
 
 /// SentencePiece's space.
@@ -157,12 +171,16 @@ impl Cuts {
             return None;
         }
         // an unknown character is spelled in bytes; were a byte missing, it would fuse with its neighbour
-        let byte = |b: u32| format!("<0x{b:02X}>");
-        if !(0..256).all(|b| vocab.contains_key(&byte(b))) {
-            return None;
-        }
-        let mut cuts = Cuts { ascii: Box::new([false; 128 * 128]), other: Default::default(), added: vec![] };
-        for merge in model["merges"].as_array()? {
+        let id = |token: &str| u32::try_from(vocab.get(token)?.as_u64()?).ok();
+        let bytes: Option<Vec<u32>> = (0..256).map(|byte| id(&format!("<0x{byte:02X}>"))).collect();
+        let merges = Merges {
+            characters: vocab.keys().filter_map(|token| Some((only_char(token)?, id(token)?))).collect(),
+            bytes: bytes?.try_into().ok()?,
+            pairs: HashMap::new(),
+        };
+        let mut cuts =
+            Cuts { ascii: Box::new([false; 128 * 128]), other: Default::default(), added: vec![], merges };
+        for (rank, merge) in (0..).zip(model["merges"].as_array()?) {
             let (left, right) = match merge {
                 Value::Array(pair) => (pair.first()?.as_str()?, pair.get(1)?.as_str()?),
                 Value::String(pair) => pair.split_once(' ')?,
@@ -173,6 +191,7 @@ impl Cuts {
                 return None;
             }
             cuts.join(left.chars().next_back()?, right.chars().next()?);
+            cuts.merges.pairs.insert((id(left)?, id(right)?), (rank, id(&format!("{left}{right}"))?));
         }
         for token in file["added_tokens"].as_array()? {
             let flags = ["single_word", "lstrip", "rstrip", "normalized"];
@@ -216,18 +235,86 @@ impl Cuts {
     }
 }
 
+/// The character of a token that is one.
+fn only_char(token: &str) -> Option<char> {
+    let mut characters = token.chars();
+    characters.next().filter(|_| characters.next().is_none())
+}
+
+/// A piece that is being merged.
+#[derive(Default)]
+struct Merging {
+    ids: Vec<u32>,
+    /// What the merge of an id with the one after it would be.
+    merges: Vec<(u32, u32)>,
+}
+
+/// Ranks after all others.
+const NO_MERGE: (u32, u32) = (u32::MAX, u32::MAX);
+
+impl Merges {
+    /// The ids of a piece: of all merges that can be made the one of the lowest rank is made, the leftmost of several,
+    /// until there is none. Takes time in the square of the piece's length, but is the fastest for those that there are.
+    fn encode<'a>(&self, piece: &str, merging: &'a mut Merging) -> &'a [u32] {
+        let Merging { ids, merges } = merging;
+        ids.clear();
+        for character in piece.chars().map(|c| if c == ' ' { SPACE } else { c }) {
+            match self.characters.get(&character) {
+                Some(id) => ids.push(*id),
+                None => {
+                    let mut spelled = [0; 4];
+                    ids.extend(
+                        character.encode_utf8(&mut spelled).bytes().map(|byte| self.bytes[byte as usize]),
+                    );
+                }
+            }
+        }
+        let of = |left: u32, right: u32| self.pairs.get(&(left, right)).copied().unwrap_or(NO_MERGE);
+        merges.clear();
+        merges.extend(ids.windows(2).map(|pair| of(pair[0], pair[1])));
+        while let Some((at, merge)) = merges.iter().copied().enumerate().min_by_key(|(_, merge)| merge.0)
+            && merge != NO_MERGE
+        {
+            ids[at] = merge.1;
+            ids.remove(at + 1);
+            merges.remove(at);
+            if at > 0 {
+                merges[at - 1] = of(ids[at - 1], ids[at]);
+            }
+            if at < merges.len() {
+                merges[at] = of(ids[at], ids[at + 1]);
+            }
+        }
+        ids
+    }
+}
+
 /// Encodes texts on one thread.
 pub struct Encoder<'a> {
     tokenizer: &'a Tokenizer,
     /// The text with its first space, and room behind it to read 16 bytes anywhere.
     text: Vec<u8>,
+    cache: Cache,
+    merging: Merging,
+}
+
+impl Drop for Encoder<'_> {
+    fn drop(&mut self) {
+        if let Ok(mut caches) = self.tokenizer.caches.lock() {
+            caches.push(std::mem::take(&mut self.cache));
+        }
+    }
+}
+
+/// The ids of pieces that were met before.
+#[derive(Default)]
+struct Cache {
     short: ShortPieces,
     /// Pieces that don't fit [`ShortPieces`].
     long: HashMap<Box<[u8]>, Box<[u32]>>,
-    piece: String,
 }
 
-/// Longer pieces are not remembered.
+/// Longer pieces are not remembered, and merged by the library, in time linear in their length but for a logarithm.
 const LONG_PIECE: usize = 64;
 
 /// So many long pieces are remembered: at most 16 MB.
@@ -281,12 +368,12 @@ impl Encoder<'_> {
                 cuts.other.contains(&(char_before(&text, at), char_at(&text, at)))
             };
             if !joined {
-                self.encode_piece(&text, start, at, ids)?;
+                self.encode_piece(cuts, &text, start, at, ids)?;
                 start = at;
             }
             at += 1;
         }
-        self.encode_piece(&text, start, end, ids)?;
+        self.encode_piece(cuts, &text, start, end, ids)?;
         self.text = text;
         Ok(())
     }
@@ -295,6 +382,7 @@ impl Encoder<'_> {
     #[inline]
     fn encode_piece(
         &mut self,
+        cuts: &Cuts,
         text: &[u8],
         start: usize,
         stop: usize,
@@ -304,43 +392,47 @@ impl Encoder<'_> {
         // filled up with zeros, a piece that ends with one would be taken for a shorter one
         let is_short = length <= SHORT_BYTES && text[stop - 1] != 0;
         let key = if is_short { short_key(text, start, length) } else { 0 };
-        if key != 0 && self.short.get(key, ids) {
+        if key != 0 && self.cache.short.get(key, ids) {
             return Ok(());
         }
-        self.encode_rare(&text[start..stop], key, ids)
+        self.encode_rare(cuts, &text[start..stop], key, ids)
     }
 
     /// Encodes a piece that is long, has many ids, or is new.
     #[cold]
-    fn encode_rare(&mut self, piece: &[u8], key: u128, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
-        if let Some(known) = self.long.get(piece) {
+    fn encode_rare(
+        &mut self,
+        cuts: &Cuts,
+        piece: &[u8],
+        key: u128,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TokenizerError> {
+        if let Some(known) = self.cache.long.get(piece) {
             ids.extend_from_slice(known);
             return Ok(());
         }
-        let from = ids.len();
-        self.encode_anew(piece, ids)?;
-        let fits = key != 0 && self.short.insert(key, &ids[from..]);
-        if !fits && piece.len() <= LONG_PIECE {
-            self.remember(piece, ids[from..].into());
+        let text = std::str::from_utf8(piece).map_err(|e| TokenizerError::Failed(e.to_string()))?;
+        if piece.len() > LONG_PIECE {
+            let tokens = self.tokenizer.plain.get_model().tokenize(&text.replace(' ', "\u{2581}"));
+            let tokens = tokens.map_err(|e| TokenizerError::Failed(e.to_string()))?;
+            ids.extend(tokens.iter().map(|token| token.id));
+            return Ok(());
+        }
+        let new = cuts.merges.encode(text, &mut self.merging);
+        ids.extend_from_slice(new);
+        if key == 0 || !self.cache.short.insert(key, new) {
+            self.cache.remember(piece, new);
         }
         Ok(())
     }
+}
 
-    fn remember(&mut self, piece: &[u8], ids: Box<[u32]>) {
+impl Cache {
+    fn remember(&mut self, piece: &[u8], ids: &[u32]) {
         if self.long.len() >= LONG_PIECES {
             self.long.clear();
         }
-        self.long.insert(piece.into(), ids);
-    }
-
-    /// The model's own ids of a piece.
-    fn encode_anew(&mut self, piece: &[u8], ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
-        let piece = std::str::from_utf8(piece).map_err(|e| TokenizerError::Failed(e.to_string()))?;
-        self.piece.clear();
-        self.piece.extend(piece.chars().map(|c| if c == ' ' { SPACE } else { c }));
-        let tokens = self.tokenizer.plain.get_model().tokenize(&self.piece);
-        ids.extend(tokens.map_err(|e| TokenizerError::Failed(e.to_string()))?.iter().map(|token| token.id));
-        Ok(())
+        self.long.insert(piece.into(), ids.into());
     }
 }
 
@@ -368,6 +460,7 @@ fn short_key(text: &[u8], start: usize, length: usize) -> u128 {
 }
 
 /// Ids of short pieces: a table of fixed size (16 MB), which is emptied when it fills up.
+#[derive(Default)]
 struct ShortPieces {
     /// key, ids with their number last; an empty place has key 0
     places: Vec<(u128, [u32; SHORT_IDS + 1])>,
@@ -376,10 +469,6 @@ struct ShortPieces {
 
 impl ShortPieces {
     const PLACES: usize = 1 << 19;
-
-    fn new() -> Self {
-        Self { places: vec![(0, [0; SHORT_IDS + 1]); Self::PLACES], used: 0 }
-    }
 
     #[inline]
     fn place(key: u128) -> usize {
@@ -392,9 +481,15 @@ impl ShortPieces {
     fn get(&self, key: u128, ids: &mut Vec<u32>) -> bool {
         let mut place = Self::place(key);
         loop {
-            let (found, known) = &self.places[place];
+            let Some((found, known)) = self.places.get(place) else { return false };
             if *found == key {
-                ids.extend_from_slice(&known[..known[SHORT_IDS] as usize]);
+                let [first, second, third, count] = *known;
+                // nearly always one: a call to copy three takes longer than this
+                match count {
+                    1 => ids.push(first),
+                    2 => ids.extend([first, second]),
+                    _ => ids.extend([first, second, third]),
+                }
                 return true;
             }
             if *found == 0 {
@@ -404,13 +499,14 @@ impl ShortPieces {
         }
     }
 
-    /// Remembers a piece's ids; false where there are too many.
+    /// Remembers a piece's ids; false where their number doesn't fit.
     fn insert(&mut self, key: u128, ids: &[u32]) -> bool {
-        if ids.len() > SHORT_IDS {
+        if ids.is_empty() || ids.len() > SHORT_IDS {
             return false;
         }
-        if self.used >= Self::PLACES / 2 {
-            self.places.fill((0, [0; SHORT_IDS + 1]));
+        if self.places.is_empty() || self.used >= Self::PLACES / 2 {
+            self.places.clear();
+            self.places.resize(Self::PLACES, (0, [0; SHORT_IDS + 1]));
             self.used = 0;
         }
         let mut known = [0; SHORT_IDS + 1];
@@ -622,7 +718,9 @@ mod tests {
                 ),
             );
         }
-        assert!(encoder.short.used <= ShortPieces::PLACES / 2 && encoder.long.len() <= LONG_PIECES);
+        assert!(
+            encoder.cache.short.used <= ShortPieces::PLACES / 2 && encoder.cache.long.len() <= LONG_PIECES
+        );
         assert_eq!(encode(&mut encoder, SAMPLE), tokenizer.encode_plain(SAMPLE).unwrap());
     }
 

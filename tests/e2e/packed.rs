@@ -6,8 +6,9 @@ use std::path::Path;
 use arrow::array::{Array, AsArray};
 use arrow::datatypes::Int32Type;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use proptest::prelude::*;
 
-use crate::bench::{Bench, recipe};
+use crate::bench::{Bench, Row, corpus, recipe, tree};
 
 struct Sequence {
     ids: Vec<i32>,
@@ -61,34 +62,197 @@ fn by_domain(sequences: &[Sequence]) -> BTreeMap<String, u64> {
     sums
 }
 
-#[test]
-fn segments_tile_every_sequence_and_domains_meet_their_budgets() {
-    for (seed, name) in [(1, "per_source"), (2, "cut_128k"), (3, "cut_4k"), (4, "length_power")] {
-        let bench = Bench::new(seed);
-        let set = format!("mixture.recipe={}", recipe(name));
-        let run = bench.run(&["--set", &set]);
-        let sequences = read(&run.join("data"));
-        for pair in sequences.windows(2) {
-            assert_eq!(pair[0].label, pair[1].ids[0], "{name}: the label is the next id");
+/// A document as other software sees it: its ids by Hugging Face's `tokenizers`, BOS not among them.
+struct Known {
+    domain: String,
+    text: String,
+    ids: Vec<i32>,
+}
+
+/// The documents of a corpus by `doc_id`, computed without this project's code, and the tokenizer that was trained on them.
+fn known(bench: &Bench, rows: &[Row]) -> (BTreeMap<String, Known>, tokenizers::Tokenizer) {
+    let file = tree(&bench.path("out/stages/tokenizer")).into_iter().find(|p| p.ends_with("tokenizer.json"));
+    let tokenizer = tokenizers::Tokenizer::from_file(file.unwrap()).unwrap();
+    let documents = rows.iter().map(|(domain, text)| {
+        let named = [&(domain.len() as u64).to_le_bytes(), domain.as_bytes(), text.as_bytes()].concat();
+        let doc_id = blake3::hash(&named).to_hex()[..32].to_owned();
+        let ids = tokenizer.encode(text.as_str(), false).unwrap();
+        let ids = ids.get_ids().iter().map(|id| *id as i32).collect();
+        (doc_id, Known { domain: domain.clone(), text: text.clone(), ids })
+    });
+    (documents.collect(), tokenizer)
+}
+
+impl Known {
+    /// Where spans of at most `longest` tokens begin.
+    fn begins(&self, longest: usize) -> impl Iterator<Item = usize> {
+        (0..self.ids.len()).step_by(longest)
+    }
+
+    fn is_whole_span(&self, ids: &[i32], longest: usize) -> bool {
+        self.begins(longest).any(|at| self.ids[at..self.ids.len().min(at + longest)] == *ids)
+    }
+}
+
+/// A span as it was packed. A document's first one begins with BOS, which is not among the ids.
+struct Packed {
+    doc_id: String,
+    first: bool,
+    ids: Vec<i32>,
+}
+
+/// The spans that were packed; with `concat`, one that a sequence's end cut goes on at the start of the next sequence.
+fn spans(
+    sequences: &[Sequence],
+    known: &BTreeMap<String, Known>,
+    longest: usize,
+    concat: bool,
+) -> Vec<Packed> {
+    let mut spans: Vec<Packed> = vec![];
+    for s in sequences {
+        for (_, doc_id, start, end) in &s.segments {
+            let ids = &s.ids[*start..*end];
+            if doc_id.is_empty() {
+                assert!(ids.iter().all(|id| *id == 0), "padding");
+                continue;
+            }
+            let goes_on = |open: &&mut Packed| {
+                concat
+                    && *start == 0
+                    && open.doc_id == *doc_id
+                    && !known[doc_id].is_whole_span(&open.ids, longest)
+            };
+            if ids[0] == 0 {
+                spans.push(Packed { doc_id: doc_id.clone(), first: true, ids: ids[1..].to_vec() });
+            } else if let Some(open) = spans.last_mut().filter(goes_on) {
+                open.ids.extend(ids);
+            } else {
+                spans.push(Packed { doc_id: doc_id.clone(), first: false, ids: ids.to_vec() });
+            }
         }
-        for s in &sequences {
-            assert_eq!(s.ids.len(), 256);
-            let ends: Vec<usize> = s.segments.iter().map(|segment| segment.3).collect();
-            let starts: Vec<usize> = s.segments.iter().map(|segment| segment.2).collect();
-            assert_eq!(starts[0], 0);
-            assert_eq!(starts[1..], ends[..ends.len() - 1]);
-            assert_eq!(ends[ends.len() - 1], 256);
+    }
+    spans
+}
+
+/// Holds a run's packed files against its documents.
+fn check(bench: &Bench, rows: &[Row], run: &Path, sequence: usize, longest: usize, concat: bool) {
+    let (known, tokenizer) = known(bench, rows);
+    let sequences = read(&run.join("data"));
+    for pair in sequences.windows(2).filter(|_| concat) {
+        assert_eq!(pair[0].label, pair[1].ids[0], "the label is the next id");
+    }
+    for s in &sequences {
+        assert_eq!(s.ids.len(), sequence);
+        let mut at = 0;
+        for (domain, doc_id, start, end) in &s.segments {
+            assert!(*start == at && end > start, "segments tile");
+            assert!(doc_id.is_empty() || known[doc_id].domain == *domain);
+            at = *end;
         }
-        let drawn = bench
-            .sql("select domain, sum(stop - start) as tokens from drawn group by domain", &["--set", &set]);
-        let packed = by_domain(&sequences);
-        let mut dropped = 0;
-        for row in drawn {
-            dropped += row["tokens"].as_u64().unwrap() - packed[row["domain"].as_str().unwrap()];
+        assert_eq!(at, sequence, "segments tile");
+    }
+    let mut whole = 0;
+    let mut copies = BTreeMap::<(String, usize), usize>::new();
+    for Packed { doc_id, first, ids } in spans(&sequences, &known, longest, concat) {
+        let document = &known[&doc_id];
+        if !first && !concat {
+            assert!(document.ids.windows(ids.len()).any(|window| window == ids), "the document's own ids");
+            continue;
         }
-        assert!(dropped < 256, "{name}: {dropped} tokens are missing, more than the last sequence's");
-        let verdict = bench.say(&["verify", run.to_str().unwrap()]);
-        assert_eq!(verdict.code, 0, "{verdict:?}");
+        let begin = document.begins(longest).find(|at| document.ids[*at..].starts_with(&ids));
+        let begin = begin.expect("the document's own ids");
+        assert_eq!(begin == 0, first, "BOS stands at a document's beginning, and nowhere else");
+        *copies.entry((doc_id, begin)).or_default() += 1;
+        if ids.len() == document.ids.len() {
+            whole += 1;
+            let ids: Vec<u32> = ids.iter().map(|id| *id as u32).collect();
+            assert_eq!(tokenizer.decode(&ids, false).unwrap(), document.text);
+        }
+    }
+    assert!(whole > 0, "documents are packed whole");
+    assert!(copies.values().all(|copies| *copies <= 4), "max_copies: {copies:?}");
+    let verdict = bench.say(&["verify", run.to_str().unwrap()]);
+    assert_eq!(verdict.code, 0, "{verdict:?}");
+}
+
+/// Holds what was drawn and packed against the budget.
+fn check_budget(
+    bench: &Bench,
+    rows: &[Row],
+    run: &Path,
+    budget: u64,
+    sequence: u64,
+    keeps_shares: bool,
+    set: &[&str],
+) {
+    let packed = by_domain(&read(&run.join("data")));
+    let drawn = bench.sql("select domain, sum(stop - start) as tokens from drawn group by domain", set);
+    let drawn: BTreeMap<String, u64> = drawn
+        .iter()
+        .map(|row| (row["domain"].as_str().unwrap().into(), row["tokens"].as_u64().unwrap()))
+        .collect();
+    let all: u64 = drawn.values().sum();
+    assert!(all <= budget, "{all} of {budget}: {drawn:?}");
+    let dropped: u64 =
+        drawn.iter().map(|(domain, tokens)| tokens - packed.get(domain).copied().unwrap_or(0)).sum();
+    assert!(dropped < sequence, "{dropped} tokens are missing, more than the last sequence's");
+    if keeps_shares {
+        let (known, _) = known(bench, rows);
+        let mut tokens = BTreeMap::<&str, u64>::new();
+        known.values().for_each(|d| *tokens.entry(&d.domain).or_default() += d.ids.len() as u64);
+        let total: u64 = tokens.values().sum();
+        for (domain, tokens) in tokens {
+            let want = budget as f64 * tokens as f64 / total as f64;
+            let reach = want.min(4.0 * tokens as f64);
+            assert!(
+                (drawn[domain] as f64 - reach).abs() <= 1.0,
+                "{domain}: {} instead of {want}",
+                drawn[domain]
+            );
+        }
+    }
+}
+
+/// `--set` before each.
+fn sets(sets: &[String]) -> Vec<&str> {
+    sets.iter().flat_map(|set| ["--set", set.as_str()]).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 0, ..ProptestConfig::default() })]
+    /// Corpora, recipes and budgets that nobody chose.
+    #[test]
+    fn packed_sequences_hold_the_documents_own_ids_and_domains_meet_their_budgets(
+        seed in 0..1000u64,
+        documents in 60..400usize,
+        name in prop::sample::select(vec!["per_source", "cut_128k", "cut_4k", "global", "length_power"]),
+        kilo_tokens in 6..60u64,
+        sequence in prop::sample::select(vec![64usize, 256, 1000]),
+        longest in prop::sample::select(vec![300usize, 2048]),
+        holdout in prop::sample::select(vec![0.0, 0.1]),
+        partitions in 1..5usize,
+        best_fit in any::<bool>(),
+    ) {
+        let bench = Bench::empty();
+        let rows = corpus(seed, documents);
+        bench.jsonl("in/a.jsonl", &rows);
+        bench.conf("in/*", "jsonl", "shortfall = \"allow\"");
+        let set = [
+            format!("mixture.recipe={}", recipe(name)),
+            format!("mixture.budget={kilo_tokens}K"),
+            format!("mixture.holdout={holdout}"),
+            format!("mixture.max_span={longest}"),
+            format!("pack.sequence_tokens={sequence}"),
+            format!("pack.mode={}", if best_fit { "best_fit" } else { "concat" }),
+            format!("engine.partitions={partitions}"),
+        ];
+        let set = sets(&set);
+        let run = bench.run(&set);
+        check(&bench, &rows, &run, sequence, longest, !best_fit);
+        if !best_fit {
+            let keeps_shares = holdout == 0.0 && ["per_source", "cut_128k", "cut_4k"].contains(&name);
+            check_budget(&bench, &rows, &run, kilo_tokens * 1000, sequence as u64, keeps_shares, &set);
+        }
     }
 }
 

@@ -26,7 +26,7 @@ use crate::stage::{Output, Published, Table};
 use crate::store::Location;
 use crate::{Error, Result, tables};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// A fixed-point key: (j + u) / c in units of 2⁻⁶⁴.
 type Key = u128;

@@ -31,7 +31,7 @@ use crate::sql::scalar_json;
 use crate::stage::{Output, Published};
 use crate::{Error, Result, functions, tables};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Fixed-point one: `copies` are multiples of 2⁻³².
 pub const ONE: u64 = 1 << 32;
@@ -221,7 +221,7 @@ pub struct Stratum {
     pub spans: u64,
     /// Tokens of the spans that may be drawn from, each once.
     pub available: u64,
-    /// Tokens to draw: Σ copies × length.
+    /// Tokens to draw: Σ copies × length, rounded so that the strata's sum is that of the whole mixture.
     pub budget: u64,
     /// Expected tokens drawn, by length of the document (the buckets of Figure 2): copies beyond `max_copies` don't count.
     pub by_length: Vec<u64>,
@@ -303,12 +303,19 @@ impl Sums {
             strata.into_iter().map(move |(stratum, sum)| ((domain.clone(), stratum), sum))
         });
         let sorted: BTreeMap<_, _> = flat.collect();
+        // where one budget ends the next one begins, so that however many are rounded, their sum is
+        let mut so_far = 0;
+        let mut budget = |sum: u128| {
+            let before = round(so_far);
+            so_far += sum;
+            round(so_far) - before
+        };
         let strata = sorted.into_iter().map(|((domain, stratum), sum)| Stratum {
             domain,
             stratum,
             spans: sum.spans,
             available: sum.available,
-            budget: round(sum.budget),
+            budget: budget(sum.budget),
             by_length: sum.by_length.map(round).to_vec(),
             long: round(sum.long),
         });

@@ -31,7 +31,7 @@ use crate::stage::{self, Draft, Ingredients, Manifest, Output, Table};
 use crate::store::Location;
 use crate::{Error, Result, tables};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// How many units are looked up at a time.
 const LOOKUPS: usize = 32;
@@ -306,7 +306,10 @@ async fn tokenize(
         let work = async move {
             let made = made.await.expect("a worker does not panic")?;
             bar.add(0, made.rows, made.tokens, made.bytes);
-            draft.job(&format!("part-{index:05}"), made.write(&draft.folder, number, narrow)).await
+            // as a task: the encoding of Parquet is work, and here it would be done one part after the other
+            let written = tokio::spawn(made.write(draft.folder.clone(), number, narrow));
+            let written = async { written.await.expect("a worker does not panic") };
+            draft.job(&format!("part-{index:05}"), written).await
         };
         working.push_back(work);
         while working.len() > run.engine.partitions {
@@ -373,6 +376,12 @@ impl Rows {
         let mut chunk_ids = FixedSizeBinaryBuilder::new(16);
         let mut chunks = Int32Builder::new();
         let (mut offsets, mut narrow_ids, mut wide_ids) = (vec![0i32], Vec::<u16>::new(), Vec::<u32>::new());
+        // most texts have more than three bytes a token
+        if narrow {
+            narrow_ids.reserve(part.bytes() as usize / 3);
+        } else {
+            wide_ids.reserve(part.bytes() as usize / 3);
+        }
         // rejects
         let mut texts: [StringBuilder; 4] = Default::default();
         let mut lines = Int64Builder::new();
@@ -452,7 +461,7 @@ impl Rows {
     }
 
     /// Writes the three tables of a part.
-    async fn write(self, folder: &Location, number: i64, narrow: bool) -> Result<Output> {
+    async fn write(self, folder: Location, number: i64, narrow: bool) -> Result<Output> {
         let mut output = Output::default();
         let documents = self.documents.num_rows() as u64;
         output.count("rows", self.rows);
@@ -467,7 +476,7 @@ impl Rows {
             ("tokens", tables::tokens(narrow), self.ids),
             ("rejects", tables::rejects(), self.rejects),
         ] {
-            let mut writer = TableWriter::new(folder, &format!("{name}-{number:016x}"), schema);
+            let mut writer = TableWriter::new(&folder, &format!("{name}-{number:016x}"), schema);
             writer.write(rows).await?;
             output.table(name, writer.finish().await?);
         }
