@@ -43,7 +43,7 @@ fn every_bad_row_is_kept_with_file_line_and_reason() {
     let mut arguments = vec![
         "sql",
         "conf.toml",
-        "select file, line, reason from rejects where file like '%bad%' order by line",
+        "-- a comment first, as files have it\nselect file, line, reason from rejects where file like '%bad%' order by line",
         "--json",
     ];
     arguments.extend(sets);

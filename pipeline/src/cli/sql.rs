@@ -16,6 +16,8 @@ pub struct SqlArguments {
     #[command(flatten)]
     conf: ConfArguments,
     /// One SELECT over the tables of the conf's stages
+    // a file's SQL may begin with a comment, `-- …`
+    #[arg(allow_hyphen_values = true)]
     query: String,
     /// Print a JSON object a row
     #[arg(long)]
