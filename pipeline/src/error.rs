@@ -24,6 +24,7 @@ pub enum Error {
 
     /// Object storage or a file system refused, failed or timed out.
     #[error("cannot {doing} {url}")]
+    #[diagnostic(help("{}", storage_help(url)))]
     Storage {
         doing: &'static str,
         url: String,
@@ -135,6 +136,22 @@ impl Error {
             Error::Train(_) => 6,
             Error::Stopped => 75,
         }
+    }
+}
+
+/// What to look at where storage refuses.
+fn storage_help(url: &str) -> &'static str {
+    match url.split_once("://").map(|(scheme, _)| scheme) {
+        Some("s3" | "s3a") => {
+            "credentials and endpoint come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT; the same command goes on where this one was"
+        }
+        Some("gs") => {
+            "credentials come from the environment: GOOGLE_SERVICE_ACCOUNT, GOOGLE_APPLICATION_CREDENTIALS; the same command goes on where this one was"
+        }
+        Some("az" | "abfs" | "abfss" | "adl") => {
+            "credentials come from the environment: AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY; the same command goes on where this one was"
+        }
+        _ => "the same command goes on where this one was",
     }
 }
 
