@@ -44,14 +44,19 @@ impl Tokenizer {
     /// From the bytes of a `tokenizer.json`; `name` is for messages.
     pub fn from_json(json: &[u8], name: &str) -> Result<Self, TokenizerError> {
         let unusable = |message: String| TokenizerError::Unusable { name: name.to_owned(), message };
-        let mut plain = tokenizers::Tokenizer::from_bytes(json).map_err(|e| unusable(e.to_string()))?;
+        // parsing some 100,000 merges takes a while: once for the library, once for the cuts
+        let (plain, cuts) = std::thread::scope(|scope| {
+            let cuts = scope.spawn(|| serde_json::from_slice::<Value>(json).map(|file| Cuts::of(&file)));
+            (tokenizers::Tokenizer::from_bytes(json), cuts.join().expect("reading JSON does not panic"))
+        });
+        let mut plain = plain.map_err(|e| unusable(e.to_string()))?;
         // these would lose text
         plain.with_truncation(None).map_err(|e| unusable(e.to_string()))?;
         plain.with_padding(None);
-        let described: Value = serde_json::from_slice(json).map_err(|e| unusable(e.to_string()))?;
         let vocab_size = plain.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
         let (bos, eos) = around(&plain).map_err(unusable)?;
-        let cuts = Cuts::of(&described)
+        let cuts = cuts
+            .map_err(|e| unusable(e.to_string()))?
             // the library decides about the ids of added tokens
             .filter(|cuts| cuts.added.iter().all(|(token, id)| plain.token_to_id(token) == Some(*id)));
         Ok(Self { plain, cuts, vocab_size, bos, eos, caches: Mutex::default() })
@@ -357,6 +362,8 @@ impl Encoder<'_> {
         text.resize(end + 16, 0);
 
         let mut start = 0;
+        let mut stops = [0; BATCH];
+        let mut waiting = 0;
         let mut at = 1;
         while at < end {
             let (last, first) = (text[at - 1], text[at]);
@@ -368,34 +375,47 @@ impl Encoder<'_> {
                 cuts.other.contains(&(char_before(&text, at), char_at(&text, at)))
             };
             if !joined {
-                self.encode_piece(cuts, &text, start, at, ids)?;
-                start = at;
+                stops[waiting] = at;
+                waiting += 1;
+                if waiting == BATCH {
+                    self.encode_pieces(cuts, &text, start, &stops, ids)?;
+                    start = at;
+                    waiting = 0;
+                }
             }
             at += 1;
         }
-        self.encode_piece(cuts, &text, start, end, ids)?;
+        stops[waiting] = end;
+        self.encode_pieces(cuts, &text, start, &stops[..=waiting], ids)?;
         self.text = text;
         Ok(())
     }
 
-    /// Encodes a piece, from the cache if it is there.
+    /// Encodes adjacent pieces, each up to one of `stops`, from the cache where they are there. All are looked up before
+    /// the first is compared, so that the memory fetches them side by side.
     #[inline]
-    fn encode_piece(
+    fn encode_pieces(
         &mut self,
         cuts: &Cuts,
         text: &[u8],
-        start: usize,
-        stop: usize,
+        mut start: usize,
+        stops: &[usize],
         ids: &mut Vec<u32>,
     ) -> Result<(), TokenizerError> {
-        let length = stop - start;
-        // filled up with zeros, a piece that ends with one would be taken for a shorter one
-        let is_short = length <= SHORT_BYTES && text[stop - 1] != 0;
-        let key = if is_short { short_key(text, start, length) } else { 0 };
-        if key != 0 && self.cache.short.get(key, ids) {
-            return Ok(());
+        let mut met = [(0, Place::default()); BATCH];
+        let mut from = start;
+        for (stop, (key, place)) in stops.iter().zip(&mut met) {
+            *key = short_key(text, from, *stop);
+            *place = self.cache.short.places[ShortPieces::place(*key)];
+            from = *stop;
         }
-        self.encode_rare(cuts, &text[start..stop], key, ids)
+        for (stop, (key, place)) in stops.iter().zip(met) {
+            if key == 0 || !(place.append(key, ids) || self.cache.short.get(key, ids)) {
+                self.encode_rare(cuts, &text[start..*stop], key, ids)?;
+            }
+            start = *stop;
+        }
+        Ok(())
     }
 
     /// Encodes a piece that is long, has many ids, or is new.
@@ -452,19 +472,55 @@ const SHORT_BYTES: usize = 16;
 /// … and so many ids.
 const SHORT_IDS: usize = 3;
 
-/// The bytes of a short piece as a number; shorter ones are filled up with zeros, so a piece must not end with one.
+/// So many pieces are looked up at a time.
+const BATCH: usize = 16;
+
+/// The bytes of a short piece as a number, filled up with zeros; 0 where it is too long, or ends with a zero and would be
+/// taken for a shorter one.
 #[inline]
-fn short_key(text: &[u8], start: usize, length: usize) -> u128 {
+fn short_key(text: &[u8], start: usize, stop: usize) -> u128 {
+    let length = stop - start;
+    if length > SHORT_BYTES || text[stop - 1] == 0 {
+        return 0;
+    }
     let bytes: [u8; 16] = text[start..start + 16].try_into().expect("16 bytes, the text is padded");
     u128::from_le_bytes(bytes) & (u128::MAX >> (128 - 8 * length as u32))
 }
 
+/// A short piece and its ids, with their number last; an empty place has key 0. It never lies across two cache lines.
+#[derive(Clone, Copy, Default)]
+#[repr(align(32))]
+struct Place {
+    key: u128,
+    ids: [u32; SHORT_IDS + 1],
+}
+
+impl Place {
+    /// Appends the ids; false where it is another piece's.
+    #[inline]
+    fn append(&self, key: u128, ids: &mut Vec<u32>) -> bool {
+        let [first, second, third, count] = self.ids;
+        // nearly always one: a call to copy three takes longer than this
+        match count {
+            _ if self.key != key => return false,
+            1 => ids.push(first),
+            2 => ids.extend([first, second]),
+            _ => ids.extend([first, second, third]),
+        }
+        true
+    }
+}
+
 /// Ids of short pieces: a table of fixed size (16 MB), which is emptied when it fills up.
-#[derive(Default)]
 struct ShortPieces {
-    /// key, ids with their number last; an empty place has key 0
-    places: Vec<(u128, [u32; SHORT_IDS + 1])>,
+    places: Vec<Place>,
     used: usize,
+}
+
+impl Default for ShortPieces {
+    fn default() -> Self {
+        Self { places: vec![Place::default(); Self::PLACES], used: 0 }
+    }
 }
 
 impl ShortPieces {
@@ -477,26 +533,15 @@ impl ShortPieces {
     }
 
     /// Appends the ids of a piece; false where it isn't known.
-    #[inline]
     fn get(&self, key: u128, ids: &mut Vec<u32>) -> bool {
         let mut place = Self::place(key);
-        loop {
-            let Some((found, known)) = self.places.get(place) else { return false };
-            if *found == key {
-                let [first, second, third, count] = *known;
-                // nearly always one: a call to copy three takes longer than this
-                match count {
-                    1 => ids.push(first),
-                    2 => ids.extend([first, second]),
-                    _ => ids.extend([first, second, third]),
-                }
+        while self.places[place].key != 0 {
+            if self.places[place].append(key, ids) {
                 return true;
-            }
-            if *found == 0 {
-                return false;
             }
             place = (place + 1) & (Self::PLACES - 1);
         }
+        false
     }
 
     /// Remembers a piece's ids; false where their number doesn't fit.
@@ -504,19 +549,18 @@ impl ShortPieces {
         if ids.is_empty() || ids.len() > SHORT_IDS {
             return false;
         }
-        if self.places.is_empty() || self.used >= Self::PLACES / 2 {
-            self.places.clear();
-            self.places.resize(Self::PLACES, (0, [0; SHORT_IDS + 1]));
+        if self.used >= Self::PLACES / 2 {
+            self.places.fill(Place::default());
             self.used = 0;
         }
         let mut known = [0; SHORT_IDS + 1];
         known[..ids.len()].copy_from_slice(ids);
         known[SHORT_IDS] = ids.len() as u32;
         let mut place = Self::place(key);
-        while self.places[place].0 != 0 {
+        while self.places[place].key != 0 {
             place = (place + 1) & (Self::PLACES - 1);
         }
-        self.places[place] = (key, known);
+        self.places[place] = Place { key, ids: known };
         self.used += 1;
         true
     }

@@ -107,6 +107,45 @@ fn a_damaged_file_is_found_by_verify_and_computed_again_by_run() {
     }
 }
 
+/// The slow proof: `cargo test --release -p lengthwise-tests -- --ignored every_file`
+#[test]
+#[ignore = "a slow proof: run it by name"]
+fn every_file_flipped_cut_short_or_gone_is_computed_again() {
+    let bench = Bench::new(8);
+    let url = bench.run(&[]).to_str().unwrap().to_owned();
+    let want = packed(bench.path(&url).as_path());
+    let sound = Bench::empty();
+    let copy = |from: &Bench, to: &Bench| {
+        let _ = std::fs::remove_dir_all(to.path("out"));
+        let copied =
+            std::process::Command::new("cp").arg("-a").args([from.path("out"), to.path("out")]).status();
+        assert!(copied.unwrap().success());
+    };
+    copy(&bench, &sound);
+    let files = tree(&bench.path("out"));
+    assert!(files.len() > 30, "{files:?}");
+    for file in files {
+        for harm in ["flipped", "cut", "gone"] {
+            copy(&sound, &bench);
+            let mut bytes = std::fs::read(&file).unwrap();
+            std::fs::remove_file(&file).unwrap();
+            let middle = bytes.len() / 2;
+            match harm {
+                "flipped" => bytes[middle] ^= 1,
+                "cut" => bytes.truncate(middle),
+                _ => {}
+            }
+            if harm != "gone" {
+                std::fs::write(&file, bytes).unwrap();
+            }
+            bench.say(&["verify", &url]);
+            assert!(packed(&bench.run(&[])) == want, "{harm}: {}", file.display());
+            let verdict = bench.say(&["verify", &url]);
+            assert_eq!(verdict.code, 0, "{harm}: {}: {verdict:?}", file.display());
+        }
+    }
+}
+
 #[test]
 fn scattered_ids_that_rotted_between_two_attempts_are_not_packed() {
     let bench = Bench::new(6);

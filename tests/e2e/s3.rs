@@ -131,6 +131,7 @@ fn a_run_on_s3_gives_the_bytes_of_a_local_run_and_leaks_no_secret() {
     arguments.extend(sets);
     let wrong = program(&arguments, "wrong");
     assert_eq!(wrong.code, 4, "{wrong:?}");
+    assert!(wrong.out.is_empty() && wrong.err.contains("AWS_SECRET_ACCESS_KEY"), "{wrong:?}");
 
     let done = program(&arguments, SECRET);
     assert_eq!(done.code, 0, "{}", done.err);
