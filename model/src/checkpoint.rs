@@ -1,23 +1,27 @@
 //! Checkpoints as Hugging Face writes them: `config.json` and safetensors, single or sharded with an index.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
-use burn::tensor::{Device, Tensor, TensorData};
 use bytes::Bytes;
-use half::{bf16, f16};
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-use crate::llama::{Config, Weights};
-use crate::{Error, Location, Result};
+use crate::config::Config;
+use crate::shards::Unit;
+use crate::tensors::{Kind, Reader, Writer};
+use crate::{Error, Location, Result, Written};
+
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A file of a checkpoint we write has at most so many numbers, unless one unit has more.
+const NUMBERS_A_FILE: usize = 1 << 30;
 
 /// The names of the files that a checkpoint consists of.
 pub async fn checkpoint_parts(folder: &Location) -> Result<Vec<String>> {
     let mut parts = vec!["config.json".to_owned()];
-    match folder.join("model.safetensors.index.json").get().await? {
+    match folder.join(INDEX).get().await? {
         Some(index) => {
-            parts.push("model.safetensors.index.json".to_owned());
+            parts.push(INDEX.to_owned());
             parts.extend(shards(folder, &index)?);
         }
         None => parts.push("model.safetensors".to_owned()),
@@ -25,116 +29,194 @@ pub async fn checkpoint_parts(folder: &Location) -> Result<Vec<String>> {
     Ok(parts)
 }
 
+fn wrong(folder: &Location, message: String) -> Error {
+    Error::Checkpoint { at: folder.path.to_string(), message }
+}
+
 /// The files that an index names.
 fn shards(folder: &Location, index: &[u8]) -> Result<BTreeSet<String>> {
-    let wrong = |message: String| Error::Checkpoint { at: folder.path.to_string(), message };
-    let index: Value =
-        serde_json::from_slice(index).map_err(|e| wrong(format!("model.safetensors.index.json: {e}")))?;
-    let map = index["weight_map"].as_object().ok_or_else(|| wrong("its index has no weight_map".into()))?;
+    let index: Value = serde_json::from_slice(index).map_err(|e| wrong(folder, format!("{INDEX}: {e}")))?;
+    let map =
+        index["weight_map"].as_object().ok_or_else(|| wrong(folder, format!("{INDEX} has no weight_map")))?;
     Ok(map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect())
 }
 
-/// Reads a folder's config and weights, as f32.
+/// The config of a checkpoint in Hugging Face's layout.
 ///
 /// # Errors
-/// Names every tensor that is missing, unexpected or misshapen.
-pub async fn read(folder: &Location, device: &Device) -> Result<(Config, Weights)> {
-    let wrong = |message: String| Error::Checkpoint { at: folder.path.to_string(), message };
-    let file =
-        async |name: &str| folder.join(name).get().await?.ok_or_else(|| wrong(format!("there is no {name}")));
-    let config: Value = serde_json::from_slice(&file("config.json").await?)
-        .map_err(|e| wrong(format!("config.json: {e}")))?;
+/// There is none, or it is of a model that is not computed here.
+pub async fn config(folder: &Location) -> Result<Config> {
+    let config = folder.join("config.json").get().await?;
+    let config = config.ok_or_else(|| wrong(folder, "there is no config.json".into()))?;
+    let config: Value =
+        serde_json::from_slice(&config).map_err(|e| wrong(folder, format!("config.json: {e}")))?;
     if config["model_type"].as_str().is_some_and(|kind| kind != "llama") {
-        return Err(wrong(format!("config.json is of a {} model; llama is supported", config["model_type"])));
+        let kind = &config["model_type"];
+        return Err(wrong(folder, format!("config.json is of a {kind} model; llama is supported")));
     }
-    let config: Config = serde_json::from_value(config).map_err(|e| wrong(format!("config.json: {e}")))?;
-    config.check()?;
-
-    let shards = match folder.join("model.safetensors.index.json").get().await? {
-        Some(index) => shards(folder, &index)?,
-        None => ["model.safetensors".to_owned()].into(),
-    };
-    let mut wanted: BTreeMap<String, [usize; 2]> = config.parameters().into_iter().collect();
-    let mut read: HashMap<String, Tensor<2>> = HashMap::new();
-    let mut problems = vec![];
-    for shard in shards {
-        let bytes = file(&shard).await?;
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| wrong(format!("{shard}: {e}")))?;
-        for (name, view) in tensors.tensors() {
-            let Some(shape) = wanted.remove(&name) else {
-                // tied checkpoints may carry the head too; rotary tables were once saved
-                if !(name == "lm_head.weight" || name.ends_with("rotary_emb.inv_freq")) {
-                    problems.push(format!("unexpected {name}"));
-                }
-                continue;
-            };
-            if view.shape() != shape && view.shape() != [shape[1]].as_slice() {
-                problems.push(format!("{name} has shape {:?} instead of {shape:?}", view.shape()));
-                continue;
-            }
-            match numbers(&view) {
-                Some(values) => {
-                    drop(read.insert(name, Tensor::from_data(TensorData::new(values, shape), device)))
-                }
-                None => {
-                    problems.push(format!("{name} is of type {:?}; f32, f16 and bf16 are read", view.dtype()))
-                }
-            }
+    for (key, needed) in
+        [("hidden_act", json!("silu")), ("attention_bias", json!(false)), ("mlp_bias", json!(false))]
+    {
+        if !config[key].is_null() && config[key] != needed {
+            let value = &config[key];
+            return Err(wrong(folder, format!("config.json: {key} is {value}; {needed} is supported")));
         }
     }
-    problems.extend(wanted.into_keys().map(|name| format!("missing {name}")));
-    if !problems.is_empty() {
-        let more = problems.len().saturating_sub(8);
-        problems.truncate(8);
-        let rest = if more > 0 { format!(", and {more} more") } else { String::new() };
-        return Err(wrong(format!("{}{rest}", problems.join(", "))));
+    let config: Config =
+        serde_json::from_value(config).map_err(|e| wrong(folder, format!("config.json: {e}")))?;
+    config.check().map_err(|e| wrong(folder, format!("config.json: {e}")))?;
+    Ok(config)
+}
+
+/// A checkpoint whose tensors are known to be those of its config.
+pub struct Checkpoint {
+    pub config: Config,
+    /// The file of each tensor.
+    files: BTreeMap<String, usize>,
+    readers: Vec<Reader>,
+}
+
+impl Checkpoint {
+    /// # Errors
+    /// Names every tensor that is missing, unexpected or misshapen.
+    pub async fn open(folder: &Location) -> Result<Self> {
+        let config = config(folder).await?;
+        let names = match folder.join(INDEX).get().await? {
+            Some(index) => shards(folder, &index)?,
+            None => ["model.safetensors".to_owned()].into(),
+        };
+        let mut wanted: BTreeMap<String, [usize; 2]> = config.parameters().into_iter().collect();
+        let (mut files, mut readers, mut problems) = (BTreeMap::new(), vec![], vec![]);
+        for (i, name) in names.into_iter().enumerate() {
+            let reader = Reader::open(folder.join(&name)).await.map_err(|error| match error {
+                Error::Storage { source: object_store::Error::NotFound { .. }, .. } => {
+                    wrong(folder, format!("there is no {name}"))
+                }
+                error => error,
+            })?;
+            for (name, entry) in &reader.entries {
+                let Some(shape) = wanted.remove(name) else {
+                    // tied checkpoints may carry the head too; rotary tables were once saved
+                    if !(name == "lm_head.weight" || name.ends_with("rotary_emb.inv_freq")) {
+                        problems.push(format!("unexpected {name}"));
+                    }
+                    continue;
+                };
+                if entry.shape != shape && entry.shape != [shape[1]] {
+                    problems.push(format!("{name} has shape {:?} instead of {shape:?}", entry.shape));
+                }
+                files.insert(name.clone(), i);
+            }
+            readers.push(reader);
+        }
+        problems.extend(wanted.into_keys().map(|name| format!("missing {name}")));
+        if !problems.is_empty() {
+            let more = problems.len().saturating_sub(8);
+            problems.truncate(8);
+            let rest = if more > 0 { format!(", and {more} more") } else { String::new() };
+            return Err(wrong(folder, format!("{}{rest}", problems.join(", "))));
+        }
+        Ok(Self { config, files, readers })
     }
-    let tensors = config.parameters().iter().filter_map(|(name, _)| read.remove(name)).collect();
-    Ok((config.clone(), Weights::from_flat(&config, tensors)))
+
+    /// Some of a unit's numbers.
+    pub async fn read(&self, unit: &Unit, range: Range<usize>) -> Result<Vec<f32>> {
+        let (mut numbers, mut from) = (Vec::with_capacity(range.len()), 0);
+        for (name, [rows, columns]) in &unit.parameters {
+            let length = rows * columns;
+            let own = range.start.max(from)..range.end.min(from + length);
+            if own.start < own.end {
+                let reader = &self.readers[self.files[name]];
+                numbers.extend(reader.read(name, own.start - from..own.end - from).await?);
+            }
+            from += length;
+        }
+        Ok(numbers)
+    }
 }
 
-fn numbers(view: &TensorView<'_>) -> Option<Vec<f32>> {
-    let bytes = view.data();
-    Some(match view.dtype() {
-        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        _ => return None,
-    })
+/// The numbers in a range of a fresh model's unit: normal with deviation 0.02, norms 1; the same for the same seed, however
+/// they are split over ranks.
+pub fn fresh(units: &[Unit], unit: usize, range: Range<usize>, seed: u64) -> Vec<f32> {
+    let before: usize = units[..unit].iter().map(|unit| unit.length).sum();
+    let one = |i: usize| if i < units[unit].norms { 1.0 } else { normal(seed, (before + i) as u64) };
+    range.map(one).collect()
 }
 
-/// Writes `model.safetensors` (f32) and `config.json`, which `transformers` loads, and the tokenizer beside them.
-/// Returns the files' names and bytes.
-pub fn files(config: &Config, weights: &Weights, tokenizer: Option<Bytes>) -> Result<Vec<(String, Vec<u8>)>> {
-    let shapes = config.parameters();
-    let data: Vec<Vec<u8>> =
-        weights.flat().into_iter().map(|tensor| tensor.into_data_as::<f32>().as_bytes().to_vec()).collect();
-    let views = shapes.iter().zip(&data).map(|((name, shape), data)| {
-        let shape = if name.contains("norm") { vec![shape[1]] } else { shape.to_vec() };
-        TensorView::new(Dtype::F32, shape, data).map(|view| (name.as_str(), view))
-    });
-    let wrong = |e: safetensors::SafeTensorError| Error::Checkpoint {
-        at: "model.safetensors".into(),
-        message: e.to_string(),
+/// The `i`-th of normal numbers with deviation 0.02 (SplitMix64, Box–Muller).
+fn normal(seed: u64, i: u64) -> f32 {
+    let uniform = |counter: u64| {
+        let mut z = seed
+            .wrapping_mul(0xBF58_476D_1CE4_E5B9)
+            .wrapping_add(counter.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
     };
-    let views: Vec<_> = views.collect::<Result<_, _>>().map_err(wrong)?;
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let model = safetensors::serialize(views, Some(metadata)).map_err(wrong)?;
+    let radius = (-2.0 * (1.0 - uniform(2 * i)).ln()).sqrt();
+    (0.02 * radius * (std::f64::consts::TAU * uniform(2 * i + 1)).cos()) as f32
+}
 
+/// Writes a folder that `transformers` loads, the tokenizer's files beside it. `whole` gives each unit's numbers, in order.
+pub async fn write(
+    folder: &Location,
+    config: &Config,
+    units: &[Unit],
+    kind: Kind,
+    beside: &[(String, Bytes)],
+    mut whole: impl AsyncFnMut(usize) -> Result<Vec<f32>>,
+) -> Result<Vec<Written>> {
+    let mut groups: Vec<Vec<usize>> = vec![];
+    let mut numbers = usize::MAX;
+    for (i, unit) in units.iter().enumerate() {
+        if numbers.saturating_add(unit.length) > NUMBERS_A_FILE {
+            groups.push(vec![]);
+            numbers = 0;
+        }
+        numbers += unit.length;
+        groups.last_mut().expect("a group was begun").push(i);
+    }
+    let mut files = vec![];
+    let mut map = serde_json::Map::new();
+    for (i, group) in groups.iter().enumerate() {
+        let name = match groups.len() {
+            1 => "model.safetensors".to_owned(),
+            files => format!("model-{:05}-of-{files:05}.safetensors", i + 1),
+        };
+        let parameters = group.iter().flat_map(|unit| &units[*unit].parameters);
+        let tensors: Vec<(String, Vec<usize>)> = parameters
+            .map(|(name, shape)| {
+                (name.clone(), if name.contains("norm") { vec![shape[1]] } else { shape.to_vec() })
+            })
+            .collect();
+        map.extend(tensors.iter().map(|(tensor, _)| (tensor.clone(), json!(name))));
+        let mut writer = Writer::create(folder.join(&name), kind, &tensors).await?;
+        for unit in group {
+            writer.write(&whole(*unit).await?).await?;
+        }
+        files.push(writer.finish().await?);
+    }
+    if groups.len() > 1 {
+        let width = if kind == Kind::F32 { 4 } else { 2 };
+        let index =
+            json!({ "metadata": { "total_size": config.parameter_count() * width }, "weight_map": map });
+        files.push(folder.join(INDEX).put(serde_json::to_vec_pretty(&index).unwrap_or_default()).await?);
+    }
     let mut written = serde_json::to_value(config).unwrap_or_default();
     written["architectures"] = json!(["LlamaForCausalLM"]);
     written["model_type"] = json!("llama");
     written["hidden_act"] = json!("silu");
     written["attention_bias"] = json!(false);
     written["mlp_bias"] = json!(false);
-    written["torch_dtype"] = json!("float32");
+    written["torch_dtype"] = json!(if kind == Kind::F32 { "float32" } else { "bfloat16" });
     written["num_key_value_heads"] = json!(config.kv_heads());
     written["head_dim"] = json!(config.head_dim());
-    let mut files = vec![
-        ("model.safetensors".to_owned(), model),
-        ("config.json".to_owned(), serde_json::to_vec_pretty(&written).unwrap_or_default()),
-    ];
-    files.extend(tokenizer.map(|json| ("tokenizer.json".to_owned(), json.to_vec())));
+    written["rope_theta"] = json!(config.theta());
+    files
+        .push(folder.join("config.json").put(serde_json::to_vec_pretty(&written).unwrap_or_default()).await?);
+    for (name, bytes) in beside {
+        files.push(folder.join(name).put(bytes.to_vec()).await?);
+    }
     Ok(files)
 }
 
@@ -151,39 +233,76 @@ mod tests {
         .unwrap()
     }
 
+    async fn written(config: &Config, kind: Kind) -> Location {
+        let folder = folder(&[]).await;
+        let units = Unit::all(config);
+        let whole = async |i: usize| Ok(fresh(&units, i, 0..units[i].length, 1));
+        write(&folder, config, &units, kind, &[("tokenizer.json".into(), Bytes::from_static(b"{}"))], whole)
+            .await
+            .unwrap();
+        folder
+    }
+
     #[tokio::test]
-    async fn a_checkpoint_is_read_back_as_it_was_written() {
+    async fn a_checkpoint_is_read_back_as_it_was_written_in_any_ranges() {
         for tied in [true, false] {
             let config = config(tied);
-            let weights = Weights::fresh(&config, 1, &Device::flex());
-            let files = files(&config, &weights, Some(Bytes::from_static(b"{}"))).unwrap();
-            let names: Vec<(&str, Vec<u8>)> =
-                files.iter().map(|(name, bytes)| (name.as_str(), bytes.clone())).collect();
-            let (read_config, read_weights) = read(&folder(&names).await, &Device::flex()).await.unwrap();
-            assert_eq!(read_config.parameters(), config.parameters());
-            for (a, b) in weights.flat().into_iter().zip(read_weights.flat()) {
-                assert_eq!(a.into_data(), b.into_data());
+            let read = Checkpoint::open(&written(&config, Kind::F32).await).await.unwrap();
+            assert_eq!(read.config.parameters(), config.parameters());
+            let units = Unit::all(&config);
+            for (i, unit) in units.iter().enumerate() {
+                let want = fresh(&units, i, 0..unit.length, 1);
+                assert_eq!(read.read(unit, 0..unit.length).await.unwrap(), want);
+                for ranks in [2, 3, 7] {
+                    let mut parts = vec![];
+                    for rank in 0..ranks {
+                        parts.extend(read.read(unit, unit.owned(rank, ranks)).await.unwrap());
+                    }
+                    assert_eq!(parts, want);
+                }
             }
         }
     }
 
     #[tokio::test]
+    async fn bf16_is_read_back_to_its_precision() {
+        let config = config(false);
+        let read = Checkpoint::open(&written(&config, Kind::BF16).await).await.unwrap();
+        let units = Unit::all(&config);
+        let want = fresh(&units, 1, 0..units[1].length, 1);
+        for (got, want) in read.read(&units[1], 0..want.len()).await.unwrap().into_iter().zip(want) {
+            assert!((got - want).abs() <= want.abs() / 256.0, "{got} {want}");
+        }
+    }
+
+    #[tokio::test]
     async fn tensors_that_are_missing_unexpected_or_misshapen_are_named() {
-        let written = config(false);
-        let files = files(&written, &Weights::fresh(&written, 1, &Device::flex()), None).unwrap();
-        let mut other: Value = serde_json::from_slice(&files[1].1).unwrap();
+        let folder = written(&config(false), Kind::F32).await;
+        let bytes = folder.join("config.json").get().await.unwrap().unwrap();
+        let mut other: Value = serde_json::from_slice(&bytes).unwrap();
         other["num_hidden_layers"] = json!(3);
         other["vocab_size"] = json!(21);
-        let folder = folder(&[
-            ("model.safetensors", files[0].1.clone()),
-            ("config.json", other.to_string().into_bytes()),
-        ])
-        .await;
-        let error = read(&folder, &Device::flex()).await.err().unwrap().to_string();
+        folder.join("config.json").put(other.to_string().into_bytes()).await.unwrap();
+        let error = Checkpoint::open(&folder).await.err().unwrap().to_string();
         assert!(
             error.contains("model.embed_tokens.weight has shape [20, 16] instead of [21, 16]"),
             "{error}"
         );
         assert!(error.contains("missing model.layers.2."), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_a_llama_here_does_not_compute_is_refused() {
+        let folder = written(&config(false), Kind::F32).await;
+        let bytes = folder.join("config.json").get().await.unwrap().unwrap();
+        for (key, value) in
+            [("hidden_act", json!("gelu")), ("attention_bias", json!(true)), ("model_type", json!("gpt2"))]
+        {
+            let mut other: Value = serde_json::from_slice(&bytes).unwrap();
+            other[key] = value.clone();
+            folder.join("config.json").put(other.to_string().into_bytes()).await.unwrap();
+            let error = Checkpoint::open(&folder).await.err().unwrap().to_string();
+            assert!(error.contains(&value.to_string()), "{error}");
+        }
     }
 }

@@ -1,11 +1,21 @@
-//! The packed dataset as a trainer reads it: sequences in order, one file in memory at a time, round and round.
+//! The packed dataset as a trainer reads it: sequences by their place, round and round.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Int32Type};
-use futures::TryStreamExt;
-use object_store::ObjectStore;
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::{FutureExt, TryFutureExt, TryStreamExt};
 use object_store::path::Path;
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use object_store::{ObjectStore, ObjectStoreExt};
+use parquet::arrow::arrow_reader::ArrowReaderOptions;
+use parquet::arrow::async_reader::{
+    AsyncFileReader, ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder,
+};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 
 use crate::backprop::NO_TARGET;
 use crate::{Error, Location, Result};
@@ -13,19 +23,25 @@ use crate::{Error, Location, Result};
 /// A training example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
+    /// Its place in the dataset, to name it by.
+    pub index: u64,
     pub ids: Vec<i32>,
     /// The id after each; [`NO_TARGET`] where there is none, or where it is padding.
     pub targets: Vec<i32>,
+    /// Where its documents begin, in ascending order.
+    pub starts: Vec<usize>,
 }
 
-/// Sequences of a folder's `*.parquet`, in the order of their names.
+/// Sequences of a folder's `*.parquet`, in the order of their names. One row group is in memory at a time.
 pub struct Dataset {
-    store: std::sync::Arc<dyn ObjectStore>,
-    files: Vec<Path>,
+    store: Arc<dyn ObjectStore>,
+    /// Each with the number of sequences in the files before it.
+    files: Vec<(Path, u64)>,
+    pub sequences: u64,
     vocab_size: usize,
-    next_file: usize,
-    reader: Option<ParquetRecordBatchReader>,
     length: Option<usize>,
+    /// The file that is being read, and the sequence that it gives next.
+    reading: Option<(usize, u64, ParquetRecordBatchStream<Object>)>,
 }
 
 impl Dataset {
@@ -37,49 +53,97 @@ impl Dataset {
             .try_collect()
             .await
             .map_err(|source| Error::Storage { doing: "list", path: folder.path.to_string(), source })?;
-        let mut files: Vec<Path> = listed.into_iter().map(|meta| meta.location).collect();
-        files.retain(|path| {
+        let mut paths: Vec<Path> = listed.into_iter().map(|meta| meta.location).collect();
+        paths.retain(|path| {
             path.filename().is_some_and(|name| name.starts_with("train-") && name.ends_with(".parquet"))
         });
-        files.sort();
-        if files.is_empty() {
-            let message = "there is no train-*.parquet".into();
-            return Err(Error::Dataset { file: folder.path.to_string(), message });
+        paths.sort();
+        let mut new = Self {
+            store: folder.store.clone(),
+            files: vec![],
+            sequences: 0,
+            vocab_size,
+            length: None,
+            reading: None,
+        };
+        for path in paths {
+            let builder = new.builder(&path).await?;
+            check(builder.schema()).map_err(|message| Error::Dataset { file: path.to_string(), message })?;
+            let rows = builder.metadata().file_metadata().num_rows() as u64;
+            new.files.push((path, new.sequences));
+            new.sequences += rows;
         }
-        Ok(Self { store: folder.store.clone(), files, vocab_size, next_file: 0, reader: None, length: None })
+        if new.sequences == 0 {
+            let message =
+                if new.files.is_empty() { "there is no train-*.parquet" } else { "no file has a sequence" };
+            return Err(Error::Dataset { file: folder.path.to_string(), message: message.into() });
+        }
+        Ok(new)
     }
 
-    /// The next sequence; after the last one, the first.
-    pub async fn next(&mut self) -> Result<Sequence> {
-        // more empty files than files are no dataset
-        for _ in 0..=self.files.len() {
-            if let Some(reader) = &mut self.reader {
-                let file = self.files[self.next_file].to_string();
-                let wrong = |message: String| Error::Dataset { file: file.clone(), message };
-                if let Some(batch) = reader.next() {
-                    let batch = batch.map_err(|e| wrong(e.to_string()))?;
-                    let sequence = sequence(&batch, self.vocab_size).map_err(wrong)?;
-                    if self
-                        .length
-                        .replace(sequence.ids.len())
-                        .is_some_and(|length| length != sequence.ids.len())
-                    {
-                        return Err(wrong("its sequences have different lengths".into()));
-                    }
-                    return Ok(sequence);
-                }
-                self.reader = None;
-                self.next_file = (self.next_file + 1) % self.files.len();
+    async fn builder(&self, path: &Path) -> Result<ParquetRecordBatchStreamBuilder<Object>> {
+        let meta = self.store.head(path).await;
+        let meta = meta.map_err(|source| Error::Storage { doing: "read", path: path.to_string(), source })?;
+        let object = Object { store: self.store.clone(), path: path.clone(), size: meta.size };
+        let builder = ParquetRecordBatchStreamBuilder::new(object).await;
+        builder.map_err(|e| Error::Dataset { file: path.to_string(), message: e.to_string() })
+    }
+
+    /// A sequence by its place in training: after the last one comes the first.
+    pub async fn sequence(&mut self, place: u64) -> Result<Sequence> {
+        let index = place % self.sequences;
+        let file = self.files.partition_point(|(_, before)| *before <= index) - 1;
+        let (path, before) = self.files[file].clone();
+        let wrong = |message: String| Error::Dataset { file: path.to_string(), message };
+        let (mut next, mut stream) = match self.reading.take() {
+            // a few sequences on are read over, rather than sought
+            Some((same, next, stream))
+                if same == file && (index.saturating_sub(64)..=index).contains(&next) =>
+            {
+                (next, stream)
             }
-            let at = Location { store: self.store.clone(), path: self.files[self.next_file].clone() };
-            let wrong = |message: String| Error::Dataset { file: at.path.to_string(), message };
-            let bytes = at.get().await?.ok_or_else(|| wrong("it is gone".into()))?;
-            let builder =
-                ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(|e| wrong(e.to_string()))?;
-            check(builder.schema()).map_err(wrong)?;
-            self.reader = Some(builder.with_batch_size(1).build().map_err(|e| wrong(e.to_string()))?);
+            _ => {
+                let builder = self.builder(&path).await?.with_batch_size(1);
+                let skipped = usize::try_from(index - before).unwrap_or(usize::MAX);
+                (index, builder.with_offset(skipped).build().map_err(|e| wrong(e.to_string()))?)
+            }
+        };
+        loop {
+            let batch = stream.try_next().await.map_err(|e| wrong(e.to_string()))?;
+            let batch = batch.ok_or_else(|| wrong("it has fewer rows than its footer says".into()))?;
+            next += 1;
+            if next > index {
+                let sequence = sequence(&batch, index, self.vocab_size).map_err(wrong)?;
+                let length = sequence.ids.len();
+                if *self.length.get_or_insert(length) != length {
+                    return Err(wrong("its sequences have different lengths".into()));
+                }
+                self.reading = Some((file, next, stream));
+                return Ok(sequence);
+            }
         }
-        Err(Error::Dataset { file: self.files[0].to_string(), message: "no file has a sequence".into() })
+    }
+}
+
+/// A file as the Parquet library reads it.
+struct Object {
+    store: Arc<dyn ObjectStore>,
+    path: Path,
+    size: u64,
+}
+
+impl AsyncFileReader for Object {
+    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ParquetError>> {
+        let read = async move { self.store.get_range(&self.path, range).await };
+        read.map_err(|e| ParquetError::External(Box::new(e))).boxed()
+    }
+
+    fn get_metadata<'a>(
+        &'a mut self,
+        _: Option<&'a ArrowReaderOptions>,
+    ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
+        let size = self.size;
+        async move { ParquetMetaDataReader::new().load_and_finish(self, size).await.map(Arc::new) }.boxed()
     }
 }
 
@@ -111,7 +175,7 @@ fn check(schema: &arrow::datatypes::Schema) -> Result<(), String> {
 }
 
 /// The one row of a batch.
-fn sequence(batch: &RecordBatch, vocab_size: usize) -> Result<Sequence, String> {
+fn sequence(batch: &RecordBatch, index: u64, vocab_size: usize) -> Result<Sequence, String> {
     let column =
         |name: &str| batch.column_by_name(name).ok_or_else(|| format!("there is no column `{name}`"));
     let lists = column("input_ids")?.as_list::<i32>();
@@ -133,14 +197,19 @@ fn sequence(batch: &RecordBatch, vocab_size: usize) -> Result<Sequence, String> 
     let (doc_ids, starts, ends) = (field("doc_id")?.as_string::<i32>(), field("start")?, field("end")?);
     let position =
         |column: &dyn Array, row: usize| column.as_primitive::<Int32Type>().value(row).max(0) as usize;
+    let mut document_starts = vec![];
     for row in 0..segments.len() {
+        document_starts.push(position(starts.as_ref(), row).min(ids.len()));
         if doc_ids.value(row).is_empty() {
             // nothing is predicted from padding, and padding isn't predicted
             let (start, end) = (position(starts.as_ref(), row), position(ends.as_ref(), row).min(ids.len()));
             targets[start.saturating_sub(1)..end].fill(NO_TARGET);
         }
     }
-    Ok(Sequence { ids, targets })
+    if !document_starts.is_sorted() {
+        return Err("the documents of a sequence are not in order".into());
+    }
+    Ok(Sequence { index, ids, targets, starts: document_starts })
 }
 
 #[cfg(test)]
@@ -148,7 +217,6 @@ pub(crate) mod tests {
     use super::*;
     use arrow::array::{Int32Array, Int32Builder, ListBuilder, StringBuilder, StructBuilder};
     use arrow::datatypes::{Field, Fields};
-    use std::sync::Arc;
 
     /// A packed file: ids, label, and segments as (doc_id, start, end).
     pub(crate) fn packed(rows: &[(Vec<i32>, i32, Vec<(&str, i32, i32)>)]) -> Vec<u8> {
@@ -205,8 +273,29 @@ pub(crate) mod tests {
         ])
         .await;
         let mut dataset = Dataset::open(&folder, 10).await.unwrap();
-        for first in [5, 7, 5, 7] {
-            assert_eq!(dataset.next().await.unwrap(), Sequence { ids: vec![first, 2], targets: vec![2, 3] });
+        for (place, first) in [(0, 5), (1, 7), (2, 5), (3, 7), (1, 7), (0, 5)] {
+            let sequence = dataset.sequence(place).await.unwrap();
+            assert_eq!((sequence.ids, sequence.targets), (vec![first, 2], vec![2, 3]));
+        }
+    }
+
+    #[tokio::test]
+    async fn sequences_are_found_by_their_place_in_any_order() {
+        let row = |id: i32| (vec![id, 2], 3, vec![("a", 0, 1), ("b", 1, 2)]);
+        let files: Vec<(String, Vec<u8>)> = (0..3)
+            .map(|file| {
+                let rows: Vec<_> = (0..50).map(|i| row(file * 50 + i)).collect();
+                (format!("train-{file:05}-of-00003.parquet"), packed(&rows))
+            })
+            .collect();
+        let files: Vec<(&str, Vec<u8>)> = files.iter().map(|(n, b)| (n.as_str(), b.clone())).collect();
+        let folder = folder(&files).await;
+        let mut dataset = Dataset::open(&folder, 1000).await.unwrap();
+        assert_eq!(dataset.sequences, 150);
+        for place in [0, 1, 3, 49, 50, 149, 150, 2, 1, 140, 77, 140 + 150] {
+            let sequence = dataset.sequence(place).await.unwrap();
+            assert_eq!((sequence.ids[0] as u64, sequence.index), (place % 150, place % 150));
+            assert_eq!(sequence.starts, [0, 1]);
         }
     }
 
@@ -214,7 +303,7 @@ pub(crate) mod tests {
     async fn padding_is_neither_predicted_nor_predicted_from() {
         let bytes = packed(&[(vec![1, 2, 3, 0, 0], -100, vec![("a", 0, 3), ("", 3, 5)])]);
         let folder = folder(&[("train-00000-of-00001.parquet", bytes)]).await;
-        let sequence = Dataset::open(&folder, 10).await.unwrap().next().await.unwrap();
+        let sequence = Dataset::open(&folder, 10).await.unwrap().sequence(0).await.unwrap();
         assert_eq!(sequence.targets, [2, 3, NO_TARGET, NO_TARGET, NO_TARGET]);
     }
 
@@ -230,8 +319,11 @@ pub(crate) mod tests {
             (b"no parquet".to_vec(), "train-00000-of-00001.parquet"),
         ] {
             let folder = folder(&[("train-00000-of-00001.parquet", bytes)]).await;
-            let error = Dataset::open(&folder, 10).await.unwrap().next().await.unwrap_err().to_string();
-            assert!(error.contains(message), "{error}");
+            let error = match Dataset::open(&folder, 10).await {
+                Ok(mut dataset) => dataset.sequence(0).await.unwrap_err(),
+                Err(error) => error,
+            };
+            assert!(error.to_string().contains(message), "{error}");
         }
         let error = Dataset::open(&folder(&[]).await, 10).await.err().unwrap().to_string();
         assert!(error.contains("there is no train-*.parquet"), "{error}");

@@ -2,16 +2,31 @@
 //!
 //! ```text
 //! dataset ─▶ train ─▶ checkpoint
+//!             │ a rank a thread or process (comm), each with its rows of a sequence (ring) and its part of the model (shards)
 //!             │ a step: forward and backward a layer at a time (backprop), AdamW (optim)
-//!             └ the model file (llama) knows nothing of training; attention is an explicit forward/backward pair
+//!             └ the model file (llama) knows nothing of ranks; attention is an explicit forward/backward pair
 //! ```
 
 pub mod attention;
 pub mod backprop;
 pub mod checkpoint;
+pub mod comm;
+pub mod conf;
+pub mod config;
 pub mod dataset;
+pub mod device;
+pub mod generate;
 pub mod llama;
+pub mod metrics;
 pub mod optim;
+pub mod plan;
+#[cfg(test)]
+mod reference;
+pub mod resume;
+pub mod ring;
+pub mod rope;
+pub mod shards;
+pub mod tensors;
 pub mod train;
 
 use std::sync::Arc;
@@ -21,7 +36,9 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
 pub use checkpoint::checkpoint_parts;
-pub use train::{Step, Summary, TrainConf, TrainJob, train};
+pub use conf::TrainConf;
+pub use metrics::Step;
+pub use train::{Summary, TrainJob, train};
 
 /// What can go wrong in the model crate.
 #[derive(Debug, thiserror::Error)]
@@ -42,9 +59,14 @@ pub enum Error {
         #[source]
         source: object_store::Error,
     },
-    /// The loss is no number any more.
-    #[error("the loss of step {step} is {loss}; lower the learning rate, or warm up longer")]
-    Diverged { step: u64, loss: f64 },
+    /// Loss or gradients are no numbers any more, or the gradients' norm is far out of line.
+    #[error(
+        "step {step}: {what} (sequences {sequences:?}); the last good checkpoint is {good}. Lower the learning rate, or warm up longer"
+    )]
+    Diverged { step: u64, what: String, sequences: Vec<u64>, good: String },
+    /// A rank failed, and ended the others with it.
+    #[error("rank {rank}: {message}")]
+    Rank { rank: usize, message: String },
     /// The caller said to stop.
     #[error("training was stopped after step {0}")]
     Stopped(u64),
@@ -59,10 +81,19 @@ pub struct Location {
     pub path: Path,
 }
 
+/// A file that was written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Written {
+    pub name: String,
+    pub bytes: u64,
+    pub blake3: [u8; 32],
+}
+
 impl Location {
     /// What lies at `name` in this folder.
     pub fn join(&self, name: &str) -> Self {
-        Self { store: self.store.clone(), path: self.path.clone().join(name) }
+        let parts = name.split('/');
+        Self { store: self.store.clone(), path: parts.fold(self.path.clone(), |path, part| path.join(part)) }
     }
 
     /// The object's bytes; `None` where there is none.
@@ -75,9 +106,11 @@ impl Location {
         }
     }
 
-    pub async fn put(&self, bytes: Vec<u8>) -> Result<()> {
+    pub async fn put(&self, bytes: Vec<u8>) -> Result<Written> {
+        let name = self.path.filename().unwrap_or_default().to_owned();
+        let written = Written { name, bytes: bytes.len() as u64, blake3: *blake3::hash(&bytes).as_bytes() };
         let put = self.store.put(&self.path, bytes.into()).await;
         put.map_err(|source| Error::Storage { doing: "write", path: self.path.to_string(), source })?;
-        Ok(())
+        Ok(written)
     }
 }

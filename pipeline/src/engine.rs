@@ -1,7 +1,8 @@
 //! The embedded DataFusion: sessions under one memory limit, tables of stages as SQL tables, and query
 //! results as files whose bytes depend on rows alone.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
 
 use arrow::array::RecordBatch;
 use arrow::compute::{BatchCoalescer, CastOptions, cast_with_options};
@@ -36,6 +37,8 @@ pub struct Engine {
     memory: usize,
     /// How many jobs, and how many partitions of a query, run at a time. No result depends on it.
     pub partitions: usize,
+    /// The files, by URL, whose digests were compared with their manifests.
+    checked: Mutex<HashSet<String>>,
 }
 
 impl Engine {
@@ -52,7 +55,7 @@ impl Engine {
             .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(mode))
             .build_arc()
             .map_err(|e| query("cannot start the query engine", e))?;
-        Ok(Self { runtime, memory: memory as usize, partitions })
+        Ok(Self { runtime, memory: memory as usize, partitions, checked: Mutex::default() })
     }
 
     /// A session without tables.
@@ -78,8 +81,29 @@ impl Engine {
         session
     }
 
+    /// Compares a file with its digest, once.
+    async fn check(&self, folder: &Location, file: &File) -> Result<()> {
+        let url = folder.join(&file.name).url();
+        if self.checked.lock().expect("no panic while held").contains(&url) {
+            return Ok(());
+        }
+        match file.read(folder).await {
+            Err(Error::Corrupt { .. }) => {
+                folder.join(&file.name).delete().await?;
+                folder.join("manifest.json").delete().await?;
+                return Err(Error::Withdrawn { url });
+            }
+            read => drop(read?),
+        }
+        self.checked.lock().expect("no panic while held").insert(url);
+        Ok(())
+    }
+
     /// Makes a stage's table known to a session under `name`. `sorted_by` are the columns its files are sorted
     /// by, one file after the other.
+    ///
+    /// # Errors
+    /// [`Error::Withdrawn`] where a file is not what its manifest says.
     pub async fn register(
         &self,
         session: &SessionContext,
@@ -93,6 +117,8 @@ impl Engine {
         for (folder, table) in tables {
             session.register_object_store(&folder.store_url(), folder.store.clone());
             for file in table.files.iter().filter(|file| file.rows > 0) {
+                // a query reads what is there, whatever it is
+                self.check(folder, file).await?;
                 urls.push(ListingTableUrl::parse(folder.join(&file.name).table_url()).map_err(failed)?);
             }
         }

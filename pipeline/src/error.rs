@@ -39,6 +39,11 @@ pub enum Error {
     ))]
     Corrupt { url: String, message: String },
 
+    /// A stored file was not what its manifest says, and its stage's output is withdrawn.
+    #[error("{url} was broken, and is withdrawn")]
+    #[diagnostic(help("the next `lengthwise run` computes it again"))]
+    Withdrawn { url: String },
+
     /// The rows or tokens of a stage do not add up to those of its inputs.
     #[error("stage {stage} does not account for its input: {message}")]
     #[diagnostic(help(
@@ -131,9 +136,16 @@ impl Error {
             Error::Written(_) | Error::Absent { .. } => 2,
             Error::Data { .. } | Error::Query { .. } | Error::Tokenizer(_) => 3,
             Error::Storage { .. } | Error::Io { .. } => 4,
-            Error::Corrupt { .. } | Error::Unbalanced { .. } | Error::Differs(_) => 5,
+            Error::Corrupt { .. }
+            | Error::Withdrawn { .. }
+            | Error::Unbalanced { .. }
+            | Error::Differs(_) => 5,
             #[cfg(feature = "train")]
-            Error::Train(_) => 6,
+            Error::Train(error) => match error {
+                lengthwise_model::Error::Conf(_) => 2,
+                lengthwise_model::Error::Storage { .. } => 4,
+                _ => 6,
+            },
             Error::Stopped => 75,
         }
     }

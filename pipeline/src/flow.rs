@@ -28,9 +28,27 @@ pub struct Flow {
     pub trained: Option<Published>,
 }
 
+/// A run that finds so many outputs broken, one after the other, gives up.
+const MOST_WITHDRAWN: usize = 100;
+
 impl Flow {
-    /// Goes through the stages up to `until`, and leaves in `self` what there is when one fails.
+    /// Goes through the stages up to `until`, and leaves in `self` what there is when one fails. Where a stage finds that
+    /// what an earlier one left is broken, that is computed again.
     pub async fn go(&mut self, run: &Run, until: Option<Stage>) -> Result<()> {
+        for _ in 0..MOST_WITHDRAWN {
+            match self.through(run, until).await {
+                Err(Error::Withdrawn { url }) if run.goal != Goal::Look => {
+                    tracing::warn!("{url} is broken; its stage is computed again");
+                    *self = Self::default();
+                    run.steps.lock().expect("no panic while held").clear();
+                }
+                gone => return gone,
+            }
+        }
+        self.through(run, until).await
+    }
+
+    async fn through(&mut self, run: &Run, until: Option<Stage>) -> Result<()> {
         let ends = |stage: Stage| until.is_some_and(|until| until <= stage);
 
         // what can be wrong in the conf is said before hours are spent
@@ -205,7 +223,7 @@ impl Flow {
         let html = crate::report::html(&manifest, &attempt, &metrics);
         folder.join("report.html").put(html).await?;
 
-        let text = serde_json::to_vec_pretty(&manifest).expect("a manifest prints as JSON");
+        let text = crate::seal::seal(&manifest);
         let at = folder.join("manifest.json");
         if !at.put_new(text.clone()).await? {
             match publish::find(&folder).await.unwrap_or_default() {

@@ -21,6 +21,7 @@ pub mod publish;
 pub mod recipe;
 pub mod report;
 pub mod run;
+mod seal;
 pub mod source;
 pub mod sources;
 pub mod sql;

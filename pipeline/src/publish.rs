@@ -20,7 +20,7 @@ use crate::stages::domains::Domain;
 use crate::stages::mixture::Asked;
 use crate::stages::shuffle::Planned;
 use crate::store::Location;
-use crate::{Error, Result};
+use crate::{Error, Result, seal};
 
 /// All that a run was made of and all that it made. Nothing in it says when or where.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -135,7 +135,7 @@ pub async fn find(folder: &Location) -> Result<Option<RunManifest>> {
 }
 
 fn parse(folder: &Location, bytes: &[u8]) -> Result<RunManifest> {
-    serde_json::from_slice(bytes).map_err(|e| Error::Corrupt {
+    seal::open(bytes).map_err(|e| Error::Corrupt {
         url: folder.join("manifest.json").url(),
         message: format!("it is not the manifest of a run of this version: {e}"),
     })
@@ -165,9 +165,6 @@ pub fn output_of(run_folder: &Location) -> Location {
 pub async fn stage_of(output: &Location, key: &StageKey) -> Result<Option<(Location, stage::Manifest)>> {
     let folder = output.join("stages").join(&key.stage).join(&key.key);
     let Some(bytes) = folder.join("manifest.json").get().await? else { return Ok(None) };
-    let corrupt = |e: serde_json::Error| Error::Corrupt {
-        url: folder.join("manifest.json").url(),
-        message: e.to_string(),
-    };
-    Ok(Some((folder.clone(), serde_json::from_slice(&bytes).map_err(corrupt)?)))
+    let corrupt = |message| Error::Corrupt { url: folder.join("manifest.json").url(), message };
+    Ok(Some((folder.clone(), seal::open(&bytes).map_err(corrupt)?)))
 }

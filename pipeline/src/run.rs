@@ -92,6 +92,8 @@ pub struct Run {
     pub progress: Progress,
     /// Set by SIGTERM and SIGINT; hot loops look at it.
     pub stop: Arc<AtomicBool>,
+    /// Whether it is training, and a stop waits for a checkpoint.
+    pub training: AtomicBool,
     pub goal: Goal,
     pub steps: Mutex<Vec<Step>>,
     /// Every SQL text that was used, by file.
@@ -117,6 +119,7 @@ impl Run {
             engine,
             progress: Progress::stderr(),
             stop: Arc::default(),
+            training: AtomicBool::new(false),
             goal,
             steps: Mutex::default(),
             sql: Mutex::default(),
@@ -150,9 +153,7 @@ impl Run {
             ("max_copies", mixture.max_copies as i64),
         ]);
         for file in self.files.checks(stage.name())? {
-            let text = self.files.stage(&file)?;
-            let sql = StageSql::parse(&file, &text)?;
-            self.sql.lock().expect("no panic while held").insert(file.clone(), text);
+            let sql = StageSql::parse(&file, &self.files.stage(&file)?)?;
             let doing = format!("cannot run the check {file}");
             let frame = sql.plan(session, &parameters).await?;
             let frame = frame.limit(0, Some(5)).map_err(|e| query(&doing, e))?;
@@ -174,10 +175,20 @@ impl Run {
     pub async fn obtain(
         &self,
         stage: Stage,
-        ingredients: Ingredients,
+        mut ingredients: Ingredients,
         compute: impl AsyncFnOnce(&Draft) -> Result<Output>,
     ) -> Result<Published> {
         let started = Instant::now();
+        // another check is another stage: what is there has not passed it
+        let mut checks = vec![];
+        for file in self.files.checks(stage.name())? {
+            let text = self.files.stage(&file)?;
+            checks.push(StageSql::parse(&file, &text)?.canonical());
+            self.sql.lock().expect("no panic while held").insert(file, text);
+        }
+        if !checks.is_empty() {
+            ingredients.insert("checks".into(), serde_json::json!(checks));
+        }
         let key = stage::key(stage.name(), &ingredients);
         let folder = self.output.join("stages").join(stage.name()).join(&key);
         let again = matches!(self.goal, Goal::Compute { from: Some(from) } if stage >= from);

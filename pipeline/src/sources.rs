@@ -75,7 +75,12 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
             max_document_bytes: conf.max_document_bytes.0,
         };
         let at = run.stores.open(&conf.url)?;
-        let files = source::list(at.store.as_ref(), &at.path, &at.url(), format).await?;
+        let mut files = source::list(at.store.as_ref(), &at.path, &at.url(), format).await?;
+        if at.store_url() == run.output.store_url() {
+            // what runs wrote is no source of the next one
+            let own = ["stages", "runs", "latest"].map(|name| run.output.join(name).path);
+            files.retain(|file| !own.iter().any(|own| file.path.prefix_matches(own)));
+        }
         let reading = json!({
             "origin": conf.name,
             "format": conf.format,

@@ -190,6 +190,26 @@ pub fn scalar_json(value: &ScalarValue) -> serde_json::Value {
         ScalarValue::Float64(Some(v)) => (*v).into(),
         ScalarValue::Boolean(Some(v)) => (*v).into(),
         ScalarValue::Utf8(Some(v)) => v.clone().into(),
+        // a null is none of the texts that a parameter may be
+        null if null.is_null() => vec![null.data_type().to_string().into(), serde_json::Value::Null].into(),
         other => other.to_string().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_null_has_another_key_than_any_value() {
+        let values = [
+            ScalarValue::Utf8(None),
+            ScalarValue::Utf8(Some("NULL".into())),
+            ScalarValue::Int64(None),
+            ScalarValue::Float64(None),
+        ];
+        let keys: std::collections::BTreeSet<String> =
+            values.iter().map(|value| scalar_json(value).to_string()).collect();
+        assert_eq!(keys.len(), values.len(), "{keys:?}");
     }
 }

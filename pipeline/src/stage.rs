@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use crate::hash::{Digest, RowDigest};
 use crate::store::Location;
-use crate::{Error, Result};
+use crate::{Error, Result, seal};
 
 /// Everything a stage's output depends on, by name. Its hash is the stage's key.
 pub type Ingredients = BTreeMap<String, Value>;
@@ -144,8 +144,7 @@ impl Draft {
             return Ok(done);
         }
         let output = work.await?;
-        let text = serde_json::to_vec(&output).expect("an output prints as JSON");
-        self.folder.join(&format!("jobs/{name}.json")).put(text).await?;
+        self.folder.join(&format!("jobs/{name}.json")).put(seal::seal(&output)).await?;
         Ok(output)
     }
 
@@ -157,7 +156,7 @@ impl Draft {
         let Some(bytes) = self.folder.join(&format!("jobs/{name}.json")).get().await? else {
             return Ok(None);
         };
-        let Ok(output) = serde_json::from_slice::<Output>(&bytes) else { return Ok(None) };
+        let Ok(output) = seal::open::<Output>(&bytes) else { return Ok(None) };
         for file in output.tables.values().flat_map(|table| &table.files) {
             if !file.intact(&self.folder).await? {
                 return Ok(None);
@@ -196,12 +195,13 @@ impl File {
 /// Reads the manifest of a stage's key, if the output exists with all of its files in their sizes.
 pub async fn find(folder: &Location) -> Result<Option<Manifest>> {
     let Some(bytes) = folder.join("manifest.json").get().await? else { return Ok(None) };
-    let Ok(manifest) = serde_json::from_slice::<Manifest>(&bytes) else {
-        tracing::warn!(
-            "{} is not a manifest; the stage is computed again",
-            folder.join("manifest.json").url()
-        );
-        return Ok(None);
+    let manifest = match seal::open::<Manifest>(&bytes) {
+        Ok(manifest) => manifest,
+        Err(why) => {
+            let url = folder.join("manifest.json").url();
+            tracing::warn!("{url} is not a manifest: {why}; the stage is computed again");
+            return Ok(None);
+        }
     };
     let sizes: BTreeMap<_, _> =
         folder.list().await?.into_iter().map(|meta| (meta.location, meta.size)).collect();
@@ -237,12 +237,12 @@ pub async fn sound(published: &Published) -> Result<bool> {
 
 /// Publishes a finished output. Where another run was first, both must have computed the same.
 pub async fn publish(folder: &Location, manifest: &Manifest) -> Result<()> {
-    let text = serde_json::to_vec_pretty(manifest).expect("a manifest prints as JSON");
+    let text = seal::seal(manifest);
     let at = folder.join("manifest.json");
     if at.put_new(text.clone()).await? {
         return Ok(());
     }
-    let there: Option<Manifest> = at.get().await?.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let there: Option<Manifest> = at.get().await?.and_then(|bytes| seal::open(&bytes).ok());
     match there {
         Some(there) if there.rows_differ(manifest).is_some() => Err(Error::Differs(format!(
             "stage {} was computed twice from the same inputs and {}: {}",

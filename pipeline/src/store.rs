@@ -43,7 +43,12 @@ impl Location {
 
     /// The URL DataFusion's tables use.
     pub fn table_url(&self) -> String {
-        format!("{}{}", self.store_url(), self.path)
+        let mut url = self.store_url();
+        // `#`, `?` and `%` are characters of a name like any other
+        if let Ok(mut parts) = url.path_segments_mut() {
+            parts.clear().extend(self.path.parts().map(|part| part.as_ref().to_owned()));
+        }
+        url.to_string()
     }
 
     fn failed(&self, doing: &'static str) -> impl FnOnce(object_store::Error) -> Error + '_ {

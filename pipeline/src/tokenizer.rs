@@ -54,6 +54,10 @@ impl Tokenizer {
         plain.with_truncation(None).map_err(|e| unusable(e.to_string()))?;
         plain.with_padding(None);
         let vocab_size = plain.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
+        if i32::try_from(vocab_size).is_err() {
+            // packed files hold int32
+            return Err(unusable(format!("its largest id is {}; ids have to be below 2³¹", vocab_size - 1)));
+        }
         let (bos, eos) = around(&plain).map_err(unusable)?;
         let cuts = cuts
             .map_err(|e| unusable(e.to_string()))?

@@ -42,18 +42,85 @@ fn twenty_kills_leave_the_same_bytes() {
 #[test]
 fn sigterm_is_a_stop_that_goes_on() {
     let bench = Bench::new(3);
-    let shape = "train={ steps = 100000, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
-    let child = bench.command(&["run", "conf.toml", "--set", shape]).spawn().unwrap();
+    let train = |steps: u32| {
+        format!(
+            "train={{ steps = {steps}, ranks = 2, shape = {{ hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }} }}"
+        )
+    };
+    let losses = |run: &std::path::Path| -> Vec<String> {
+        let lines = std::fs::read_to_string(run.join("checkpoint/metrics.jsonl")).unwrap();
+        let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].to_string();
+        lines.lines().map(loss).collect()
+    };
+    let undisturbed = Bench::new(3);
+    let want = losses(&undisturbed.run(&["--set", &train(300)]));
+
+    let child = bench.command(&["run", "conf.toml", "--set", &train(300)]).spawn().unwrap();
     // it is training once the packed files are there
     while !tree(&bench.path("out/stages/pack")).iter().any(|path| path.ends_with("manifest.json")) {
-        std::thread::sleep(Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(20));
     }
     std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
     let said = said(child.wait_with_output().unwrap());
     assert_eq!(said.code, 75, "{said:?}");
     assert!(said.err.contains("stopped by a signal") && said.out.is_empty(), "{said:?}");
-    let run = bench.run(&[]);
+    let saved = |path: &std::path::PathBuf| path.to_string_lossy().contains("/checkpoints/step-");
+    if said.err.contains("stopping after this step") {
+        assert!(tree(&bench.path("out/stages/train")).iter().any(saved));
+    }
+
+    let run = bench.run(&["--set", &train(300)]);
+    assert_eq!(losses(&run), want);
+    assert!(!tree(&bench.path("out/stages/train")).iter().any(saved), "a finished training leaves none");
     assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+}
+
+#[test]
+fn a_killed_training_goes_on_from_its_last_checkpoint_with_the_same_losses() {
+    let train = "train={ steps = 40, checkpoint_every = 3, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
+    let steps = |run: &std::path::Path| -> Vec<(u64, f64)> {
+        let lines = std::fs::read_to_string(run.join("checkpoint/metrics.jsonl")).unwrap();
+        let step = |line: &str| {
+            let step: serde_json::Value = serde_json::from_str(line).unwrap();
+            (step["step"].as_u64().unwrap(), step["loss"].as_f64().unwrap())
+        };
+        lines.lines().map(step).collect()
+    };
+    let undisturbed = Bench::new(3);
+    undisturbed.run(&[]);
+    let started = std::time::Instant::now();
+    let want = steps(&undisturbed.run(&["--set", train]));
+    let training = started.elapsed();
+    let bench = Bench::new(3);
+    bench.run(&[]);
+    for i in 0..6u32 {
+        let mut child = bench.command(&["train", "conf.toml", "--set", train]).spawn().unwrap();
+        std::thread::sleep(training.mul_f64(f64::from(3 + (i * 5) % 7) / 12.0));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert_eq!(steps(&bench.run(&["--set", train])), want);
+}
+
+#[test]
+fn a_checkpoint_goes_on_with_a_text() {
+    let bench = Bench::new(3);
+    let train =
+        "train={ steps = 3, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
+    let run = bench.run(&["--set", train]);
+    let checkpoint = run.join("checkpoint");
+    let ask = |more: &[&str]| {
+        let mut all = vec!["generate", checkpoint.to_str().unwrap(), "--prompt", "the sea", "--tokens", "5"];
+        all.extend(more);
+        bench.say(&all)
+    };
+    let (one, three) = (ask(&[]), ask(&["--ranks", "3"]));
+    assert_eq!((one.code, &one.out), (0, &three.out), "{one:?} {three:?}");
+    assert!(!one.out.trim().is_empty());
+    let wrong = ask(&["--device", "gpu"]);
+    assert!(wrong.code == 2 && wrong.err.contains("there is no device `gpu`"), "{wrong:?}");
+    let nowhere = bench.say(&["generate", "nowhere", "--prompt", "a", "--tokens", "1"]);
+    assert!(nowhere.err.contains("there is no") && nowhere.err.contains("tokenizer.json"), "{nowhere:?}");
 }
 
 #[test]
@@ -162,4 +229,57 @@ fn scattered_ids_that_rotted_between_two_attempts_are_not_packed() {
     bytes[100] ^= 1;
     std::fs::write(&ids, bytes).unwrap();
     assert!(packed(&bench.run(&[])) == want);
+}
+
+/// A file of a stage's table, by a part of its path.
+fn file_of(bench: &Bench, part: &str) -> std::path::PathBuf {
+    let all = tree(&bench.path("out"));
+    all.into_iter().find(|path| path.to_string_lossy().contains(part)).unwrap_or_else(|| panic!("no {part}"))
+}
+
+#[test]
+fn what_rotted_between_two_runs_is_computed_again_before_anything_is_made_of_it() {
+    let sets = ["--set", "mixture.holdout=0.02"];
+    let want = packed(&Bench::new(9).run(&sets));
+    for part in ["documents-", "catalog-00000.parquet", "domains-00000.parquet"] {
+        let bench = Bench::new(9);
+        bench.run(&[]);
+        let file = file_of(&bench, part);
+        let mut bytes = std::fs::read(&file).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::remove_file(&file).unwrap();
+        std::fs::write(&file, bytes).unwrap();
+        let run = bench.run(&sets);
+        assert!(packed(&run) == want, "{part}");
+        let verdict = bench.say(&["verify", run.to_str().unwrap()]);
+        assert_eq!(verdict.code, 0, "{part}: {verdict:?}");
+    }
+}
+
+#[test]
+fn a_manifest_that_says_something_else_than_was_written_is_no_manifest() {
+    let bench = Bench::new(10);
+    let run = bench.run(&[]);
+    let want = packed(&run);
+    let url = run.to_str().unwrap();
+    for (part, text) in
+        [("/mixture/", "\"budget\": "), ("/runs/", "\"seed\": "), ("/catalog/", "\"documents\": ")]
+    {
+        let all = tree(&bench.path("out"));
+        let is_manifest = |path: &std::path::PathBuf| {
+            path.to_string_lossy().contains(part) && path.ends_with("manifest.json")
+        };
+        let at = all.into_iter().find(is_manifest).unwrap();
+        let before = std::fs::read_to_string(&at).unwrap();
+        let place = before.find(text).unwrap() + text.len();
+        let mut after = before.clone().into_bytes();
+        after[place] = if after[place] == b'9' { b'8' } else { after[place] + 1 };
+        std::fs::write(&at, after).unwrap();
+        let verdict = bench.say(&["verify", url]);
+        assert_eq!(verdict.code, 5, "{part}: {verdict:?}");
+        assert!(packed(&bench.run(&[])) == want, "{part}");
+        assert_eq!(std::fs::read_to_string(&at).unwrap(), before, "{part}");
+        assert_eq!(bench.say(&["verify", url]).code, 0, "{part}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::bench::{Bench, corpus, recipe, tree};
+use crate::bench::{Bench, corpus, packed, recipe, tree};
 
 /// Which stages a run computed.
 fn computed(bench: &Bench, more: &[&str]) -> Vec<String> {
@@ -88,5 +88,37 @@ fn a_preview_shows_what_the_run_then_draws() {
             bench.sql(&format!("select sum(stop - start) as drawn from drawn where domain = '{name}'"), &[]);
         let (expected, drawn) = (domain["drawn"].as_f64().unwrap(), drawn[0]["drawn"].as_f64().unwrap());
         assert!((expected - drawn).abs() <= 2.0, "{name}: {expected} {drawn}");
+    }
+}
+
+#[test]
+fn another_seed_is_another_sample_to_train_the_tokenizer_on() {
+    let sets = ["--set", "tokenizer.train.sample=20KB", "--set", "run.seed=2"];
+    let bench = Bench::new(1);
+    bench.run(&sets[..2]);
+    let after = packed(&bench.run(&sets));
+    let fresh = Bench::new(1);
+    assert!(packed(&fresh.run(&sets)) == after);
+}
+
+#[test]
+fn a_new_check_is_applied_to_what_is_there() {
+    let bench = Bench::new(1);
+    bench.run(&[]);
+    bench.write("sql/checks/catalog_is_empty.sql", "select doc_id from catalog\n");
+    let said = bench.say(&["run", "conf.toml"]);
+    assert!(said.code == 3 && said.err.contains("catalog_is_empty.sql found rows"), "{said:?}");
+    assert!(bench.say(&["plan", "conf.toml"]).out.contains("checks"));
+}
+
+#[test]
+fn an_output_folder_may_have_any_name_and_lie_in_the_source_folder() {
+    let bench = Bench::new(1);
+    let want = packed(&bench.run(&[]));
+    for name in ["out%20x", "out#1", "out?q", "in/out"] {
+        let set = format!("run.output='{name}'");
+        for _ in 0..2 {
+            assert!(packed(&bench.run(&["--set", &set, "--set", "source.0.url=in"])) == want, "{name}");
+        }
     }
 }

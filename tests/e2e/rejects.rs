@@ -116,3 +116,38 @@ fn a_wrong_conf_recipe_or_budget_ends_with_its_code_and_the_cure() {
     ]);
     assert_eq!(said.code, 0, "{}", said.err);
 }
+
+#[test]
+fn no_recipe_reaches_what_is_held_out() {
+    let bench = Bench::new(1);
+    for hidden in ["all_documents", "heldout"] {
+        let recipe = format!(
+            "-- leak\nwith {hidden} as (select * from {hidden})\n\
+             select doc_id, cast(0 as bigint) as start, cast(10 as bigint) as stop, cast(1 as double) as copies from {hidden}\n"
+        );
+        bench.write("leak.sql", recipe);
+        let said = bench.say(&["run", "conf.toml", "--set", "mixture.recipe=leak.sql"]);
+        assert!([2, 3].contains(&said.code), "{said:?}");
+        assert!(said.err.contains(hidden), "{said:?}");
+    }
+}
+
+#[test]
+fn no_text_of_a_folder_is_left_out_unsaid() {
+    let bench = Bench::empty();
+    for (i, name) in ["__init__.py", "a.txt", "_b/c.txt"].iter().enumerate() {
+        bench.write(&format!("in/{name}"), format!("text {i} {}", "of a file ".repeat(40)));
+    }
+    bench.conf("in", "text", "");
+    let sets = ["--set", "source.0.domain={ const = \"T\" }", "--until", "catalog"];
+    let run = |bench: &Bench| {
+        let mut all = vec!["run", "conf.toml", "--json"];
+        all.extend(sets);
+        bench.say(&all)
+    };
+    let said = run(&bench);
+    assert!(said.code == 0 && said.out.contains("\"documents\": 3"), "{said:?}");
+    bench.write("in/chapter#1", "text that no listing shows");
+    let said = run(&bench);
+    assert!(said.code == 3 && said.err.contains("chapter#1` cannot be read"), "{said:?}");
+}

@@ -1,5 +1,7 @@
 //! The command line: arguments, signals, exit codes. One file a subcommand; results go to stdout, the rest to stderr.
 
+#[cfg(feature = "train")]
+mod generate;
 mod plan;
 mod preview;
 mod report;
@@ -47,6 +49,12 @@ Examples:
 enum Command {
     /// Do all that a conf asks for; the last line of stdout is the run's directory
     Run(run::RunArguments),
+    /// The same for a conf with a [train] table, under the name that a scheduler of training jobs knows
+    #[cfg(feature = "train")]
+    Train(run::RunArguments),
+    /// Print the greedy continuation of a text by a checkpoint
+    #[cfg(feature = "train")]
+    Generate(generate::GenerateArguments),
     /// Say for every stage whether it is there already, and if not, why
     Plan(plan::PlanArguments),
     /// Show the mixture that a recipe gives, before anything is drawn
@@ -140,6 +148,10 @@ fn start(command: Command) -> Result<()> {
     let result = runtime.block_on(async {
         match command {
             Command::Run(arguments) => run::main(arguments).await,
+            #[cfg(feature = "train")]
+            Command::Train(arguments) => run::train(arguments).await,
+            #[cfg(feature = "train")]
+            Command::Generate(arguments) => generate::main(arguments).await,
             Command::Plan(arguments) => plan::main(arguments).await,
             Command::Preview(arguments) => preview::main(arguments).await,
             Command::Sql(arguments) => sql::main(arguments).await,
@@ -162,17 +174,27 @@ fn start(command: Command) -> Result<()> {
     result
 }
 
-/// Runs `work` until it ends or a signal says to stop.
+/// Runs `work` until it ends or a signal says to stop. Training is given the time to finish its step and to write a
+/// checkpoint; a second signal ends it, too.
 async fn until_stopped<T>(run: &Run, work: impl Future<Output = Result<T>>) -> Result<T> {
     use tokio::signal::unix::{SignalKind, signal};
     let listen =
         |kind| signal(kind).map_err(|source| Error::Io { doing: "cannot listen for signals".into(), source });
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
-    tokio::select! {
-        done = work => done,
-        _ = terminate.recv() => { run.stop.store(true, Ordering::Relaxed); Err(Error::Stopped) }
-        _ = interrupt.recv() => { run.stop.store(true, Ordering::Relaxed); Err(Error::Stopped) }
+    let mut work = std::pin::pin!(work);
+    for signals in 1.. {
+        tokio::select! {
+            done = &mut work => return done,
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        run.stop.store(true, Ordering::Relaxed);
+        if signals == 2 || !run.training.load(Ordering::Relaxed) {
+            break;
+        }
+        tracing::info!("stopping after this step, with a checkpoint; once more to stop now");
     }
+    Err(Error::Stopped)
 }
 
 /// Prints a value for a machine, or a text for a person.

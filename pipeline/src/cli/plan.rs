@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{ConfArguments, print};
 use crate::flow::{Flow, latest_of};
-use crate::run::{Goal, Stage};
+use crate::run::{Goal, Run, Stage};
 use crate::stage::Ingredients;
 use crate::{Error, Result};
 
@@ -62,13 +62,33 @@ pub async fn main(arguments: PlanArguments) -> Result<()> {
     }
     let values: Vec<Value> =
         lines.iter().map(|(stage, state, why)| json!({"stage": stage, "state": state, "why": why})).collect();
-    print(arguments.json, &values, || {
-        lines.iter().fold(String::new(), |mut out, (stage, state, why)| {
+    let training = training(&run).await;
+    let needs = training.as_ref().map(|(needs, _)| needs);
+    print(arguments.json, &json!({ "stages": values, "training": needs }), || {
+        let mut out = lines.iter().fold(String::new(), |mut out, (stage, state, why)| {
             let _ = writeln!(out, "{stage:<10} {state:<14} {why}");
             out
-        })
+        });
+        if let Some((_, text)) = &training {
+            let _ = write!(out, "\n{text}");
+        }
+        out
     });
     Ok(())
+}
+
+/// What the training needs, for a machine and for a person.
+#[cfg(feature = "train")]
+async fn training(run: &Run) -> Option<(Value, String)> {
+    match crate::stages::train::plan(run).await {
+        Ok(plan) => plan.map(|plan| (json!(plan), plan.text())),
+        Err(error) => Some((Value::Null, format!("training: what it needs can't be said: {error}"))),
+    }
+}
+
+#[cfg(not(feature = "train"))]
+async fn training(_: &Run) -> Option<(Value, String)> {
+    None
 }
 
 /// Which ingredients are not those of the last run under this name.

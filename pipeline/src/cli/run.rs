@@ -42,6 +42,16 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
     Ok(())
 }
 
+/// `lengthwise train`
+#[cfg(feature = "train")]
+pub async fn train(arguments: RunArguments) -> Result<()> {
+    let run = arguments.conf.open(Goal::Compute { from: None })?;
+    if run.conf.train.is_none() {
+        return Err(Error::data("the conf has no [train] table", "add one, or use `lengthwise run`"));
+    }
+    main(arguments).await
+}
+
 /// Runs to the end or to `until`; the run's directory, where it came to one.
 pub async fn go(run: &Run, until: Option<Stage>, started: jiff::Timestamp) -> Result<Option<String>> {
     let mut flow = Flow::default();

@@ -13,6 +13,9 @@ const MIN_MEMORY: u64 = 64_000_000;
 /// Below this a "sequence" is surely a slip, such as 8 for 8K.
 const MIN_SEQUENCE_TOKENS: u64 = 16;
 
+/// A sequence is in memory whole, more than once.
+const MAX_SEQUENCE_TOKENS: u64 = 1 << 24;
+
 /// A byte-level vocabulary begins with the 256 bytes.
 const MIN_VOCAB: u32 = 256;
 
@@ -150,9 +153,13 @@ fn mixture(conf: &Conf) -> Result<()> {
     let at = |key| ["mixture", key];
     ensure(conf, mixture.budget.0 > 0, &at("budget"), "must be more than 0")?;
     ensure(conf, (0.0..1.0).contains(&mixture.holdout), &at("holdout"), "must be 0 or more, and below 1")?;
+    let counted = mixture.holdout == 0.0 || mixture.holdout >= 1e-6;
+    ensure(conf, counted, &at("holdout"), "must be 0, or a millionth at least")?;
     ensure(conf, mixture.long_tokens.0 > 0, &at("long_tokens"), "must be more than 0")?;
     ensure(conf, mixture.max_span.0 > 0, &at("max_span"), "must be more than 0")?;
-    ensure(conf, mixture.max_copies >= 1, &at("max_copies"), "must be 1 or more")?;
+    // each copy has a key that is looked at
+    let good = (1..=1000).contains(&mixture.max_copies);
+    ensure(conf, good, &at("max_copies"), "must be 1 or more, and at most 1000")?;
 
     if let Shares::Table(shares) = &mixture.shares {
         for (domain, share) in shares {
@@ -174,8 +181,8 @@ fn mixture(conf: &Conf) -> Result<()> {
 fn pack(conf: &Conf) -> Result<()> {
     let pack = &conf.pack;
     let at = |key| ["pack", key];
-    let good = pack.sequence_tokens.0 >= MIN_SEQUENCE_TOKENS;
-    ensure(conf, good, &at("sequence_tokens"), "must be 16 or more")?;
+    let good = (MIN_SEQUENCE_TOKENS..=MAX_SEQUENCE_TOKENS).contains(&pack.sequence_tokens.0);
+    ensure(conf, good, &at("sequence_tokens"), "must be 16 or more, and at most 16777216")?;
     ensure(conf, pack.sequences_per_file >= 1, &at("sequences_per_file"), "must be 1 or more")?;
     ensure(conf, pack.sequences_per_row_group >= 1, &at("sequences_per_row_group"), "must be 1 or more")?;
     let good = pack.sequences_per_row_group <= pack.sequences_per_file;

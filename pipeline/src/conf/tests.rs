@@ -1181,9 +1181,11 @@ fn numbers_out_of_range_are_refused() {
         "tokenizer={ train = { vocab = 256, sample = 0 } }",
         "mixture.budget=0",
         "mixture.holdout=-0.1",
+        "mixture.holdout=4e-7",
         "mixture.long_tokens=0",
         "mixture.max_span=0",
         "mixture.max_copies=0",
+        "mixture.max_copies=1001",
         "pack.sequence_tokens=15",
         "pack.sequences_per_file=0",
         "pack.sequences_per_row_group=0",
@@ -1233,6 +1235,9 @@ fn numbers_out_of_range_are_refused() {
     mixture.holdout=-0.1
       x `mixture.holdout` must be 0 or more, and below 1
 
+    mixture.holdout=4e-7
+      x `mixture.holdout` must be 0, or a millionth at least
+
     mixture.long_tokens=0
       x `mixture.long_tokens` must be more than 0
 
@@ -1240,10 +1245,13 @@ fn numbers_out_of_range_are_refused() {
       x `mixture.max_span` must be more than 0
 
     mixture.max_copies=0
-      x `mixture.max_copies` must be 1 or more
+      x `mixture.max_copies` must be 1 or more, and at most 1000
+
+    mixture.max_copies=1001
+      x `mixture.max_copies` must be 1 or more, and at most 1000
 
     pack.sequence_tokens=15
-      x `pack.sequence_tokens` must be 16 or more
+      x `pack.sequence_tokens` must be 16 or more, and at most 16777216
 
     pack.sequences_per_file=0
       x `pack.sequences_per_file` must be 1 or more

@@ -5,16 +5,17 @@
 //! been resolved and expressions have types; the place comes from the columns inside, which know where they
 //! were written.
 
+use std::collections::BTreeSet;
 use std::ops::{ControlFlow, Range};
 
 use arrow::datatypes::DataType;
+use datafusion::common::Span as PlanSpan;
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
-use datafusion::common::{DFSchema, Span as PlanSpan};
 use datafusion::logical_expr::expr::{AggregateFunction, WindowFunction};
-use datafusion::logical_expr::utils::merge_schema;
+use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{
-    AggregateUDF, Distinct, Expr, ExprSchemable, LogicalPlan, ScalarUDF, SortExpr, Volatility, WindowFrame,
-    WindowFrameBound, WindowFrameUnits, WindowFunctionDefinition,
+    AggregateUDF, Distinct, Expr, ExprSchemable, JoinType, LogicalPlan, Operator, ScalarUDF, SortExpr,
+    Volatility, WindowFrame, WindowFrameBound, WindowFrameUnits, WindowFunctionDefinition,
 };
 use datafusion::sql::sqlparser::ast::{
     Cte, Expr as SqlExpr, ObjectName, Query, Select, SetExpr, Spanned, TableFactor, Visit, Visitor,
@@ -200,7 +201,7 @@ struct Walk<'a> {
 
 impl Walk<'_> {
     fn node(&mut self, node: &LogicalPlan) -> datafusion::error::Result<()> {
-        let schema = merge_schema(&node.inputs());
+        let inputs = node.inputs();
         let group: &[Expr] = match node {
             LogicalPlan::Aggregate(aggregate) => &aggregate.group_expr,
             LogicalPlan::Limit(limit) => {
@@ -209,7 +210,7 @@ impl Walk<'_> {
             }
             LogicalPlan::Distinct(Distinct::On(distinct)) => {
                 let sorts = distinct.sort_expr.iter().flatten().map(|sort| &sort.expr);
-                if let Some(missing) = ties(distinct.on_expr.iter().chain(sorts), distinct.input.schema()) {
+                if let Some(missing) = ties(distinct.on_expr.iter().chain(sorts), &distinct.input) {
                     let what = "DISTINCT ON takes one of the rows that tie, in any order";
                     self.refuse(self.places.distinct_on(), what, "here", order_cure(&missing));
                 }
@@ -219,10 +220,10 @@ impl Walk<'_> {
         };
         node.apply_expressions(|expr| {
             expr.apply(|expr| {
-                match expr {
-                    Expr::ScalarFunction(call) => self.scalar(&call.func, &call.args),
-                    Expr::AggregateFunction(call) => self.aggregate(call, group, &schema),
-                    Expr::WindowFunction(call) => self.window(call, &schema),
+                match (expr, inputs.first()) {
+                    (Expr::ScalarFunction(call), _) => self.scalar(&call.func, &call.args),
+                    (Expr::AggregateFunction(call), Some(input)) => self.aggregate(call, group, input),
+                    (Expr::WindowFunction(call), Some(input)) => self.window(call, input),
                     _ => {}
                 }
                 Ok(TreeNodeRecursion::Continue)
@@ -276,17 +277,17 @@ impl Walk<'_> {
         self.refuse(site.place, message, "here", cure);
     }
 
-    fn aggregate(&mut self, call: &AggregateFunction, group: &[Expr], schema: &DFSchema) {
+    fn aggregate(&mut self, call: &AggregateFunction, group: &[Expr], input: &LogicalPlan) {
         let params = &call.params;
         let keys = group.iter().chain(params.order_by.iter().map(|sort| &sort.expr));
         let names = all_names(call.func.name(), call.func.aliases());
         let site = self.places.call(&names, first_place(&params.args));
-        if let Some((message, cure)) = adding(&call.func, &params.args, &site.argument, keys, schema) {
+        if let Some((message, cure)) = adding(&call.func, &params.args, &site.argument, keys, input) {
             self.refuse(site.place, message, "here", cure);
         }
     }
 
-    fn window(&mut self, call: &WindowFunction, schema: &DFSchema) {
+    fn window(&mut self, call: &WindowFunction, input: &LogicalPlan) {
         let params = &call.params;
         let keys =
             || params.partition_by.iter().chain(params.order_by.iter().map(|sort: &SortExpr| &sort.expr));
@@ -306,8 +307,8 @@ impl Walk<'_> {
         };
         let refused = match &call.fun {
             WindowFunctionDefinition::AggregateUDF(function) => {
-                adding(function, &params.args, &site.argument, keys(), schema).or_else(|| {
-                    ties(keys(), schema).filter(|_| splits_ties(&params.window_frame)).map(of_ties)
+                adding(function, &params.args, &site.argument, keys(), input).or_else(|| {
+                    ties(keys(), input).filter(|_| splits_ties(&params.window_frame)).map(of_ties)
                 })
             }
             // rows that tie get the same number
@@ -316,7 +317,7 @@ impl Walk<'_> {
             {
                 None
             }
-            WindowFunctionDefinition::WindowUDF(_) => ties(keys(), schema).map(of_ties),
+            WindowFunctionDefinition::WindowUDF(_) => ties(keys(), input).map(of_ties),
         };
         if let Some((message, cure)) = refused {
             self.refuse(site.place, message, "here", cure);
@@ -330,9 +331,9 @@ impl Walk<'_> {
                 LogicalPlan::Projection(projection) => below = &projection.input,
                 LogicalPlan::SubqueryAlias(alias) => below = &alias.input,
                 LogicalPlan::Sort(sort) => {
-                    break ties(sort.expr.iter().map(|key| &key.expr), sort.input.schema());
+                    break ties(sort.expr.iter().map(|key| &key.expr), &sort.input);
                 }
-                other => break ties([].into_iter(), other.schema()),
+                other => break ties([].into_iter(), other),
             }
         };
         if let Some(missing) = missing {
@@ -348,10 +349,10 @@ fn adding<'e>(
     args: &[Expr],
     argument: &str,
     keys: impl Iterator<Item = &'e Expr>,
-    schema: &DFSchema,
+    input: &LogicalPlan,
 ) -> Option<(String, String)> {
     let name = function.name();
-    let of_type = args.first().and_then(|arg| arg.get_type(schema).ok());
+    let of_type = args.first().and_then(|arg| arg.get_type(input.schema().as_ref()).ok());
     let float_cure =
         format!("round it to an integer first: sum(cast(round({argument} * 4294967296) as decimal(38, 0)))");
     match name {
@@ -385,7 +386,7 @@ fn adding<'e>(
             if args.iter().all(|arg| literal(arg) || keys.contains(&arg)) {
                 return None;
             }
-            let missing = ties(keys.into_iter(), schema)?;
+            let missing = ties(keys.into_iter(), input)?;
             Some((format!("{name}({argument}) depends on the order of rows that tie"), order_cure(&missing)))
         }
         "any_value" => Some((
@@ -409,25 +410,91 @@ fn adding<'e>(
     }
 }
 
-/// The columns that ORDER BY lacks for a total order; `None` if it is one. A row of documents or spans is known by
-/// its doc_id and start, a row of domains by its domain, any other only by all of its columns.
-fn ties<'e>(keys: impl Iterator<Item = &'e Expr>, schema: &DFSchema) -> Option<Vec<String>> {
-    let keys: Vec<&str> =
-        keys.filter_map(|key| key.try_as_col()).map(|column| column.name.as_str()).collect();
-    let has = |name: &str| schema.fields().iter().any(|field| field.name() == name);
-    let all = || schema.fields().iter().map(|field| field.name().as_str()).collect::<Vec<_>>();
-    let lacking = |wanted: &[&str]| -> Vec<String> {
-        wanted.iter().filter(|name| !keys.contains(name)).map(|name| (*name).to_owned()).collect()
-    };
-    let identifying: Vec<&str> = match (has("doc_id"), has("start"), has("domain"), has("stratum")) {
-        (true, true, ..) => vec!["doc_id", "start"],
-        (true, false, ..) => vec!["doc_id"],
-        (false, _, true, true) => vec!["domain", "stratum"],
-        (false, _, true, false) => vec!["domain"],
-        _ => all(),
-    };
-    let missing = lacking(&identifying);
-    (!missing.is_empty() && !lacking(&all()).is_empty()).then_some(missing)
+/// The columns that ORDER BY lacks for a total order of a plan's rows; `None` if it is one. It is one where its columns
+/// hold a key, or are all there are: rows that tie are then the same.
+fn ties<'e>(keys: impl Iterator<Item = &'e Expr>, input: &LogicalPlan) -> Option<Vec<String>> {
+    let schema = input.schema();
+    let ordered: Columns = keys
+        .filter_map(|key| key.try_as_col())
+        .filter_map(|column| schema.maybe_index_of_column(column))
+        .collect();
+    let all: Columns = (0..schema.fields().len()).collect();
+    let mut known = unique(input);
+    known.push(all);
+    let missing = known.iter().map(|key| key - &ordered).min_by_key(|missing| missing.len())?;
+    let name = |i: usize| schema.field(i).name().clone();
+    (!missing.is_empty()).then(|| missing.into_iter().map(name).collect())
+}
+
+/// Columns of a plan, by their place.
+type Columns = BTreeSet<usize>;
+
+/// Sets of columns of which no two rows of a plan have the same values. Only what surely is so.
+fn unique(plan: &LogicalPlan) -> Vec<Columns> {
+    let schema = plan.schema();
+    let place = |expr: &Expr, of: &LogicalPlan| of.schema().maybe_index_of_column(expr.try_as_col()?);
+    match plan {
+        LogicalPlan::TableScan(scan) => {
+            let key = match scan.table_name.table() {
+                // the view `documents` is over all of them, where some are held out
+                "documents" | "all_documents" => "doc_id",
+                "domains" | "shares" => "domain",
+                _ => return vec![],
+            };
+            schema.index_of_column_by_name(None, key).map(|i| Columns::from([i])).into_iter().collect()
+        }
+        LogicalPlan::Filter(_) | LogicalPlan::Sort(_) | LogicalPlan::Limit(_) | LogicalPlan::SubqueryAlias(_)
+        // adds its columns behind those of its input
+        | LogicalPlan::Window(_) => plan.inputs().first().map(|input| unique(input)).unwrap_or_default(),
+        LogicalPlan::Projection(projection) => {
+            let from: Vec<Option<usize>> =
+                projection.expr.iter().map(|expr| place(&expr.clone().unalias(), &projection.input)).collect();
+            let kept = |key: Columns| {
+                key.into_iter().map(|column| from.iter().position(|from| *from == Some(column))).collect()
+            };
+            unique(&projection.input).into_iter().filter_map(kept).collect()
+        }
+        LogicalPlan::Aggregate(aggregate) => {
+            // one row a group; without grouping sets the groups' columns come first
+            let plain = !aggregate.group_expr.iter().any(|expr| matches!(expr, Expr::GroupingSet(_)));
+            plain.then(|| (0..aggregate.group_expr.len()).collect()).into_iter().collect()
+        }
+        LogicalPlan::Distinct(Distinct::All(input)) => unique(input),
+        LogicalPlan::Join(join) => {
+            let (left, right) = (unique(&join.left), unique(&join.right));
+            let width = join.left.schema().fields().len();
+            let shifted = |key: &Columns| key.iter().map(|column| column + width).collect::<Columns>();
+            match join.join_type {
+                JoinType::LeftSemi | JoinType::LeftAnti => return left,
+                JoinType::RightSemi | JoinType::RightAnti => return right,
+                JoinType::Inner | JoinType::Left | JoinType::Right | JoinType::Full => {}
+                _ => return vec![],
+            }
+            // before the optimizer, equalities may still be in the filter
+            let equalities = join.filter.iter().flat_map(split_conjunction).filter_map(|expr| match expr {
+                Expr::BinaryExpr(equal) if equal.op == Operator::Eq => Some((&*equal.left, &*equal.right)),
+                _ => None,
+            });
+            let pairs = join.on.iter().map(|(l, r)| (l, r)).chain(equalities);
+            let places = |l, r| Some((place(l, &join.left)?, place(r, &join.right)?));
+            let on: (Columns, Columns) =
+                pairs.filter_map(|(l, r)| places(l, r).or_else(|| places(r, l))).unzip();
+            let mut keys = vec![];
+            // a row that meets at most one of the other side stays one row
+            let one = |keys: &[Columns], on: &Columns| keys.iter().any(|key| key.is_subset(on));
+            if matches!(join.join_type, JoinType::Inner | JoinType::Left) && one(&right, &on.1) {
+                keys.extend(left.iter().cloned());
+            }
+            if matches!(join.join_type, JoinType::Inner | JoinType::Right) && one(&left, &on.0) {
+                keys.extend(right.iter().map(shifted));
+            }
+            for l in &left {
+                keys.extend(right.iter().map(|r| l | &shifted(r)));
+            }
+            keys
+        }
+        _ => vec![],
+    }
 }
 
 fn order_cure(missing: &[String]) -> String {

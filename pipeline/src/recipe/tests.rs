@@ -744,6 +744,11 @@ async fn order_is_total_where_it_matters() {
         "select distinct on (domain) doc_id, domain from documents order by domain, tokens",
         "with spans as (select doc_id, unnest(range(0, tokens, 5)) as start from documents)\nselect * from spans order by doc_id limit 3",
         "with top as (select * from domains order by tokens limit 3)\nselect * from top",
+        // columns that are called like a key, and are none
+        "with pairs as (select doc_id as x, domain, tokens from documents)\nselect * from pairs order by domain limit 5",
+        "with named as (select domain as doc_id, tokens, doc_id as x from documents)\nselect * from named order by doc_id limit 5",
+        "with pairs as (select a.doc_id, b.bytes from documents as a inner join documents as b on a.domain = b.domain)\nselect * from pairs order by doc_id limit 5",
+        "with both as (select doc_id, tokens from documents union all select doc_id, bytes from documents)\nselect * from both order by doc_id limit 5",
     ];
     let texts =
         windows.map(step).into_iter().chain(aggregates.map(by_domain)).chain(others.map(str::to_owned));
@@ -851,6 +856,21 @@ async fn what_is_allowed() {
     }
     accepted("select doc_id, 0 as start, tokens as stop, 1 as copies from documents order by tokens, doc_id, start limit 7").await;
     accepted("with w as (select * from (values ('d1', 2.0)) as w(domain, weight))\nselect doc_id, 0 as start, tokens as stop, weight as copies from w inner join documents on w.domain = documents.domain").await;
+    for (from, order) in [
+        ("documents inner join domains on documents.domain = domains.domain", "documents.doc_id"),
+        (
+            "documents left join shares on documents.domain = shares.domain",
+            "documents.tokens, documents.doc_id",
+        ),
+        ("documents cross join (select count(*) as n from domains) as all_of_them", "documents.doc_id"),
+        ("(select distinct doc_id as known, doc_id, tokens from documents) as documents", "documents.known"),
+        (
+            "(select doc_id, max(tokens) as tokens from documents group by doc_id) as documents",
+            "documents.doc_id",
+        ),
+    ] {
+        accepted(&format!("select documents.doc_id, 0 as start, documents.tokens as stop, 1 as copies from {from} order by {order} limit 7")).await;
+    }
     accepted("(select doc_id, 0 as start, tokens as stop, 1 as copies from documents);").await;
 }
 

@@ -1,5 +1,7 @@
 //! Which files a source has, and how they are put together into units of work.
 
+use std::path::PathBuf;
+
 use futures::TryStreamExt;
 use globset::{GlobBuilder, GlobMatcher};
 use object_store::path::Path;
@@ -50,11 +52,11 @@ pub(super) fn version(meta: &ObjectMeta) -> String {
 /// - Of a glob (`*`, `**`, `?`, `[…]`, `{a,b}`), what it matches; where its last part is only `*` or `**`,
 ///   with one of the format's endings. Only the folder before the first part with a glob is listed.
 ///
-/// Files and folders whose names start with `.` or `_` are skipped, unless the url itself has a part that
-/// starts so (`data/_raw`, `data/.*`).
+/// Files and folders whose names start with `.` or, where they are tables, `_` are skipped, unless the url itself has a
+/// part that starts so (`data/_raw`, `data/.*`).
 ///
 /// # Errors
-/// Nothing is found, the glob is wrong, or the store fails.
+/// Nothing is found, the glob is wrong, the store fails, or a local name is one that it can't read.
 pub async fn list(
     store: &dyn ObjectStore,
     path: &Path,
@@ -89,6 +91,18 @@ pub async fn list(
         }
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));
+    if url.starts_with('/')
+        && let Some(unlisted) =
+            unlisted(&std::path::Path::new("/").join(pattern.folder.as_ref()), &pattern.folder, &pattern)
+    {
+        return Err(Error::data(
+            format!(
+                "`{}` cannot be read: local names that end in `#` and digits are taken for half-written files",
+                unlisted.display()
+            ),
+            "rename it",
+        ));
+    }
     if files.is_empty() {
         let looked_for = match (&pattern.glob, pattern.endings) {
             (Some(_), []) => "files that match it".to_owned(),
@@ -101,10 +115,29 @@ pub async fn list(
         };
         return Err(Error::data(
             format!("the source `{url}` has no files"),
-            format!("looked for {looked_for}; {found} (names that start with `.` or `_` are skipped)"),
+            format!(
+                "looked for {looked_for}; {found} (names that start with `.`, or `_` where they are tables, are skipped)"
+            ),
         ));
     }
     Ok(files)
+}
+
+/// A file of a local folder that the pattern takes and that no listing of object_store's shows.
+fn unlisted(at: &std::path::Path, folder: &Path, pattern: &Pattern) -> Option<PathBuf> {
+    for entry in std::fs::read_dir(at).ok()?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let path = folder.clone().join(name.as_str());
+        let staged = |digits: &str| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            if let Some(found) = unlisted(&entry.path(), &path, pattern) {
+                return Some(found);
+            }
+        } else if name.rsplit_once('#').is_some_and(|(_, digits)| staged(digits)) && pattern.takes(&path) {
+            return Some(entry.path());
+        }
+    }
+    None
 }
 
 /// Which of the listed files a url means.
@@ -116,6 +149,8 @@ struct Pattern {
     endings: &'static [&'static str],
     /// Which of `.` and `_` names below the folder may start with.
     hidden: Vec<char>,
+    /// What the names of files that are no data start with.
+    private: &'static [char],
 }
 
 impl Pattern {
@@ -138,12 +173,14 @@ impl Pattern {
             glob: glob.map(|glob| glob.compile_matcher()),
             endings: if names_files { &[] } else { endings(format) },
             hidden: parts[folders..].iter().filter_map(|part| part.chars().next()).collect(),
+            // a table's writers leave `_SUCCESS` beside it; a text may well be `__init__.py`
+            private: if format == Format::Text { &['.'] } else { &['.', '_'] },
         })
     }
 
     fn takes(&self, path: &Path) -> bool {
         let name = path.filename().unwrap_or_default();
-        let is_hidden = |part: &str| part.starts_with(['.', '_']) && !part.starts_with(&*self.hidden);
+        let is_hidden = |part: &str| part.starts_with(self.private) && !part.starts_with(&*self.hidden);
         let mut below = path.parts().skip(self.folder.parts().count());
         self.glob.as_ref().is_none_or(|glob| glob.is_match(path.as_ref()))
             && (self.endings.is_empty() || self.endings.iter().any(|ending| name.ends_with(ending)))

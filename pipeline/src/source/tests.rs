@@ -548,7 +548,7 @@ mod listing {
             ["data/2024/c.json.gz", "data/2025/e.jsonl", "data/a.jsonl", "data/b.jsonl.zst"]
         );
         assert_eq!(names(&store, "data", Format::Parquet).await, ["data/2024/d.parquet"]);
-        assert_eq!(names(&store, "data", Format::Text).await.len(), 6);
+        assert_eq!(names(&store, "data", Format::Text).await.len(), 8);
         assert_eq!(names(&store, "", Format::Jsonl).await.len(), 5);
     }
 
@@ -587,13 +587,13 @@ mod listing {
         assert_eq!(
             words(list_all(&store, "nowhere", Format::Parquet).await),
             "the source `mem://nowhere` has no files\n\
-             looked for files named *.parquet; there is nothing below `mem://nowhere` (names that start with `.` or `_` are skipped)"
+             looked for files named *.parquet; there is nothing below `mem://nowhere` (names that start with `.`, or `_` where they are tables, are skipped)"
         );
         assert_eq!(
             words(list_all(&store, "data/2025", Format::Parquet).await),
             "the source `mem://data/2025` has no files\n\
              looked for files named *.parquet; `mem://data/2025/e.jsonl` and what else is there does not count \
-             (names that start with `.` or `_` are skipped)"
+             (names that start with `.`, or `_` where they are tables, are skipped)"
         );
         assert!(words(list_all(&store, "data/[a", Format::Text).await).contains("is not a glob"));
     }

@@ -89,6 +89,10 @@ pub async fn register_documents(run: &Run, session: &SessionContext, catalog: &P
         let sql = "select * from all_documents where doc_id not in (select doc_id from heldout)";
         let view = session.sql(sql).await.map_err(|e| query(doing, e))?.into_view();
         session.register_table("documents", view).map_err(|e| query(doing, e))?;
+        // the view keeps them; no recipe reaches them
+        for hidden in [name, "heldout"] {
+            session.deregister_table(hidden).map_err(|e| query(doing, e))?;
+        }
     }
     Ok(())
 }

@@ -55,34 +55,57 @@ pub struct Span<'a> {
 /// A stream of record batches.
 pub type Batches = Pin<Box<dyn Stream<Item = Result<RecordBatch>> + Send>>;
 
-/// Finds documents in the catalog, in ascending order of `doc_id`.
-struct Catalog {
+/// A table sorted by `doc_id`, its first column, in which documents are looked up in ascending order.
+struct Sorted {
     rows: Batches,
-    batch: RecordBatch,
+    batch: Option<RecordBatch>,
     at: usize,
 }
 
-impl Catalog {
-    /// Domain and tokens of a document; `None` where the catalog hasn't got it.
-    async fn find(&mut self, doc_id: &[u8; 16]) -> Result<Option<(&str, i64)>> {
+impl Sorted {
+    fn new(rows: Batches) -> Self {
+        Self { rows, batch: None, at: 0 }
+    }
+
+    /// The batch and row of a document; `None` where it isn't there.
+    async fn find(&mut self, doc_id: &[u8; 16]) -> Result<Option<(&RecordBatch, usize)>> {
         loop {
-            let ids = self.batch.column(0).as_fixed_size_binary();
-            while self.at < ids.len() && ids.value(self.at) < doc_id.as_slice() {
-                self.at += 1;
-            }
-            if self.at < ids.len() {
-                break;
+            if let Some(batch) = &self.batch {
+                let ids = batch.column(0).as_fixed_size_binary();
+                while self.at < ids.len() && ids.value(self.at) < doc_id.as_slice() {
+                    self.at += 1;
+                }
+                if self.at < ids.len() {
+                    break;
+                }
             }
             match self.rows.next().await {
-                Some(batch) => (self.batch, self.at) = (batch?, 0),
+                Some(batch) => (self.batch, self.at) = (Some(batch?), 0),
                 None => return Ok(None),
             }
         }
-        if self.batch.column(0).as_fixed_size_binary().value(self.at) != doc_id {
+        let found = self.batch.as_ref().map(|batch| (batch, self.at));
+        Ok(found.filter(|(batch, at)| batch.column(0).as_fixed_size_binary().value(*at) == doc_id))
+    }
+}
+
+/// The documents that a recipe may draw from.
+struct Catalog {
+    all: Sorted,
+    heldout: Option<Sorted>,
+}
+
+impl Catalog {
+    /// Domain and tokens of a document; `None` where the catalog hasn't got it, or it is held out.
+    async fn find(&mut self, doc_id: &[u8; 16]) -> Result<Option<(&str, i64)>> {
+        if let Some(heldout) = &mut self.heldout
+            && heldout.find(doc_id).await?.is_some()
+        {
             return Ok(None);
         }
-        let tokens = self.batch.column(2).as_primitive::<Int64Type>().value(self.at);
-        Ok(Some((self.batch.column(1).as_string::<i32>().value(self.at), tokens)))
+        let Some((batch, at)) = self.all.find(doc_id).await? else { return Ok(None) };
+        let tokens = batch.column(2).as_primitive::<Int64Type>().value(at);
+        Ok(Some((batch.column(1).as_string::<i32>().value(at), tokens)))
     }
 }
 
@@ -145,7 +168,7 @@ fn wrong(recipe: &str, doc_id: &[u8], what: impl std::fmt::Display, cure: &str) 
 }
 
 /// Weaves a recipe's rows (`doc_id, start, stop, copies, stratum`) with the catalog's (`doc_id, domain, tokens`), both
-/// sorted by doc_id, and checks every row.
+/// and what is held out (`doc_id`), all sorted by doc_id, and checks every row.
 pub struct Weaver {
     recipe: String,
     rows: Batches,
@@ -154,8 +177,8 @@ pub struct Weaver {
 }
 
 impl Weaver {
-    pub fn new(recipe: &str, rows: Batches, catalog: Batches) -> Self {
-        let catalog = Catalog { rows: catalog, batch: RecordBatch::new_empty(tables::catalog()), at: 0 };
+    pub fn new(recipe: &str, rows: Batches, catalog: Batches, heldout: Option<Batches>) -> Self {
+        let catalog = Catalog { all: Sorted::new(catalog), heldout: heldout.map(Sorted::new) };
         Self { recipe: recipe.to_owned(), rows, catalog, document: Document::default() }
     }
 
@@ -380,7 +403,10 @@ pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: 
     let rows = rows.map_err(move |e| query(&doing, e));
     let known =
         scan(catalog.folder.clone(), catalog.table("catalog"), Some(vec!["doc_id", "domain", "tokens"]));
-    Ok(Weaver::new(recipe, Box::pin(rows), Box::pin(known)))
+    let heldout = catalog.table("heldout");
+    let heldout = (heldout.rows > 0)
+        .then(|| Box::pin(scan(catalog.folder.clone(), heldout, Some(vec!["doc_id"]))) as Batches);
+    Ok(Weaver::new(recipe, Box::pin(rows), Box::pin(known), heldout))
 }
 
 /// Table `mixture`; its notes are what the recipe asks for, as [`Asked`].
@@ -478,6 +504,10 @@ impl Rows {
 /// unless the conf allows a shortfall.
 pub fn check_budget(run: &Run, asked: &Asked, domains: &[Domain]) -> Result<()> {
     let mixture = &run.conf.mixture;
+    if domains.iter().all(|domain| domain.tokens == 0) {
+        let help = "`lengthwise sql CONF \"select reason, count(*) from rejects group by reason\"` says why rows were rejected; a large `mixture.holdout` may have taken the rest";
+        return Err(Error::data("the sources have no document to draw from", help));
+    }
     let short = shortfalls(asked, domains, mixture.budget.0, mixture.max_copies);
     let total: u64 = asked.strata.iter().map(|s| s.budget).sum();
     if total as f64 > mixture.budget.0 as f64 * 1.001 {
@@ -576,10 +606,11 @@ mod tests {
         ]))
     }
 
-    /// Weaves rows with three documents of 100, 200 and 300 tokens.
+    /// Weaves rows with documents of 100, 200, 300, 400 and 500 tokens; that of 400 is held out.
     async fn woven(spans: &[(u8, Option<i64>, i64, f64)]) -> Result<Vec<(u8, i64, i64, u64, String, i64)>> {
-        let mut weaver =
-            Weaver::new("r.sql", rows(spans), catalog(&[(1, "a", 100), (2, "b", 200), (3, "a", 300)]));
+        let all = [(1, "a", 100), (2, "b", 200), (3, "a", 300), (4, "b", 400), (5, "b", 500)];
+        let heldout = Some(catalog(&all[3..4]));
+        let mut weaver = Weaver::new("r.sql", rows(spans), catalog(&all), heldout);
         let mut out = vec![];
         while weaver
             .step(&mut |s| {
@@ -610,6 +641,7 @@ mod tests {
     #[tokio::test]
     async fn a_row_that_cannot_be_drawn_from_is_named_with_the_cure() {
         for (spans, message) in [
+            (vec![(4, Some(0), 400, 1.0), (5, Some(0), 9, 1.0)], "it is not in `documents`"),
             (vec![(2, Some(0), 201, 1.0)], "the span [0, 201) is not inside its 200 tokens"),
             (vec![(2, Some(5), 5, 1.0)], "the span [5, 5) is not inside its 200 tokens"),
             (vec![(2, Some(-1), 5, 1.0)], "the span [-1, 5) is not inside its 200 tokens"),

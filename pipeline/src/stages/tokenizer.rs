@@ -78,6 +78,7 @@ pub async fn obtain(run: &Run) -> Result<Tokenizer> {
         ("sources", json!(sources.iter().map(|s| s.identity()).collect::<Vec<_>>())),
         ("vocab", json!(train.vocab)),
         ("sample", json!(train.sample)),
+        ("seed", json!(run.conf.run.seed)),
     ]);
     let published = run
         .obtain(Stage::Tokenizer, list, async |draft| {

@@ -1,17 +1,19 @@
 //! train: the packed sequences feed a Llama; its checkpoint is a stage's output like any other.
 
+use std::sync::atomic::Ordering;
+
+use lengthwise_model::plan::Plan;
 use lengthwise_model::{Location as Folder, Step as Metrics, TrainConf, TrainJob, checkpoint_parts};
 use serde_json::json;
 
 use super::tokenizer::Tokenizer;
-use crate::engine::put_file;
 use crate::hash::{Digest, RowDigest};
 use crate::run::{Run, Stage, ingredients};
-use crate::stage::{Output, Published, Table};
+use crate::stage::{File, Output, Published, Table};
 use crate::store::Location;
 use crate::{Error, Result};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 fn folder(at: &Location) -> Folder {
     Folder { store: at.store.clone(), path: at.path.clone() }
@@ -41,67 +43,102 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         }
         None => json!(null),
     };
-    let mut settings = json!(conf);
-    for key in ["devices", "checkpoint"] {
-        if let Some(settings) = settings.as_object_mut() {
-            settings.remove(key);
-        }
-    }
     let (bos, eos) = tokenizer.specials(run)?;
     let list = ingredients([
         ("version", json!(VERSION)),
         ("dataset", packed.digest("train")),
         ("sequences", json!(packed.count("sequences"))),
-        ("settings", settings),
+        ("settings", conf.content()),
         ("checkpoint", start),
         ("tokenizer", json!(tokenizer.fingerprint)),
     ]);
     let published = run
         .obtain(Stage::Train, list, async |draft| {
-            let steps = conf.steps;
+            let sequence_tokens = run.conf.pack.sequence_tokens.0 as usize;
+            let steps = conf.steps(sequence_tokens);
             let job = TrainJob {
                 conf,
                 dataset: folder(&packed.folder),
+                dataset_digest: packed.digest("train").to_string(),
                 checkpoint: checkpoint.as_ref().map(folder),
+                output: folder(&draft.folder),
+                checkpoints: folder(&draft.folder.join("checkpoints")),
                 vocab_size: tokenizer.loaded.vocab_size(),
-                sequence_tokens: run.conf.pack.sequence_tokens.0 as usize,
+                sequence_tokens,
                 bos,
                 eos,
                 tokenizer: Some(tokenizer.json.clone()),
             };
             let bar = run.progress.stage("train", steps);
-            let stop = run.stop.clone();
-            let mut on_step = |step: &Metrics| {
-                bar.say(
-                    step.step,
-                    format!(
-                        "step {} of {steps}, loss {:.3}, {:.0} tokens/s",
-                        step.step, step.loss, step.tokens_per_second
-                    ),
-                );
-                match stop.load(std::sync::atomic::Ordering::Relaxed) {
-                    true => Err(lengthwise_model::Error::Stopped(step.step)),
-                    false => Ok(()),
-                }
-            };
-            let trained = lengthwise_model::train(&job, &mut on_step).await.map_err(|error| match error {
+            let mut on_step = |step: &Metrics| bar.say(step.step, line(step, steps));
+            run.training.store(true, Ordering::Relaxed);
+            let trained = lengthwise_model::train(&job, &run.stop, &mut on_step).await;
+            run.training.store(false, Ordering::Relaxed);
+            let trained = trained.map_err(|error| match error {
                 lengthwise_model::Error::Stopped(_) => Error::Stopped,
                 error => error.into(),
             })?;
             let mut output = Output::default();
             output.count("parameters", trained.parameters);
-            output.count("steps", steps);
+            output.count("steps", trained.steps);
             output.count("tokens", trained.tokens);
-            for (name, bytes) in trained.files {
-                let file = put_file(&draft.folder, &name, bytes, 0).await?;
+            for written in trained.files {
+                let blake3 = Digest(written.blake3);
                 // metrics say how fast it went, which is no content
-                let content = if name == "metrics.jsonl" { 0 } else { first_16(&file.blake3) };
-                output.table("checkpoint", Table { rows: 0, digest: RowDigest(content), files: vec![file] });
+                let timed = written.name == "metrics.jsonl" || written.name.contains(".tfevents.");
+                let digest = RowDigest(if timed { 0 } else { first_16(&blake3) });
+                let file = File { name: written.name, bytes: written.bytes, rows: 0, blake3 };
+                output.table("checkpoint", Table { rows: 0, digest, files: vec![file] });
             }
             Ok(output)
         })
         .await?;
+    // what a stop would have gone on from
+    lengthwise_model::resume::clear(&folder(&published.folder.join("checkpoints"))).await?;
     Ok(Some(published))
+}
+
+/// What the training of a conf will need; `None` where it doesn't train.
+pub async fn plan(run: &Run) -> Result<Option<Plan>> {
+    let Some(conf) = conf(run)? else { return Ok(None) };
+    let checkpoint = conf.checkpoint.as_ref().map(|url| run.stores.open(url)).transpose()?;
+    let vocab_size = match (&run.conf.tokenizer.train, &run.conf.tokenizer.url) {
+        _ if checkpoint.is_some() => 0,
+        (Some(train), _) => train.vocab as usize,
+        (None, Some(_) | None) => super::tokenizer::obtain(run).await?.loaded.vocab_size(),
+    };
+    let sequence_tokens = run.conf.pack.sequence_tokens.0 as usize;
+    let nowhere = folder(&run.output);
+    let job = TrainJob {
+        conf,
+        dataset: nowhere.clone(),
+        dataset_digest: String::new(),
+        checkpoint: checkpoint.as_ref().map(folder),
+        output: nowhere.clone(),
+        checkpoints: nowhere,
+        vocab_size,
+        sequence_tokens,
+        bos: None,
+        eos: None,
+        tokenizer: None,
+    };
+    let config = lengthwise_model::train::config_of(&job).await?;
+    Ok(Some(Plan::new(&job.conf, &config, sequence_tokens)))
+}
+
+/// What a step's progress line says.
+fn line(step: &Metrics, steps: u64) -> String {
+    let mut line = format!(
+        "step {} of {steps}, loss {:.3}, gradients {:.2}, {:.0} tokens/s",
+        step.step, step.loss, step.grad_norm, step.tokens_per_second
+    );
+    if let Some(fraction) = step.peak_fraction {
+        line += &format!(", {:.1} % of peak", 100.0 * fraction);
+    }
+    if let Some(bytes) = step.memory_bytes {
+        line += &format!(", {:.1} GB", bytes as f64 / 1e9);
+    }
+    line
 }
 
 fn first_16(digest: &Digest) -> u128 {

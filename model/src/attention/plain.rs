@@ -1,9 +1,8 @@
-//! Causal attention as an explicit pair of forward and backward, in plain tensor operations, on any device.
-//!
-//! Queries go in slices, so that memory is linear in the sequence's length. The log-sum-exp of each query's scores is part
-//! of the result: with it, results over blocks of keys can be merged, and the backward pass needs no softmax.
+//! A block in plain tensor operations, on any device. Queries go in slices, so that memory is linear.
 
 use burn::tensor::{Bool, Int, Tensor};
+
+use crate::llama::wide;
 
 /// Queries in a slice.
 const SLICE: usize = 256;
@@ -20,21 +19,24 @@ fn hidden(from: usize, n: usize, groups: usize, m: usize, q: &Tensor<3>) -> Tens
 /// A slice of `[heads, S, x]`, as `[kv_heads, groups × n, x]`: the heads that share a key head lie one after the other.
 fn slice(t: &Tensor<3>, from: usize, n: usize, kv: usize) -> Tensor<3> {
     let [heads, _, x] = t.dims();
-    t.clone().narrow(1, from, n).reshape([kv, heads / kv * n, x])
+    wide(t.clone().narrow(1, from, n).reshape([kv, heads / kv * n, x]))
 }
 
-/// q `[heads, S, hd]`, k and v `[kv_heads, S, hd]` to out `[heads, S, hd]` and lse `[heads, S, 1]`.
-pub fn forward(q: &Tensor<3>, k: &Tensor<3>, v: &Tensor<3>) -> (Tensor<3>, Tensor<3>) {
+/// As [`Kernel::forward`](super::Kernel::forward).
+pub fn forward(q: &Tensor<3>, k: &Tensor<3>, v: &Tensor<3>, causal: bool) -> (Tensor<3>, Tensor<3>) {
     let [heads, s, hd] = q.dims();
-    let kv = k.dims()[0];
+    let [kv, keys, _] = k.dims();
+    let (k, v) = (wide(k.clone()), wide(v.clone()));
     let scale = 1.0 / (hd as f64).sqrt();
     let (mut outs, mut lses) = (vec![], vec![]);
     for from in (0..s).step_by(SLICE) {
         let n = SLICE.min(s - from);
-        let m = from + n;
-        let scores = slice(q, from, n, kv).matmul(k.clone().narrow(1, 0, m).transpose()) * scale;
-        let mask = hidden(from, n, heads / kv, m, q).expand([kv, heads / kv * n, m]);
-        let scores = scores.mask_fill(mask, f32::NEG_INFINITY);
+        let m = if causal { from + n } else { keys };
+        let mut scores = slice(q, from, n, kv).matmul(k.clone().narrow(1, 0, m).transpose()) * scale;
+        if causal {
+            let mask = hidden(from, n, heads / kv, m, q).expand([kv, heads / kv * n, m]);
+            scores = scores.mask_fill(mask, f32::NEG_INFINITY);
+        }
         let most = scores.clone().max_dim(2);
         let weights = (scores - most.clone()).exp();
         let sum = weights.clone().sum_dim(2);
@@ -45,37 +47,37 @@ pub fn forward(q: &Tensor<3>, k: &Tensor<3>, v: &Tensor<3>) -> (Tensor<3>, Tenso
     (Tensor::cat(outs, 1), Tensor::cat(lses, 1))
 }
 
-/// Gradients of q, k and v, from that of out and what [`forward`] took and gave.
+/// As [`Kernel::backward`](super::Kernel::backward).
 pub fn backward(
-    grad: &Tensor<3>,
+    dout: &Tensor<3>,
     [q, k, v]: &[Tensor<3>; 3],
     out: &Tensor<3>,
     lse: &Tensor<3>,
+    causal: bool,
 ) -> [Tensor<3>; 3] {
     let [heads, s, hd] = q.dims();
-    let kv = k.dims()[0];
+    let [kv, keys, _] = k.dims();
+    let (k, v) = (wide(k.clone()), wide(v.clone()));
     let scale = 1.0 / (hd as f64).sqrt();
-    let delta = (grad.clone() * out.clone()).sum_dim(2);
+    let delta = (wide(dout.clone()) * wide(out.clone())).sum_dim(2);
     let (mut dq, mut dk, mut dv) = (vec![], k.zeros_like(), v.zeros_like());
     for from in (0..s).step_by(SLICE) {
         let n = SLICE.min(s - from);
-        let m = from + n;
-        let (q_slice, grad_slice) = (slice(q, from, n, kv), slice(grad, from, n, kv));
+        let m = if causal { from + n } else { keys };
+        let (q_slice, dout_slice) = (slice(q, from, n, kv), slice(dout, from, n, kv));
         let (keys, values) = (k.clone().narrow(1, 0, m), v.clone().narrow(1, 0, m));
         let scores = q_slice.clone().matmul(keys.clone().transpose()) * scale - slice(lse, from, n, kv);
-        let mask = hidden(from, n, heads / kv, m, q).expand([kv, heads / kv * n, m]);
-        let weights = scores.exp().mask_fill(mask, 0.0);
+        let mut weights = scores.exp();
+        if causal {
+            let mask = hidden(from, n, heads / kv, m, q).expand([kv, heads / kv * n, m]);
+            weights = weights.mask_fill(mask, 0.0);
+        }
         let dscores = weights.clone()
-            * (grad_slice.clone().matmul(values.transpose()) - slice(&delta, from, n, kv))
+            * (dout_slice.clone().matmul(values.transpose()) - slice(&delta, from, n, kv))
             * scale;
         dq.push(dscores.clone().matmul(keys).reshape([heads, n, hd]));
-        let seen = [0..kv, 0..m, 0..hd];
-        let add = |sum: Tensor<3>, more: Tensor<3>| {
-            let sum_seen = sum.clone().slice(seen.clone());
-            sum.slice_assign(seen.clone(), sum_seen + more)
-        };
-        dk = add(dk, dscores.transpose().matmul(q_slice));
-        dv = add(dv, weights.transpose().matmul(grad_slice));
+        dk = super::add(dk, &(0..m), dscores.transpose().matmul(q_slice));
+        dv = super::add(dv, &(0..m), weights.transpose().matmul(dout_slice));
     }
     [Tensor::cat(dq, 1), dk, dv]
 }

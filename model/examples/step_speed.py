@@ -1,0 +1,108 @@
+"""The same training step as step_speed.rs in PyTorch: transformers' Llama with SDPA, and one written by hand.
+
+    pip install torch==2.9.0 transformers==4.57.3
+    python step_speed.py SEQUENCE_TOKENS f32|bf16 [--checkpointing]
+"""
+
+import json
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+length, dtype = int(sys.argv[1]), {"f32": torch.float32, "bf16": torch.bfloat16}[sys.argv[2]]
+checkpointing = "--checkpointing" in sys.argv
+D, LAYERS, HEADS, KV, FF, VOCAB = 256, 4, 8, 4, 688, 2048
+HD = D // HEADS
+torch.manual_seed(0)
+
+
+class Norm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(D))
+
+    def forward(self, x):
+        return F.rms_norm(x, (D,), self.weight, 1e-5)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        linear = lambda i, o: torch.nn.Linear(i, o, bias=False)
+        self.q, self.k, self.v, self.o = linear(D, D), linear(D, KV * HD), linear(D, KV * HD), linear(D, D)
+        self.gate, self.up, self.down = linear(D, FF), linear(D, FF), linear(FF, D)
+        self.before, self.after = Norm(), Norm()
+
+    def forward(self, x, cos, sin):
+        b, s, _ = x.shape
+        y = self.before(x)
+        split = lambda t, h: t.view(b, s, h, HD).transpose(1, 2)
+        turn = lambda t: t * cos + torch.cat((-t[..., HD // 2 :], t[..., : HD // 2]), -1) * sin
+        q, k, v = turn(split(self.q(y), HEADS)), turn(split(self.k(y), KV)), split(self.v(y), KV)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(a.transpose(1, 2).reshape(b, s, D))
+        y = self.after(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class ByHand(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCAB, D)
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.norm, self.head = Norm(), torch.nn.Linear(D, VOCAB, bias=False)
+        angles = torch.outer(torch.arange(length).float(), 10000.0 ** (-torch.arange(0, HD, 2).float() / HD))
+        angles = torch.cat((angles, angles), -1)
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            if checkpointing:
+                x = checkpoint(layer, x, self.cos, self.sin, use_reentrant=False)
+            else:
+                x = layer(x, self.cos, self.sin)
+        return self.head(self.norm(x))
+
+
+def step_of(model, logits):
+    # f32 parameters; bf16 by autocast of copies, as mixed-precision training does it
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
+    ids = torch.tensor([[(i * i * 31 + i * 7) % VOCAB for i in range(length)]])
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = logits(model, ids)
+        loss = F.cross_entropy(out.float().view(-1, VOCAB), ids.view(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+config = LlamaConfig(
+    vocab_size=VOCAB, hidden_size=D, intermediate_size=FF, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+    num_key_value_heads=KV, rms_norm_eps=1e-5, max_position_embeddings=length, attn_implementation="sdpa", use_cache=False,
+)
+theirs = LlamaForCausalLM(config)
+if checkpointing:
+    theirs.gradient_checkpointing_enable({"use_reentrant": False})
+    theirs.train()
+for name, model, logits in [
+    ("transformers", theirs, lambda m, i: m(i).logits),
+    ("by hand", ByHand(), lambda m, i: m(i)),
+]:
+    step = step_of(model, logits)
+    times = []
+    for _ in range(int(sys.argv[sys.argv.index("--steps") + 1]) if "--steps" in sys.argv else 5):
+        started = time.time()
+        step()
+        times.append(time.time() - started)
+    median = sorted(times[1:])[len(times[1:]) // 2]
+    print(json.dumps({"model": name, "tokens": length, "checkpointing": checkpointing, "seconds": round(median, 3), "threads": torch.get_num_threads()}))

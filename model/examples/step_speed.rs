@@ -1,0 +1,98 @@
+//! Seconds and memory of training steps of a small Llama (256 wide, 4 layers, 8/4 heads, vocabulary 2,048):
+//!
+//!     cargo run --release --features libtorch --example step_speed -- DEVICE SEQUENCE_TOKENS f32|bf16 [--keep] [--ranks N] [--steps N]
+//!
+//! `--keep` is recompute = false. Prints a line of JSON: the median step, and the most memory above that of the process
+//! before the first step.
+
+use std::time::{Duration, Instant};
+
+use burn::tensor::{FloatDType, Tensor};
+use lengthwise_model::backprop::{Machine, Rows};
+use lengthwise_model::comm::threads;
+use lengthwise_model::config::Config;
+use lengthwise_model::device::Name;
+use lengthwise_model::optim::{AdamW, norm};
+use lengthwise_model::ring::Sharding;
+use lengthwise_model::rope::Rope;
+use lengthwise_model::shards::{Shards, Unit};
+use lengthwise_model::{checkpoint, device};
+use serde_json::json;
+
+/// The most memory since the last call, in bytes.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap_or("VmHWM: 0 kB");
+    let peak = line.split_whitespace().nth(1).and_then(|kb| kb.parse::<u64>().ok()).unwrap_or(0) * 1024;
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    peak
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let option = |name: &str| {
+        let at = arguments.iter().position(|argument| argument == name)?;
+        arguments.get(at + 1)?.parse::<usize>().ok()
+    };
+    let [name, length, precision] = &arguments[..3] else { return Err("see the top of the file".into()) };
+    let name = Name::parse(name)?;
+    let length: usize = length.parse()?;
+    let precision = if precision == "bf16" { FloatDType::BF16 } else { FloatDType::F32 };
+    let recompute = !arguments.iter().any(|argument| argument == "--keep");
+    let (ranks, steps) = (option("--ranks").unwrap_or(1), option("--steps").unwrap_or(5));
+    let config: Config = serde_json::from_value(json!({
+        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 2048, "rms_norm_eps": 1e-5,
+    }))?;
+    let ids: Vec<i32> = (0..length as i64).map(|i| ((i * i * 31 + i * 7) % 2048) as i32).collect();
+    let results = threads::run(ranks, ranks, Duration::from_secs(3600), |world, sequence| {
+        let device = name.open();
+        let units = Unit::all(&config);
+        let read = |i: usize, range| Ok(checkpoint::fresh(&units, i, range, 1));
+        let mut shards = Shards::new(units.clone(), world, &device, read)?;
+        let mut optimizer = AdamW::new(&shards, 0.1);
+        let machine = Machine {
+            config: config.clone(),
+            world,
+            sequence,
+            device: device.clone(),
+            kernel: name.kernel(precision),
+            precision,
+            recompute,
+            offload: None,
+        };
+        let sharding = Sharding::new(sequence.rank(), ranks, length, None);
+        let rope = Rope::new(&config, &sharding.positions(), length, &device, precision)?;
+        let own = sharding.take(&ids, 0);
+        let rows = Rows { targets: own.clone(), ids: own, sharding, rope };
+        world.barrier()?;
+        let before = if world.rank() == 0 { device::resident().unwrap_or(0) } else { 0 };
+        if world.rank() == 0 {
+            peak();
+        }
+        let mut seconds = vec![];
+        for _ in 0..steps {
+            world.barrier()?;
+            let started = Instant::now();
+            let mut sums: Vec<Option<Tensor<1>>> = units.iter().map(|_| None).collect();
+            machine.backprop(&shards, &rows, 1.0 / length as f64, &mut sums)?;
+            let gradients: Vec<Tensor<1>> = sums.into_iter().flatten().collect();
+            let size = norm(world, &gradients)?;
+            optimizer.step(world, &mut shards, gradients, size, 1e-3);
+            world.barrier()?;
+            seconds.push(started.elapsed().as_secs_f64());
+        }
+        Ok((seconds, if world.rank() == 0 { peak().saturating_sub(before) } else { 0 }))
+    })?;
+    let (mut seconds, memory) = results.into_iter().next().ok_or("no rank")?;
+    // the first one warms up
+    seconds.remove(0);
+    seconds.sort_by(f64::total_cmp);
+    let median = seconds[seconds.len() / 2];
+    println!(
+        "{}",
+        json!({ "tokens": length, "ranks": ranks, "recompute": recompute, "seconds": median,
+            "tokens_per_second": length as f64 / median, "megabytes": memory / 1_000_000 })
+    );
+    Ok(())
+}

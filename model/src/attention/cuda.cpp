@@ -1,0 +1,42 @@
+// Flash attention on CUDA, whose forward tch 0.22 does not bind (its schema returns SymInt). Tensors cross as at::Tensor*.
+// Every function returns 0, or 1 with a message in lw_flash_error; tensors in `out` are owned by the caller.
+#include <ATen/ATen.h>
+#include <string>
+
+using at::Tensor;
+
+static thread_local std::string error;
+
+extern "C" {
+const char* lw_flash_error() { return error.c_str(); }
+
+// out: attention, log-sum-exp, and the two that the backward wants back (the state of a dropout of 0).
+int lw_flash_forward(Tensor* q, Tensor* k, Tensor* v, int causal, Tensor** out) {
+  try {
+    auto r = at::_scaled_dot_product_flash_attention(*q, *k, *v, 0.0, causal, false, std::nullopt);
+    out[0] = new Tensor(std::get<0>(r));
+    out[1] = new Tensor(std::get<1>(r));
+    return 0;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return 1;
+  }
+}
+
+// out: gradients of q, k and v.
+int lw_flash_backward(Tensor* dout, Tensor* q, Tensor* k, Tensor* v, Tensor* attention, Tensor* lse, int causal, Tensor** out) {
+  try {
+    auto seed = at::empty({2}, at::TensorOptions().dtype(at::kUInt64).device(q->device()));
+    auto unused = at::empty({}, at::TensorOptions().dtype(at::kUInt64).device(q->device()));
+    auto r = at::_scaled_dot_product_flash_attention_backward(
+        *dout, *q, *k, *v, *attention, *lse, Tensor(), Tensor(), q->size(2), k->size(2), 0.0, causal, seed, unused, std::nullopt);
+    out[0] = new Tensor(std::get<0>(r));
+    out[1] = new Tensor(std::get<1>(r));
+    out[2] = new Tensor(std::get<2>(r));
+    return 0;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return 1;
+  }
+}
+}

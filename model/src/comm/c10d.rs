@@ -1,0 +1,569 @@
+//! Ranks as processes, over LibTorch's own process groups: Gloo on CPUs, NCCL on GPUs. One process a rank, on one node or
+//! many, started by whatever starts PyTorch jobs: `MASTER_ADDR`, `MASTER_PORT`, `RANK`, `WORLD_SIZE` and `LOCAL_RANK` say who
+//! is who.
+
+#![allow(deprecated)] // burn 0.22.1 is pinned as the last release with LibTorch
+
+use std::cell::Cell;
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::ptr::null_mut;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use burn::backend::LibTorch;
+use burn::backend::libtorch::TchTensor;
+use burn::tensor::Tensor;
+use tch::{Kind, Tensor as Torch};
+
+use super::{Comm, Pending, Place};
+use crate::device::Name;
+use crate::{Error, Result};
+
+type TorchPointer = *mut std::ffi::c_void;
+
+#[allow(clippy::upper_case_acronyms)]
+mod ffi {
+    use super::{TorchPointer, c_char, c_int};
+
+    #[repr(C)]
+    pub struct Store(u8);
+    #[repr(C)]
+    pub struct Group(u8);
+    #[repr(C)]
+    pub struct Pending(u8);
+
+    unsafe extern "C" {
+        pub fn lw_error() -> *const c_char;
+        pub fn lw_store_open(
+            host: *const c_char,
+            port: u16,
+            server: c_int,
+            timeout: i64,
+            out: *mut *mut Store,
+        ) -> c_int;
+        pub fn lw_store_set(store: *mut Store, key: *const c_char, value: *const c_char) -> c_int;
+        pub fn lw_store_get(
+            store: *mut Store,
+            key: *const c_char,
+            value: *mut c_char,
+            room: i64,
+            length: *mut i64,
+        ) -> c_int;
+        pub fn lw_store_close(store: *mut Store);
+        pub fn lw_group_open(
+            store: *mut Store,
+            backend: *const c_char,
+            name: *const c_char,
+            rank: c_int,
+            size: c_int,
+            timeout: i64,
+            out: *mut *mut Group,
+        ) -> c_int;
+        pub fn lw_group_close(group: *mut Group);
+        pub fn lw_all_gather(group: *mut Group, input: TorchPointer, out: TorchPointer) -> c_int;
+        pub fn lw_reduce_scatter(group: *mut Group, input: TorchPointer, out: TorchPointer) -> c_int;
+        pub fn lw_all_reduce(group: *mut Group, tensor: TorchPointer) -> c_int;
+        pub fn lw_barrier(group: *mut Group) -> c_int;
+        pub fn lw_exchange(
+            group: *mut Group,
+            to: c_int,
+            from: c_int,
+            tag_to: c_int,
+            tag_from: c_int,
+            n: c_int,
+            input: *mut TorchPointer,
+            out: *mut TorchPointer,
+            pending: *mut *mut Pending,
+        ) -> c_int;
+        pub fn lw_wait(pending: *mut Pending) -> c_int;
+    }
+}
+
+/// The process's end of the groups of all ranks.
+pub struct Processes {
+    place: Place,
+    backend: CString,
+    patience: Duration,
+    store: *mut ffi::Store,
+}
+
+/// A process's end of one group.
+pub struct Group<'a> {
+    rank: usize,
+    size: usize,
+    processes: &'a Processes,
+    group: Mutex<*mut ffi::Group>,
+    /// Messages sent to and received from each rank so far: their tags.
+    sent: Vec<Cell<c_int>>,
+    received: Vec<Cell<c_int>>,
+}
+
+// Safety: the pointers are LibTorch's thread-safe objects, and a rank's calls come from one thread at a time.
+unsafe impl Send for Processes {}
+unsafe impl Sync for Processes {}
+unsafe impl Send for Group<'_> {}
+unsafe impl Sync for Group<'_> {}
+
+fn text(text: &str) -> CString {
+    CString::new(text.replace('\0', " ")).expect("there is no NUL left")
+}
+
+/// LibTorch's own words, without its C++ stack.
+fn said() -> String {
+    // Safety: the message lives until this thread's next call
+    let all = unsafe { CStr::from_ptr(ffi::lw_error()) }.to_string_lossy().into_owned();
+    all.lines().next().unwrap_or_default().to_owned()
+}
+
+/// Who fails says so here before it goes.
+fn failure_key(rank: usize) -> CString {
+    text(&format!("lengthwise/failed/{rank}"))
+}
+
+/// Where ranks say that they are there, after another one failed.
+fn alive_key(rank: usize) -> CString {
+    text(&format!("lengthwise/alive/{rank}"))
+}
+
+/// So long the ranks that are left look for who is gone.
+const ROLL_CALL: Duration = Duration::from_secs(5);
+
+impl Processes {
+    /// Meets the other processes.
+    pub fn open(place: Place, device: Name, patience: Duration) -> Result<Self> {
+        let backend = match device {
+            Name::LibtorchCuda(_) => "nccl",
+            _ => "gloo",
+        };
+        let mut store = null_mut();
+        let host = text(&place.host);
+        let serves = c_int::from(place.rank == 0 && !place.served);
+        let timeout = patience.as_millis() as i64;
+        // Safety: pointers are to living values
+        let code = unsafe { ffi::lw_store_open(host.as_ptr(), place.port, serves, timeout, &mut store) };
+        if code != 0 {
+            let message = format!("cannot meet the other ranks at {}:{}: {}", place.host, place.port, said());
+            return Err(Error::Rank { rank: place.rank, message });
+        }
+        Ok(Self { place, backend: text(backend), patience, store })
+    }
+
+    /// This process's end of a group of neighbours: the `first` rank and those after it.
+    pub fn group(&self, name: &str, first: usize, size: usize) -> Result<Group<'_>> {
+        let rank = self.place.rank - first;
+        let mut group = null_mut();
+        // Safety: the store lives as long as `self`
+        let code = unsafe {
+            ffi::lw_group_open(
+                self.store,
+                self.backend.as_ptr(),
+                text(&format!("{name}/{first}")).as_ptr(),
+                rank as c_int,
+                size as c_int,
+                self.patience.as_millis() as i64,
+                &mut group,
+            )
+        };
+        if code != 0 {
+            return Err(self.who_failed(said()));
+        }
+        let counters = || (0..size).map(|_| Cell::new(0)).collect();
+        let (sent, received) = (counters(), counters());
+        Ok(Group { rank, size, processes: self, group: Mutex::new(group), sent, received })
+    }
+
+    /// Tells the others that this rank failed by itself.
+    pub fn fail(&self, message: &str) {
+        // Safety: the store lives as long as `self`
+        unsafe {
+            ffi::lw_store_set(self.store, failure_key(self.place.rank).as_ptr(), text(message).as_ptr())
+        };
+    }
+
+    fn get(&self, key: &CString) -> Option<String> {
+        let mut value = vec![0u8; 4096];
+        let mut length = -1;
+        // Safety: there is room for as much as is said
+        let code = unsafe {
+            let room = value.len() as i64;
+            ffi::lw_store_get(self.store, key.as_ptr(), value.as_mut_ptr().cast(), room, &mut length)
+        };
+        if code != 0 || length < 0 {
+            return None;
+        }
+        value.truncate(length as usize);
+        Some(String::from_utf8_lossy(&value).into_owned())
+    }
+
+    /// After a call failed: which rank is to blame. One that failed by itself has said so; one that was killed does not
+    /// answer the roll.
+    fn who_failed(&self, said: String) -> Error {
+        let (rank, size) = (self.place.rank, self.place.size);
+        // Safety: the store lives as long as `self`
+        let answered =
+            unsafe { ffi::lw_store_set(self.store, alive_key(rank).as_ptr(), c"yes".as_ptr()) } == 0;
+        if !answered {
+            return Error::Rank {
+                rank: 0,
+                message: format!("it is gone, and with it the meeting place: {said}"),
+            };
+        }
+        let started = Instant::now();
+        loop {
+            let blamed = (0..size).find_map(|rank| Some((rank, self.get(&failure_key(rank))?)));
+            if let Some((rank, message)) = blamed {
+                return Error::Rank { rank, message };
+            }
+            let gone: Vec<usize> = (0..size).filter(|rank| self.get(&alive_key(*rank)).is_none()).collect();
+            if gone.is_empty() || started.elapsed() > ROLL_CALL {
+                return match gone.first() {
+                    Some(gone) => Error::Rank { rank: *gone, message: format!("it is gone: {said}") },
+                    None => Error::Rank { rank, message: said },
+                };
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Runs `work` as this rank, and waits for the others at its end.
+    ///
+    /// # Errors
+    /// The first rank's that failed, on every rank.
+    pub fn run<T>(
+        &self,
+        sequence_ranks: usize,
+        work: impl FnOnce(&dyn Comm, &dyn Comm) -> Result<T>,
+    ) -> Result<T> {
+        let world = self.group("world", 0, self.place.size)?;
+        let first = self.place.rank / sequence_ranks * sequence_ranks;
+        let sequence = self.group("sequence", first, sequence_ranks)?;
+        let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&world, &sequence)));
+        let result = worked.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            Err(Error::Rank { rank: self.place.rank, message: format!("it panicked: {text}") })
+        });
+        match result {
+            Ok(value) => world.barrier().map(|()| value),
+            // all come to the same step
+            Err(stopped @ Error::Stopped(_)) => Err(stopped),
+            Err(error) => {
+                // what another rank's end made of this one is no failure of its own
+                let own = !matches!(&error, Error::Rank { rank, .. } if *rank != self.place.rank);
+                if own {
+                    self.fail(&error.to_string());
+                }
+                drop((world, sequence));
+                if self.place.rank == 0 && !self.place.served {
+                    // the meeting place is here: the others still have to read what happened
+                    std::thread::sleep(ROLL_CALL);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        // Safety: nothing else has the pointer
+        unsafe { ffi::lw_store_close(self.store) };
+    }
+}
+
+impl Drop for Group<'_> {
+    fn drop(&mut self) {
+        if let Ok(group) = self.group.lock() {
+            // Safety: nothing else has the pointer
+            unsafe { ffi::lw_group_close(*group) };
+        }
+    }
+}
+
+fn torch(tensor: Tensor<1>) -> Torch {
+    let primitive = tensor.try_into_primitive::<LibTorch>();
+    primitive.expect("process groups are used with LibTorch's devices").tensor.contiguous()
+}
+
+fn burn(tensor: Torch) -> Tensor<1> {
+    Tensor::from_primitive::<LibTorch>(TchTensor::new(tensor))
+}
+
+/// The same memory as bytes: what is only moved need not be of a type that the backend knows.
+fn bytes(tensor: &Torch) -> Torch {
+    tensor.view_dtype(Kind::Uint8)
+}
+
+fn pointer(tensor: &Torch) -> TorchPointer {
+    tensor.as_ptr().cast_mut().cast()
+}
+
+impl Group<'_> {
+    /// Whether a call succeeded; otherwise which rank is to blame.
+    fn judge(&self, code: c_int) -> Result<()> {
+        if code == 0 { Ok(()) } else { Err(self.processes.who_failed(said())) }
+    }
+
+    fn with<T>(&self, call: impl FnOnce(*mut ffi::Group) -> T) -> T {
+        call(*self.group.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+}
+
+impl Comm for Group<'_> {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn exchange(&self, to: usize, from: usize, tensors: Vec<Tensor<1>>) -> Result<Pending<'_>> {
+        let sent: Vec<Torch> = tensors.into_iter().map(torch).collect();
+        let received: Vec<Torch> = sent.iter().map(Torch::empty_like).collect();
+        let (sent_bytes, received_bytes): (Vec<Torch>, Vec<Torch>) =
+            (sent.iter().map(bytes).collect(), received.iter().map(bytes).collect());
+        let mut input: Vec<TorchPointer> = sent_bytes.iter().map(pointer).collect();
+        let mut out: Vec<TorchPointer> = received_bytes.iter().map(pointer).collect();
+        let n = input.len() as c_int;
+        let (tag_to, tag_from) = (self.sent[to].get(), self.received[from].get());
+        self.sent[to].set(tag_to + n);
+        self.received[from].set(tag_from + n);
+        let mut pending = null_mut();
+        // Safety: the tensors live until the call returns, and then the pending work has them
+        let code = self.with(|group| unsafe {
+            ffi::lw_exchange(
+                group,
+                to as c_int,
+                from as c_int,
+                tag_to,
+                tag_from,
+                n,
+                input.as_mut_ptr(),
+                out.as_mut_ptr(),
+                &mut pending,
+            )
+        });
+        self.judge(code)?;
+        Ok(Box::new(move || {
+            // Safety: waited for once
+            self.judge(unsafe { ffi::lw_wait(pending) })?;
+            Ok(received.into_iter().map(burn).collect())
+        }))
+    }
+
+    fn all_gather(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
+        let own = torch(tensor);
+        let all = Torch::empty([own.size()[0] * self.size as i64], (own.kind(), own.device()));
+        let (input, out) = (bytes(&own), bytes(&all));
+        // Safety: both live until the call returns
+        let code = self.with(|group| unsafe { ffi::lw_all_gather(group, pointer(&input), pointer(&out)) });
+        self.judge(code)?;
+        Ok(burn(all))
+    }
+
+    fn reduce_scatter(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
+        let all = torch(tensor);
+        let own = Torch::empty([all.size()[0] / self.size as i64], (all.kind(), all.device()));
+        // Safety: both live until the call returns
+        let code = self.with(|group| unsafe { ffi::lw_reduce_scatter(group, pointer(&all), pointer(&own)) });
+        self.judge(code)?;
+        Ok(burn(own))
+    }
+
+    fn all_reduce(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
+        // in place, so not what somebody else may have
+        let sum = torch(tensor).copy();
+        // Safety: it lives until the call returns
+        let code = self.with(|group| unsafe { ffi::lw_all_reduce(group, pointer(&sum)) });
+        self.judge(code)?;
+        Ok(burn(sum))
+    }
+
+    fn barrier(&self) -> Result<()> {
+        // Safety: the group lives as long as `self`
+        let code = self.with(|group| unsafe { ffi::lw_barrier(group) });
+        self.judge(code)
+    }
+}
+
+#[cfg(all(test, gloo))]
+mod tests {
+    use std::process::{Child, Command, Stdio};
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::dataset::tests::packed;
+    use crate::{Location, TrainJob};
+    use object_store::local::LocalFileSystem;
+    use serde_json::json;
+
+    /// What a process of these tests is to do.
+    const WORK: &str = "LENGTHWISE_TEST_WORK";
+
+    /// So many processes that run the test `a_rank`, and what each is to do.
+    fn start(size: usize, work: impl Fn(usize) -> String) -> Vec<Child> {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let rank = |rank: usize| {
+            Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "comm::c10d::tests::a_rank", "--nocapture"])
+                .env(WORK, work(rank))
+                .env("MASTER_ADDR", "127.0.0.1")
+                .env("MASTER_PORT", port.to_string())
+                .env("WORLD_SIZE", size.to_string())
+                .env("RANK", rank.to_string())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        };
+        (0..size).map(rank).collect()
+    }
+
+    /// What a process said after "said: ".
+    fn said(child: Child) -> String {
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let line = text.lines().find_map(|line| line.split_once("said: ").map(|(_, rest)| rest.to_owned()));
+        line.unwrap_or_else(|| panic!("{text}\n{errors}"))
+    }
+
+    /// Does nothing, unless it is a process of another test.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_rank() {
+        let Ok(work) = std::env::var(WORK) else { return };
+        if let Some(folder) = work.strip_prefix("train ") {
+            let trained = train(folder, None).await;
+            match trained {
+                Ok(losses) => println!("said: {}", json!(losses)),
+                Err(error) => println!("said: {error}"),
+            }
+            return;
+        }
+        let place = Place::of_this_process().unwrap().unwrap();
+        let (rank, size) = (place.rank, place.size);
+        let processes = Processes::open(place, Name::LibtorchCpu, Duration::from_secs(30)).unwrap();
+        let result = processes.run(size, |world, _| {
+            let device = Name::LibtorchCpu.open();
+            let tensor = |values: Vec<f32>| Tensor::<1>::from_floats(values.as_slice(), &device);
+            let numbers = |tensor: Tensor<1>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
+            if work == "fail" && rank == 1 {
+                return Err(Error::Conf("rank one fails".into()));
+            }
+            if work == "sleep" && rank == 1 {
+                println!("asleep");
+                std::thread::sleep(Duration::from_secs(60));
+            }
+            let gathered = numbers(world.all_gather(tensor(vec![rank as f32, 0.5]))?);
+            let whole = (0..2 * size).map(|i| (i * (rank + 1)) as f32).collect();
+            let part = numbers(world.reduce_scatter(tensor(whole))?);
+            let sum = numbers(world.all_reduce(tensor(vec![rank as f32, 1.0]))?);
+            let (to, from) = ((rank + 1) % size, (rank + size - 1) % size);
+            // two exchanges under way at a time
+            let first = world.exchange(to, from, vec![tensor(vec![rank as f32]), tensor(vec![7.0, 8.0])])?;
+            let second = world.exchange(to, from, vec![tensor(vec![10.0 + rank as f32])])?;
+            let came: Vec<Vec<f32>> = first()?.into_iter().chain(second()?).map(numbers).collect();
+            Ok(json!([gathered, part, sum, came]))
+        });
+        match result {
+            Ok(value) => println!("said: {value}"),
+            Err(error) => println!("said: {error}"),
+        }
+    }
+
+    /// The losses of a small training in a folder.
+    async fn train(folder: &str, ranks: Option<usize>) -> Result<Vec<f64>> {
+        let store = Arc::new(LocalFileSystem::new_with_prefix(folder).unwrap());
+        let at = |name: &str| Location { store: store.clone(), path: name.into() };
+        let out = format!("out-{}", ranks.unwrap_or_default());
+        let conf = json!({
+            "shape": { "hidden_size": 16, "intermediate_size": 32, "layers": 2, "heads": 4, "kv_heads": 2 },
+            "steps": 6, "learning_rate": 1e-2, "devices": ["libtorch-cpu"], "ranks": ranks,
+        });
+        let job = TrainJob {
+            conf: serde_json::from_value(conf).unwrap(),
+            dataset: at("data"),
+            dataset_digest: "d".into(),
+            checkpoint: None,
+            output: at(&out).join("model"),
+            checkpoints: at(&out).join("checkpoints"),
+            vocab_size: 11,
+            sequence_tokens: 53,
+            bos: None,
+            eos: None,
+            tokenizer: None,
+        };
+        let mut losses = vec![];
+        let mut on_step = |step: &crate::Step| losses.push(step.loss);
+        crate::train(&job, &Arc::new(AtomicBool::new(false)), &mut on_step).await?;
+        Ok(losses)
+    }
+
+    #[test]
+    fn processes_get_what_the_others_have() {
+        let size = 3;
+        let children = start(size, |_| "collectives".into());
+        for (rank, child) in children.into_iter().enumerate() {
+            let before = (rank + 2) % 3;
+            let want = json!([
+                [0.0, 0.5, 1.0, 0.5, 2.0, 0.5],
+                [12.0 * rank as f32, 6.0 * (2 * rank + 1) as f32],
+                [3.0, 3.0],
+                [[before as f32], [7.0, 8.0], [10.0 + before as f32]],
+            ]);
+            assert_eq!(said(child), want.to_string());
+        }
+    }
+
+    #[test]
+    fn a_process_that_fails_ends_the_others_with_its_error() {
+        let started = Instant::now();
+        for (rank, child) in start(3, |_| "fail".into()).into_iter().enumerate() {
+            let said = said(child);
+            assert!(said.contains("rank one fails"), "{rank}: {said}");
+        }
+        assert!(started.elapsed() < Duration::from_secs(25));
+    }
+
+    #[test]
+    fn a_killed_process_ends_the_others_within_a_minute_with_its_name() {
+        let started = Instant::now();
+        let mut children = start(3, |_| "sleep".into());
+        std::thread::sleep(Duration::from_secs(2));
+        let mut killed = children.remove(1);
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        for child in children {
+            let said = said(child);
+            assert!(said.contains("rank 1: it is gone"), "{said}");
+        }
+        assert!(started.elapsed() < Duration::from_secs(60));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn processes_train_as_threads_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let row = |seed: i32| {
+            let ids: Vec<i32> = (0..53).map(|i| (i * seed + i * i % 3) % 11).collect();
+            (ids, 1, vec![("a", 0, 20), ("b", 20, 53)])
+        };
+        std::fs::create_dir(folder.path().join("data")).unwrap();
+        let bytes = packed(&(3..7).map(row).collect::<Vec<_>>());
+        std::fs::write(folder.path().join("data/train-00000-of-00001.parquet"), bytes).unwrap();
+        let path = folder.path().to_str().unwrap();
+        for size in [2, 4] {
+            let want = train(path, Some(size)).await.unwrap();
+            let children = start(size, |_| format!("train {path}"));
+            let mut said = children.into_iter().map(said);
+            let losses: Vec<f64> = serde_json::from_str(&said.next().unwrap()).unwrap();
+            assert!(said.all(|said| said == "[]"), "only the first rank says its steps");
+            assert_eq!(losses.len(), 6);
+            for (a, b) in losses.iter().zip(&want) {
+                assert!((a - b).abs() < 2e-5 * b, "{size}: {losses:?} {want:?}");
+            }
+            std::fs::remove_dir_all(folder.path().join("out-0")).unwrap();
+        }
+    }
+}

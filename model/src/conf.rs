@@ -1,0 +1,357 @@
+//! The conf's `[train]` table.
+
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Value, json};
+
+use burn::tensor::FloatDType;
+
+use crate::config::Config;
+use crate::device::Name;
+use crate::{Error, Result};
+
+/// `[train]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConf {
+    /// The folder of a Hugging Face Llama to go on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<String>,
+    /// The shape of a fresh model, where there is no checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shape: Option<Shape>,
+    /// How long to train: this, or `tokens`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steps: Option<u64>,
+    #[serde(default, deserialize_with = "count", skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<u64>,
+    /// 2e-5 by default (paper §4).
+    #[serde(default = "default_rate")]
+    pub learning_rate: f64,
+    /// After the warm-up; constant by default (paper §4).
+    #[serde(default)]
+    pub schedule: Schedule,
+    #[serde(default)]
+    pub warmup_steps: u64,
+    /// Tokens a step, rounded to whole sequences; one sequence by default. The paper's are 4M.
+    #[serde(default, deserialize_with = "count", skip_serializing_if = "Option::is_none")]
+    pub batch_tokens: Option<u64>,
+    #[serde(default = "default_decay")]
+    pub weight_decay: f64,
+    /// The base of RoPE, where it is not the checkpoint's: the paper's runs raise it (§4).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_theta: Option<f64>,
+    /// RoPE's scaling, as in `config.json`, where it is not the checkpoint's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<Value>,
+    /// Attention stays within documents, and positions begin anew in each. Off in the paper (§4).
+    #[serde(default)]
+    pub document_mask: bool,
+    /// What matrices are multiplied in. Parameters, sums of gradients and the optimizer are f32 either way.
+    #[serde(default)]
+    pub precision: Precision,
+    /// Whether backward computes a layer's insides again, rather than forward keeping them.
+    #[serde(default = "yes")]
+    pub recompute: bool,
+    /// Whether what forward keeps waits in the host's memory.
+    #[serde(default)]
+    pub offload: bool,
+    /// `["flex"]`, `["libtorch-cpu"]`, or `["libtorch-cuda:0", …]` with a rank each.
+    #[serde(default = "default_devices")]
+    pub devices: Vec<String>,
+    /// As many as devices, unless one device is shared by several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<usize>,
+    /// How many ranks share a sequence; all by default. The rest is data parallel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence_ranks: Option<usize>,
+    /// Steps between checkpoints; none but at the end and at a stop, if not set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_every: Option<u64>,
+    /// What a device can do at most, in 10¹² operations a second, to say what fraction of it is reached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_tflops: Option<f64>,
+    /// The fraction of it that `plan` reckons with.
+    #[serde(default = "default_fraction")]
+    pub peak_fraction: f64,
+    /// Bytes of a device's memory, such as "80GB", for `plan` to say whether the training fits.
+    #[serde(default, deserialize_with = "bytes", skip_serializing_if = "Option::is_none")]
+    pub device_memory: Option<u64>,
+    /// Of a fresh model's weights.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// `[train.shape]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub layers: usize,
+    pub heads: usize,
+    /// As many as heads by default.
+    #[serde(default)]
+    pub kv_heads: Option<usize>,
+    #[serde(default)]
+    pub tied: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    #[default]
+    Constant,
+    /// Down to a tenth at the last step.
+    Cosine,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    #[default]
+    F32,
+    Bf16,
+}
+
+impl From<Precision> for FloatDType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => FloatDType::F32,
+            Precision::Bf16 => FloatDType::BF16,
+        }
+    }
+}
+
+fn default_rate() -> f64 {
+    2e-5
+}
+
+fn default_decay() -> f64 {
+    0.1
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn default_devices() -> Vec<String> {
+    vec!["flex".into()]
+}
+
+fn default_fraction() -> f64 {
+    0.4
+}
+
+/// A number of bytes, or a text such as "80GB".
+fn bytes<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a number of bytes, or a text such as \"80GB\"")]
+    enum Bytes {
+        Number(u64),
+        Text(String),
+    }
+    let text = match Bytes::deserialize(from)? {
+        Bytes::Number(number) => return Ok(Some(number)),
+        Bytes::Text(text) => text,
+    };
+    let units = [("GB", 1e9), ("MB", 1e6), ("GiB", (1u64 << 30) as f64), ("MiB", (1u64 << 20) as f64)];
+    let number = units.iter().find_map(|(name, unit)| {
+        let number: f64 = text.strip_suffix(name)?.trim().parse().ok()?;
+        (number > 0.0).then_some((number * unit) as u64)
+    });
+    let wrong = || serde::de::Error::custom(format!("`{text}` is not a number of bytes, such as \"80GB\""));
+    number.map(Some).ok_or_else(wrong)
+}
+
+/// A number, or a text such as "4M".
+fn count<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a number of tokens, such as 65536 or \"4M\"")]
+    enum Count {
+        Number(u64),
+        Text(String),
+    }
+    let text = match Count::deserialize(from)? {
+        Count::Number(number) => return Ok(Some(number)),
+        Count::Text(text) => text,
+    };
+    let (digits, unit) = match text.chars().last() {
+        Some('K') => (&text[..text.len() - 1], 1e3),
+        Some('M') => (&text[..text.len() - 1], 1e6),
+        Some('B') => (&text[..text.len() - 1], 1e9),
+        _ => (text.as_str(), 1.0),
+    };
+    match digits.parse::<f64>() {
+        Ok(number) if number > 0.0 && (number * unit).fract() == 0.0 => Ok(Some((number * unit) as u64)),
+        _ => Err(serde::de::Error::custom(format!(
+            "`{text}` is not a number of tokens, such as 65536 or \"4M\""
+        ))),
+    }
+}
+
+impl TrainConf {
+    /// Whether the table makes sense, before anything is computed.
+    pub fn check(&self) -> Result<()> {
+        let wrong = |message: String| Err(Error::Conf(format!("train{message}")));
+        match (&self.checkpoint, &self.shape) {
+            (None, None) => return wrong(": set `checkpoint`, or `shape` for a fresh model".into()),
+            (Some(_), Some(_)) => {
+                let message = ": `checkpoint` has a shape of its own; set one of `checkpoint` and `shape`";
+                return wrong(message.into());
+            }
+            _ => {}
+        }
+        match (self.steps, self.tokens) {
+            (None, None) => return wrong(": set `steps` or `tokens`".into()),
+            (Some(_), Some(_)) => return wrong(": set one of `steps` and `tokens`".into()),
+            (Some(0), _) | (_, Some(0)) => return wrong(": `steps` or `tokens` has to be at least 1".into()),
+            _ => {}
+        }
+        for (key, value) in [
+            ("learning_rate", Some(self.learning_rate)),
+            ("rope_theta", self.rope_theta),
+            ("peak_tflops", self.peak_tflops),
+            ("peak_fraction", Some(self.peak_fraction)),
+        ] {
+            if value.is_some_and(|value| !(value.is_finite() && value > 0.0)) {
+                return wrong(format!(".{key} has to be a positive number"));
+            }
+        }
+        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
+            return wrong(".weight_decay has to be a number, 0 or more".into());
+        }
+        if self.checkpoint_every == Some(0) {
+            return wrong(".checkpoint_every has to be at least 1; leave it out for none".into());
+        }
+        if let Some(scaling) = &self.rope_scaling {
+            let probe = json!({
+                "hidden_size": 2, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
+                "vocab_size": 1, "rope_scaling": scaling,
+            });
+            let probe: Config =
+                serde_json::from_value(probe).map_err(|e| Error::Conf(format!("train: {e}")))?;
+            probe.scaling().map_err(|e| Error::Conf(format!("train.{e}")))?;
+        }
+        let names = self.names()?;
+        let (ranks, devices) = (self.ranks(), names.len());
+        if devices == 0 {
+            return wrong(".devices is empty; name one, such as \"flex\"".into());
+        }
+        if ranks == 0 || devices > 1 && ranks != devices {
+            return wrong(format!(
+                ".ranks is {ranks} with {devices} devices; several devices have a rank each"
+            ));
+        }
+        if self.sequence_ranks() == 0 || !ranks.is_multiple_of(self.sequence_ranks()) {
+            let shared = self.sequence_ranks();
+            return wrong(format!(".sequence_ranks is {shared}, which does not divide {ranks} ranks"));
+        }
+        if self.offload && names.iter().any(|name| name.host().is_none()) {
+            return wrong(
+                ".offload is for devices with a memory of their own, such as \"libtorch-cuda:0\"".into(),
+            );
+        }
+        Ok(())
+    }
+
+    /// The devices named.
+    pub fn names(&self) -> Result<Vec<Name>> {
+        self.devices.iter().map(|name| Name::parse(name)).collect()
+    }
+
+    pub fn ranks(&self) -> usize {
+        self.ranks.unwrap_or(self.devices.len())
+    }
+
+    pub fn sequence_ranks(&self) -> usize {
+        self.sequence_ranks.unwrap_or(self.ranks())
+    }
+
+    /// Sequences a step.
+    pub fn batch(&self, sequence_tokens: usize) -> u64 {
+        let whole = |tokens: u64| (tokens as f64 / sequence_tokens as f64).round().max(1.0) as u64;
+        self.batch_tokens.map_or(1, whole)
+    }
+
+    /// Steps in all; the last may go beyond `tokens`.
+    pub fn steps(&self, sequence_tokens: usize) -> u64 {
+        let step = self.batch(sequence_tokens) * sequence_tokens as u64;
+        self.steps.unwrap_or_else(|| self.tokens.unwrap_or(0).div_ceil(step))
+    }
+
+    /// The settings that decide what comes out: not on what it is computed, nor how memory is saved.
+    pub fn content(&self) -> Value {
+        let mut settings = json!(self);
+        if let Some(settings) = settings.as_object_mut() {
+            for key in [
+                "checkpoint",
+                "devices",
+                "ranks",
+                "sequence_ranks",
+                "recompute",
+                "offload",
+                "checkpoint_every",
+                "peak_tflops",
+                "peak_fraction",
+                "device_memory",
+            ] {
+                settings.remove(key);
+            }
+        }
+        settings
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conf(extra: Value) -> TrainConf {
+        let mut all = json!({
+            "shape": { "hidden_size": 16, "intermediate_size": 32, "layers": 2, "heads": 4 }, "steps": 30,
+        });
+        for (key, value) in extra.as_object().unwrap() {
+            all[key] = value.clone();
+        }
+        serde_json::from_value(all).unwrap()
+    }
+
+    #[test]
+    fn a_train_table_that_makes_no_sense_says_why() {
+        for (extra, message) in [
+            (json!({ "devices": ["cuda:0"] }), "there is no device `cuda:0`; there are \"flex\""),
+            (json!({ "devices": [] }), "train.devices is empty"),
+            (json!({ "devices": ["flex", "flex"], "ranks": 3 }), "train.ranks is 3 with 2 devices"),
+            (json!({ "ranks": 6, "sequence_ranks": 4 }), "4, which does not divide 6 ranks"),
+            (json!({ "checkpoint": "x" }), "set one of `checkpoint` and `shape`"),
+            (json!({ "shape": null }), "set `checkpoint`, or `shape`"),
+            (json!({ "steps": 0 }), "at least 1"),
+            (json!({ "tokens": "1M" }), "set one of `steps` and `tokens`"),
+            (json!({ "steps": null }), "set `steps` or `tokens`"),
+            (json!({ "learning_rate": -1.0 }), "train.learning_rate"),
+            (json!({ "weight_decay": -1.0 }), "train.weight_decay"),
+            (json!({ "checkpoint_every": 0 }), "train.checkpoint_every"),
+            (json!({ "offload": true }), "train.offload is for devices"),
+            (json!({ "rope_scaling": { "type": "yarn" } }), "train.rope_scaling: type `yarn` needs `factor`"),
+        ] {
+            let error = conf(extra).check().unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        conf(json!({})).check().unwrap();
+    }
+
+    #[test]
+    fn tokens_are_rounded_to_sequences_and_steps() {
+        assert_eq!(conf(json!({ "batch_tokens": "4M" })).batch(81_920), 49);
+        assert_eq!(conf(json!({ "batch_tokens": "1.5K" })).batch(8_192), 1);
+        let paper = conf(json!({ "batch_tokens": 4_194_304, "tokens": "5B", "steps": null }));
+        assert_eq!((paper.batch(131_072), paper.steps(131_072)), (32, 1193));
+    }
+
+    #[test]
+    fn devices_and_ranks_are_no_content() {
+        let more = conf(json!({ "ranks": 4, "recompute": false, "checkpoint_every": 7 }));
+        assert_eq!(more.content(), conf(json!({})).content());
+        assert_ne!(conf(json!({ "precision": "bf16" })).content(), conf(json!({})).content());
+    }
+}

@@ -1,0 +1,284 @@
+//! `config.json` of a Hugging Face Llama, as far as the computation depends on it.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// The keys of `config.json`. Others are dropped.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    #[serde(default)]
+    pub num_key_value_heads: Option<usize>,
+    #[serde(default)]
+    pub head_dim: Option<usize>,
+    pub vocab_size: usize,
+    #[serde(default = "default_eps")]
+    pub rms_norm_eps: f64,
+    #[serde(default)]
+    pub rope_theta: Option<f64>,
+    /// How transformers 4 writes RoPE's scaling.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<Value>,
+    /// How transformers 5 writes theta and scaling.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_parameters: Option<Value>,
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    /// Transformers' own default, where the file says none.
+    #[serde(default = "default_positions")]
+    pub max_position_embeddings: usize,
+    #[serde(default)]
+    pub bos_token_id: Option<Value>,
+    #[serde(default)]
+    pub eos_token_id: Option<Value>,
+}
+
+fn default_eps() -> f64 {
+    1e-6
+}
+
+fn default_positions() -> usize {
+    2048
+}
+
+/// How RoPE's frequencies are stretched for positions beyond those that a model was pretrained on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scaling {
+    None,
+    /// All frequencies by one factor (position interpolation).
+    Linear {
+        factor: f64,
+    },
+    /// The base grows with the sequence (dynamic NTK).
+    Dynamic {
+        factor: f64,
+    },
+    /// High frequencies stay, low ones are interpolated, between them a ramp (YaRN, Peng et al. 2023).
+    Yarn {
+        factor: f64,
+        attention_factor: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        original: f64,
+        truncate: bool,
+    },
+    /// As Llama 3.1 does it.
+    Llama3 {
+        factor: f64,
+        low: f64,
+        high: f64,
+        original: f64,
+    },
+}
+
+impl Config {
+    pub fn kv_heads(&self) -> usize {
+        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    pub fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
+    }
+
+    /// The base of RoPE.
+    pub fn theta(&self) -> f64 {
+        let newer = self.rope_parameters.as_ref().and_then(|v| v.get("rope_theta")?.as_f64());
+        newer.or(self.rope_theta).unwrap_or(10_000.0)
+    }
+
+    /// Sets the base of RoPE, wherever the file has it.
+    pub fn set_theta(&mut self, theta: f64) {
+        self.rope_theta = Some(theta);
+        if let Some(parameters) = &mut self.rope_parameters {
+            parameters["rope_theta"] = theta.into();
+        }
+    }
+
+    /// Sets RoPE's scaling, wherever the file has it.
+    pub fn set_scaling(&mut self, scaling: Value) {
+        if self.rope_parameters.is_some() {
+            let mut parameters = scaling.clone();
+            parameters["rope_theta"] = self.theta().into();
+            self.rope_parameters = Some(parameters);
+        }
+        self.rope_scaling = Some(scaling);
+    }
+
+    /// RoPE's scaling.
+    ///
+    /// # Errors
+    /// Names the key that is missing or wrong, or the type that is not computed.
+    pub fn scaling(&self) -> Result<Scaling> {
+        let newer = self.rope_parameters.as_ref().map(|value| ("rope_parameters", value));
+        let older = self.rope_scaling.as_ref().map(|value| ("rope_scaling", value));
+        let Some((key, table)) = newer.or(older).filter(|(_, value)| !value.is_null()) else {
+            return Ok(Scaling::None);
+        };
+        let wrong = |message: String| Error::Conf(format!("{key}: {message}"));
+        let kind = table.get("rope_type").or_else(|| table.get("type")).and_then(Value::as_str);
+        let optional = |name: &str| match table.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) if number > 0.0 && number.is_finite() => Ok(Some(number)),
+                _ => Err(wrong(format!("`{name}` has to be a positive number, not {value}"))),
+            },
+        };
+        let needed = |name: &str| match optional(name)? {
+            Some(number) => Ok(number),
+            None => Err(wrong(format!("type `{}` needs `{name}`", kind.unwrap_or_default()))),
+        };
+        let positions = self.max_position_embeddings as f64;
+        Ok(match kind {
+            None | Some("default") => Scaling::None,
+            Some("linear") => Scaling::Linear { factor: needed("factor")? },
+            Some("dynamic") => Scaling::Dynamic { factor: needed("factor")? },
+            Some("yarn") => {
+                let factor = needed("factor")?;
+                // the paper's 0.1 ln(s) + 1, and DeepSeek's two-sided form of it
+                let mscale = |weight: f64| if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 };
+                let attention_factor =
+                    match (optional("attention_factor")?, optional("mscale")?, optional("mscale_all_dim")?) {
+                        (Some(given), ..) => given,
+                        (None, Some(some), Some(all)) => mscale(some) / mscale(all),
+                        _ => mscale(1.0),
+                    };
+                Scaling::Yarn {
+                    factor,
+                    attention_factor,
+                    beta_fast: optional("beta_fast")?.unwrap_or(32.0),
+                    beta_slow: optional("beta_slow")?.unwrap_or(1.0),
+                    original: optional("original_max_position_embeddings")?.unwrap_or(positions),
+                    truncate: table.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+                }
+            }
+            Some("llama3") => Scaling::Llama3 {
+                factor: needed("factor")?,
+                low: needed("low_freq_factor")?,
+                high: needed("high_freq_factor")?,
+                original: needed("original_max_position_embeddings")?,
+            },
+            Some(other) => {
+                return Err(wrong(format!(
+                    "type `{other}` is not computed; default, linear, dynamic, yarn and llama3 are"
+                )));
+            }
+        })
+    }
+
+    /// Whether the sizes go together.
+    pub fn check(&self) -> Result<()> {
+        let (heads, kv) = (self.num_attention_heads, self.kv_heads());
+        let sizes =
+            [self.hidden_size, self.intermediate_size, self.num_hidden_layers, self.vocab_size, heads, kv];
+        let wrong = if sizes.contains(&0) {
+            "no size may be 0".to_owned()
+        } else if heads % kv != 0 {
+            format!("{heads} heads can't be shared by {kv} key/value heads")
+        } else if self.head_dim.is_none() && !self.hidden_size.is_multiple_of(heads) {
+            format!("hidden_size {} is not divisible by {heads} heads", self.hidden_size)
+        } else if !self.head_dim().is_multiple_of(2) {
+            format!("a head of {} can't be rotated: it has to be even", self.head_dim())
+        } else {
+            return self.scaling().map(drop);
+        };
+        Err(Error::Conf(wrong))
+    }
+
+    /// The units that are gathered together, each with the names, as in Hugging Face's checkpoints, and shapes of its
+    /// parameters: the embedding, the layers, and what comes after them. Norms come first in each, and are written
+    /// `[hidden_size]` and computed with as `[1, hidden_size]`.
+    pub fn units(&self) -> Vec<Vec<(String, [usize; 2])>> {
+        let (d, ff, hd) = (self.hidden_size, self.intermediate_size, self.head_dim());
+        let (q, kv) = (self.num_attention_heads * hd, self.kv_heads() * hd);
+        let embed = vec![("model.embed_tokens.weight".to_owned(), [self.vocab_size, d])];
+        let layer = |i: usize| {
+            let named = |(name, shape): (&str, _)| (format!("model.layers.{i}.{name}.weight"), shape);
+            let parts = [
+                ("input_layernorm", [1, d]),
+                ("post_attention_layernorm", [1, d]),
+                ("self_attn.q_proj", [q, d]),
+                ("self_attn.k_proj", [kv, d]),
+                ("self_attn.v_proj", [kv, d]),
+                ("self_attn.o_proj", [d, q]),
+                ("mlp.gate_proj", [ff, d]),
+                ("mlp.up_proj", [ff, d]),
+                ("mlp.down_proj", [d, ff]),
+            ];
+            parts.into_iter().map(named).collect()
+        };
+        let mut last = vec![("model.norm.weight".to_owned(), [1, d])];
+        if !self.tie_word_embeddings {
+            last.push(("lm_head.weight".to_owned(), [self.vocab_size, d]));
+        }
+        [embed].into_iter().chain((0..self.num_hidden_layers).map(layer)).chain([last]).collect()
+    }
+
+    /// Names and shapes of all parameters, unit by unit.
+    pub fn parameters(&self) -> Vec<(String, [usize; 2])> {
+        self.units().into_iter().flatten().collect()
+    }
+
+    /// How many numbers the parameters are.
+    pub fn parameter_count(&self) -> u64 {
+        self.parameters().iter().map(|(_, [rows, columns])| (rows * columns) as u64).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn config(extra: Value) -> Config {
+        let mut all = json!({
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9,
+        });
+        for (key, value) in extra.as_object().unwrap() {
+            all[key] = value.clone();
+        }
+        serde_json::from_value(all).unwrap()
+    }
+
+    #[test]
+    fn theta_and_scaling_are_read_from_the_keys_of_transformers_4_and_5() {
+        let four = config(json!({ "rope_theta": 5e5, "rope_scaling": { "type": "linear", "factor": 4.0 } }));
+        let five = config(json!({
+            "rope_parameters": { "rope_theta": 5e5, "rope_type": "linear", "factor": 4.0 },
+        }));
+        for config in [four, five] {
+            assert_eq!((config.theta(), config.scaling().unwrap()), (5e5, Scaling::Linear { factor: 4.0 }));
+        }
+        assert_eq!(config(json!({ "rope_scaling": null })).scaling().unwrap(), Scaling::None);
+    }
+
+    #[test]
+    fn a_scaling_that_cannot_be_computed_is_named() {
+        for (scaling, message) in [
+            (json!({ "type": "longrope" }), "rope_scaling: type `longrope` is not computed; default, linear"),
+            (json!({ "rope_type": "yarn" }), "type `yarn` needs `factor`"),
+            (json!({ "rope_type": "linear", "factor": -1 }), "`factor` has to be a positive number, not -1"),
+            (json!({ "rope_type": "llama3", "factor": 8 }), "type `llama3` needs `low_freq_factor`"),
+        ] {
+            let error = config(json!({ "rope_scaling": scaling })).check().unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn sizes_that_do_not_go_together_are_named() {
+        for (sizes, message) in [
+            (json!({ "num_key_value_heads": 0 }), "no size may be 0"),
+            (json!({ "num_attention_heads": 4, "num_key_value_heads": 3 }), "4 heads can't be shared by 3"),
+            (json!({ "num_attention_heads": 3 }), "hidden_size 16 is not divisible by 3 heads"),
+            (json!({ "head_dim": 5 }), "a head of 5 can't be rotated"),
+        ] {
+            let error = config(sizes).check().unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The state of a training: `step-N/` with the model as Hugging Face's, each rank's parameters and optimizer, the metrics so
+//! far, and a manifest, written last. What has no manifest does not exist.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use futures::TryStreamExt;
+use object_store::{ObjectStore, ObjectStoreExt};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::comm::Comm;
+use crate::optim::AdamW;
+use crate::shards::{Shards, Unit};
+use crate::tensors::{Kind, Reader, Writer};
+use crate::{Error, Location, Result, Written};
+
+const MANIFEST: &str = "manifest.json";
+
+/// What is kept of each number that a rank owns.
+const PARTS: [&str; 3] = ["master", "first", "second"];
+
+/// So many checkpoints are kept.
+const KEPT: usize = 2;
+
+/// A checkpoint's manifest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    pub step: u64,
+    /// How many ranks wrote it.
+    pub ranks: usize,
+    /// Digest of the dataset that was trained on.
+    pub dataset: String,
+    /// The settings that decide what comes out.
+    pub settings: Value,
+    /// Names and sizes of its files.
+    pub files: Vec<(String, u64)>,
+}
+
+/// A checkpoint that can be gone on from.
+pub struct Resume {
+    pub folder: Location,
+    pub manifest: Manifest,
+    ranks: Vec<Reader>,
+}
+
+pub fn ranks_file(rank: usize, ranks: usize) -> String {
+    format!("optimizer-{rank:05}-of-{ranks:05}.safetensors")
+}
+
+/// The steps that have a folder, the last first.
+async fn steps(checkpoints: &Location) -> Result<Vec<u64>> {
+    let listed = checkpoints.store.list_with_delimiter(Some(&checkpoints.path)).await;
+    let listed = listed.map_err(|source| Error::Storage {
+        doing: "list",
+        path: checkpoints.path.to_string(),
+        source,
+    })?;
+    let number = |path: &object_store::path::Path| path.filename()?.strip_prefix("step-")?.parse().ok();
+    let mut steps: Vec<u64> = listed.common_prefixes.iter().filter_map(number).collect();
+    steps.sort_by_key(|step| std::cmp::Reverse(*step));
+    Ok(steps)
+}
+
+impl Resume {
+    /// The last checkpoint in a folder, if there is one.
+    ///
+    /// # Errors
+    /// It is of another dataset or of other settings, or a file of it is missing or has another size.
+    pub async fn find(checkpoints: &Location, dataset: &str, settings: &Value) -> Result<Option<Self>> {
+        for step in steps(checkpoints).await? {
+            let folder = checkpoints.join(&format!("step-{step}"));
+            let Some(manifest) = folder.join(MANIFEST).get().await? else { continue };
+            let wrong = |message: String| Error::Checkpoint { at: folder.path.to_string(), message };
+            let manifest: Manifest =
+                serde_json::from_slice(&manifest).map_err(|e| wrong(format!("{MANIFEST}: {e}")))?;
+            if manifest.dataset != dataset {
+                return Err(wrong(
+                    "it was trained on another dataset; training does not go on from it".into(),
+                ));
+            }
+            if &manifest.settings != settings {
+                return Err(wrong(
+                    "it was trained with other settings; training does not go on from it".into(),
+                ));
+            }
+            for (name, size) in &manifest.files {
+                let at = folder.join(name);
+                match at.store.head(&at.path).await {
+                    Ok(meta) if meta.size == *size => {}
+                    Ok(meta) => {
+                        return Err(wrong(format!("{name} has {} bytes instead of {size}", meta.size)));
+                    }
+                    Err(object_store::Error::NotFound { .. }) => {
+                        return Err(wrong(format!("there is no {name}")));
+                    }
+                    Err(source) => {
+                        return Err(Error::Storage { doing: "read", path: at.path.to_string(), source });
+                    }
+                }
+            }
+            let mut ranks = vec![];
+            for rank in 0..manifest.ranks {
+                ranks.push(Reader::open(folder.join(&ranks_file(rank, manifest.ranks))).await?);
+            }
+            return Ok(Some(Self { folder, manifest, ranks }));
+        }
+        Ok(None)
+    }
+
+    /// Some numbers of a unit, as whichever ranks wrote them.
+    async fn read(&self, unit: &Unit, index: usize, part: &str, range: Range<usize>) -> Result<Vec<f32>> {
+        let mut numbers = Vec::with_capacity(range.len());
+        for (rank, reader) in self.ranks.iter().enumerate() {
+            let owned = unit.owned(rank, self.ranks.len());
+            let both = range.start.max(owned.start)..range.end.min(owned.end);
+            if both.start < both.end {
+                let local = both.start - owned.start..both.end - owned.start;
+                numbers.extend(reader.read(&format!("{index}.{part}"), local).await?);
+            }
+        }
+        Ok(numbers)
+    }
+
+    /// The parameters and the optimizer of a rank, of as many ranks as there are now.
+    pub fn state(
+        &self,
+        units: Vec<Unit>,
+        comm: &dyn Comm,
+        device: &burn::tensor::Device,
+        weight_decay: f64,
+        wait: &tokio::runtime::Handle,
+    ) -> Result<(Shards, AdamW)> {
+        let part = |part: &str| {
+            let read = |i: usize, range| wait.block_on(self.read(&units[i], i, part, range));
+            Shards::new(units.clone(), comm, device, read)
+        };
+        let [shards, first, second] = PARTS.map(part);
+        let optimizer =
+            AdamW { first: first?.owned, second: second?.owned, steps: self.manifest.step, weight_decay };
+        Ok((shards?, optimizer))
+    }
+}
+
+/// Writes what a rank owns.
+pub async fn write_rank(
+    folder: &Location,
+    comm: &dyn Comm,
+    shards: &Shards,
+    optimizer: &AdamW,
+) -> Result<Written> {
+    let (rank, ranks) = (comm.rank(), comm.size());
+    let mut names = vec![];
+    let mut tensors: Vec<(&Tensor<1>, usize)> = vec![];
+    for (i, unit) in shards.units.iter().enumerate() {
+        let length = unit.owned(rank, ranks).len();
+        for (part, owned) in PARTS.iter().zip([&shards.owned, &optimizer.first, &optimizer.second]) {
+            names.push((format!("{i}.{part}"), vec![length]));
+            tensors.push((&owned[i], length));
+        }
+    }
+    let mut writer = Writer::create(folder.join(&ranks_file(rank, ranks)), Kind::F32, &names).await?;
+    for (tensor, length) in tensors {
+        let numbers: Vec<f32> = tensor.clone().into_data().iter::<f32>().take(length).collect();
+        writer.write(&numbers).await?;
+    }
+    writer.finish().await
+}
+
+/// Publishes a checkpoint whose other files are written, and removes those before the last ones.
+pub async fn publish(checkpoints: &Location, manifest: &Manifest) -> Result<()> {
+    let folder = checkpoints.join(&format!("step-{}", manifest.step));
+    folder.join(MANIFEST).put(serde_json::to_vec_pretty(manifest).unwrap_or_default()).await?;
+    for step in steps(checkpoints).await?.into_iter().filter(|step| *step <= manifest.step).skip(KEPT) {
+        remove(&checkpoints.join(&format!("step-{step}"))).await?;
+    }
+    Ok(())
+}
+
+/// Removes all checkpoints of a training that is done.
+pub async fn clear(checkpoints: &Location) -> Result<()> {
+    for step in steps(checkpoints).await? {
+        remove(&checkpoints.join(&format!("step-{step}"))).await?;
+    }
+    Ok(())
+}
+
+/// Removes a checkpoint, its manifest first, so that nobody finds half of it.
+async fn remove(folder: &Location) -> Result<()> {
+    let failed = |source| Error::Storage { doing: "remove", path: folder.path.to_string(), source };
+    let manifest = folder.join(MANIFEST).path;
+    match folder.store.delete(&manifest).await {
+        Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+        Err(source) => return Err(failed(source)),
+    }
+    let listed: Vec<_> = folder.store.list(Some(&folder.path)).try_collect().await.map_err(failed)?;
+    for meta in listed {
+        folder.store.delete(&meta.location).await.map_err(failed)?;
+    }
+    Ok(())
+}

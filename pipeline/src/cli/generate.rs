@@ -1,0 +1,75 @@
+//! `lengthwise generate`
+
+use std::io::Write;
+
+use clap::Args;
+use lengthwise_model::Location;
+use lengthwise_model::device::Name;
+use lengthwise_model::generate::{GenerateJob, generate};
+
+use super::run_folder;
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Result};
+
+#[derive(Args)]
+#[command(
+    after_help = "Example:\n  lengthwise generate RUN/checkpoint --prompt \"Once upon a time\" --tokens 50"
+)]
+pub struct GenerateArguments {
+    /// The folder of a Hugging Face Llama with its tokenizer.json, such as a run's `checkpoint`
+    checkpoint: String,
+    /// The text to continue
+    #[arg(long)]
+    prompt: String,
+    /// How many tokens to add at most
+    #[arg(long)]
+    tokens: usize,
+    /// "flex", "libtorch-cpu" or "libtorch-cuda:0"
+    #[arg(long, default_value = "flex")]
+    device: String,
+    /// How many ranks share the text
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    ranks: u16,
+}
+
+pub async fn main(arguments: GenerateArguments) -> Result<()> {
+    let at = run_folder(&arguments.checkpoint)?;
+    let json = at.join("tokenizer.json");
+    let Some(bytes) = json.get().await? else {
+        let help = "copy the model's tokenizer.json beside its config.json";
+        return Err(Error::data(format!("there is no {}", json.url()), help));
+    };
+    let tokenizer = Tokenizer::from_json(&bytes, &json.url())?;
+    let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
+    ids.extend(tokenizer.encode_plain(&arguments.prompt)?);
+    let job = GenerateJob {
+        checkpoint: Location { store: at.store.clone(), path: at.path.clone() },
+        device: Name::parse(&arguments.device)?,
+        ranks: usize::from(arguments.ranks),
+        ids: ids.iter().map(|id| *id as i32).collect(),
+        tokens: arguments.tokens,
+    };
+    // a token's text depends on those around it: what is new is what all of them say more
+    let mut said = tokenizer.decode(&ids)?.len();
+    let mut failed = None;
+    let new = generate(&job, &mut |id| {
+        ids.push(id);
+        match tokenizer.decode(&ids) {
+            // half a character waits for the rest of it
+            Ok(text) if !text.ends_with('\u{FFFD}') => {
+                print!("{}", text.get(said..).unwrap_or_default());
+                let _ = std::io::stdout().flush();
+                said = text.len();
+            }
+            Ok(_) => {}
+            Err(error) => failed = Some(error),
+        }
+    })
+    .await?;
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    println!();
+    tracing::info!("{} tokens", new.len());
+    Ok(())
+}
