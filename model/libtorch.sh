@@ -34,8 +34,13 @@ cpu_only = {"libtorch_cpu.so", "libc10.so", "libgomp.so.1"}
 for wheel in sorted(wheels.glob("*.whl")):
     with zipfile.ZipFile(wheel) as files:
         for name in files.namelist():
-            if name.startswith("torch/include/") and not name.endswith("/"):
+            if name.endswith("/"):
+                continue
+            if name.startswith("torch/include/"):
                 to = out / name.removeprefix("torch/")
+            elif cuda and name.startswith("nvidia/") and "/include/" in name:
+                # of CUDA and NCCL
+                to = out / "include" / name.split("/include/", 1)[1]
             elif "/lib/" in name and ".so" in name.rsplit("/", 1)[1]:
                 file = name.rsplit("/", 1)[1]
                 if not cuda and name.startswith("torch/") and file not in cpu_only:

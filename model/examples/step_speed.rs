@@ -85,8 +85,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Ok((seconds, if world.rank() == 0 { peak().saturating_sub(before) } else { 0 }))
     })?;
     let (mut seconds, memory) = results.into_iter().next().ok_or("no rank")?;
-    // the first one warms up
-    seconds.remove(0);
+    if seconds.len() > 1 {
+        // the first one warms up
+        seconds.remove(0);
+    }
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
     println!(

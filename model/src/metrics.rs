@@ -28,8 +28,9 @@ pub struct Step {
 }
 
 /// Ranges of positions: names and where they end.
-pub const POSITIONS: [(&str, usize); 6] = [
-    ("0-1K", 1 << 10),
+pub const POSITIONS: [(&str, usize); 7] = [
+    ("0-512", 512),
+    ("512-1K", 1 << 10),
     ("1K-4K", 4 << 10),
     ("4K-16K", 16 << 10),
     ("16K-64K", 64 << 10),
@@ -123,7 +124,7 @@ mod tests {
         Step {
             step,
             loss: 1.5,
-            loss_by_position: [("0-1K".to_owned(), 1.5.into())].into_iter().collect(),
+            loss_by_position: [("0-512".to_owned(), 1.5.into())].into_iter().collect(),
             grad_norm: 0.25,
             learning_rate: 1e-3,
             tokens: 300 * step,
@@ -143,8 +144,8 @@ mod tests {
     #[test]
     fn positions_are_in_the_range_that_their_name_says() {
         assert_eq!(
-            [0, 1023, 1024, 4096, 131_072].map(|p| POSITIONS[range_of(p)].0),
-            ["0-1K", "0-1K", "1K-4K", "4K-16K", "128K-"]
+            [0, 511, 1024, 4096, 131_072].map(|p| POSITIONS[range_of(p)].0),
+            ["0-512", "0-512", "1K-4K", "4K-16K", "128K-"]
         );
     }
 

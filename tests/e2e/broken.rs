@@ -77,7 +77,7 @@ fn sigterm_is_a_stop_that_goes_on() {
 
 #[test]
 fn a_killed_training_goes_on_from_its_last_checkpoint_with_the_same_losses() {
-    let train = "train={ steps = 40, checkpoint_every = 3, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
+    let train = "train={ steps = 60, checkpoint_every = 3, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
     let steps = |run: &std::path::Path| -> Vec<(u64, f64)> {
         let lines = std::fs::read_to_string(run.join("checkpoint/metrics.jsonl")).unwrap();
         let step = |line: &str| {
@@ -93,13 +93,24 @@ fn a_killed_training_goes_on_from_its_last_checkpoint_with_the_same_losses() {
     let training = started.elapsed();
     let bench = Bench::new(3);
     bench.run(&[]);
-    for i in 0..6u32 {
+    for i in 0..10u32 {
         let mut child = bench.command(&["train", "conf.toml", "--set", train]).spawn().unwrap();
         std::thread::sleep(training.mul_f64(f64::from(3 + (i * 5) % 7) / 12.0));
         child.kill().unwrap();
         child.wait().unwrap();
     }
     assert_eq!(steps(&bench.run(&["--set", train])), want);
+}
+
+#[test]
+fn processes_without_libtorch_say_what_they_need() {
+    let bench = Bench::new(3);
+    let train =
+        "train={ steps = 3, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
+    let said = bench.say(&["train", "conf.toml", "--set", train, "--nproc", "2"]);
+    assert!(said.code == 6 && said.err.contains("build with --features libtorch"), "{said:?}");
+    let said = bench.say(&["train", "conf.toml"]);
+    assert!(said.code == 3 && said.err.contains("the conf has no [train] table"), "{said:?}");
 }
 
 #[test]

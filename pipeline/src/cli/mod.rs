@@ -51,7 +51,7 @@ enum Command {
     Run(run::RunArguments),
     /// The same for a conf with a [train] table, under the name that a scheduler of training jobs knows
     #[cfg(feature = "train")]
-    Train(run::RunArguments),
+    Train(run::TrainArguments),
     /// Print the greedy continuation of a text by a checkpoint
     #[cfg(feature = "train")]
     Generate(generate::GenerateArguments),

@@ -1,5 +1,8 @@
 //! `lengthwise run`
 
+#[cfg(feature = "train")]
+use std::{sync::atomic::Ordering, time::Duration};
+
 use clap::Args;
 use serde_json::json;
 
@@ -34,6 +37,11 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
             "stages are, in order: tokenizer, tokens, catalog, domains, mixture, draw, shuffle, pack, train",
         ));
     }
+    #[cfg(feature = "train")]
+    if crate::stages::train::follows()? {
+        let run = arguments.conf.open(Goal::Look)?;
+        return until_stopped(&run, follow(&run)).await;
+    }
     let run = arguments.conf.open(Goal::Compute { from: arguments.from })?;
     let started = jiff::Timestamp::now();
     let folder = until_stopped(&run, go(&run, arguments.until, started)).await?;
@@ -44,12 +52,97 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
 
 /// `lengthwise train`
 #[cfg(feature = "train")]
-pub async fn train(arguments: RunArguments) -> Result<()> {
-    let run = arguments.conf.open(Goal::Compute { from: None })?;
+#[derive(Args)]
+pub struct TrainArguments {
+    #[command(flatten)]
+    run: RunArguments,
+    /// Start so many processes here, a rank each; elsewhere torchrun, Slurm or Kubernetes start them
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    nproc: Option<u16>,
+}
+
+#[cfg(feature = "train")]
+pub async fn train(arguments: TrainArguments) -> Result<()> {
+    let run = arguments.run.conf.open(Goal::Look)?;
     if run.conf.train.is_none() {
         return Err(Error::data("the conf has no [train] table", "add one, or use `lengthwise run`"));
     }
-    main(arguments).await
+    match arguments.nproc {
+        Some(size) => processes(&run, usize::from(size)).await,
+        None => main(arguments.run).await,
+    }
+}
+
+/// Starts this command again as so many ranks, and ends as the first of them that fails, or as the first rank.
+#[cfg(feature = "train")]
+async fn processes(run: &Run, size: usize) -> Result<()> {
+    let io = |doing: &str| {
+        let doing = doing.to_owned();
+        move |source| Error::Io { doing, source }
+    };
+    let program = std::env::current_exe().map_err(io("cannot find this program"))?;
+    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+    let port = port.map_err(io("cannot find a free port"))?.port().to_string();
+    // all but --nproc and what belongs to it
+    let mut own: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(at) = own.iter().position(|argument| argument == "--nproc") {
+        own.drain(at..(at + 2).min(own.len()));
+    }
+    own.retain(|argument| !argument.starts_with("--nproc="));
+    let mut children = vec![];
+    for rank in 0..size {
+        let mut command = std::process::Command::new(&program);
+        command.args(&own);
+        for (name, value) in [
+            ("MASTER_ADDR", "127.0.0.1".to_owned()),
+            ("MASTER_PORT", port.clone()),
+            ("WORLD_SIZE", size.to_string()),
+            ("RANK", rank.to_string()),
+            ("LOCAL_RANK", rank.to_string()),
+        ] {
+            command.env(name, value);
+        }
+        children.push(Some(command.spawn().map_err(io("cannot start a rank"))?));
+    }
+    let all = async {
+        let (mut first_failure, mut told) = (0, false);
+        while children.iter().any(Option::is_some) {
+            for (rank, place) in children.iter_mut().enumerate() {
+                let Some(child) = place else { continue };
+                if run.stop.load(Ordering::Relaxed) && !told {
+                    // a signal to this process alone is one to the ranks, too
+                    let _ = std::process::Command::new("kill").arg(child.id().to_string()).status();
+                }
+                let Some(status) = child.try_wait().map_err(io("cannot wait for a rank"))? else { continue };
+                let code = status.code().unwrap_or(137);
+                if code != 0 {
+                    tracing::warn!("rank {rank} ended with exit code {code}");
+                    first_failure = if first_failure == 0 { code } else { first_failure };
+                }
+                *place = None;
+            }
+            told = run.stop.load(Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(first_failure)
+    };
+    run.training.store(true, Ordering::Relaxed);
+    match until_stopped(run, all).await? {
+        0 => Ok(()),
+        75 => Err(Error::Stopped),
+        code => std::process::exit(code),
+    }
+}
+
+/// As a rank that is not the first: waits for what the first one packs, and trains along.
+#[cfg(feature = "train")]
+async fn follow(run: &Run) -> Result<()> {
+    loop {
+        match Flow::default().go(run, None).await {
+            Err(Error::Absent { .. }) => tokio::time::sleep(Duration::from_secs(1)).await,
+            gone => return gone,
+        }
+    }
 }
 
 /// Runs to the end or to `until`; the run's directory, where it came to one.

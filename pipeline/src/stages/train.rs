@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use lengthwise_model::comm::Place;
 use lengthwise_model::plan::Plan;
 use lengthwise_model::{Location as Folder, Step as Metrics, TrainConf, TrainJob, checkpoint_parts};
 use serde_json::json;
@@ -9,7 +10,7 @@ use serde_json::json;
 use super::tokenizer::Tokenizer;
 use crate::hash::{Digest, RowDigest};
 use crate::run::{Run, Stage, ingredients};
-use crate::stage::{File, Output, Published, Table};
+use crate::stage::{self, File, Output, Published, Table};
 use crate::store::Location;
 use crate::{Error, Result};
 
@@ -52,32 +53,35 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         ("checkpoint", start),
         ("tokenizer", json!(tokenizer.fingerprint)),
     ]);
+    let job_in = |at: &Location| TrainJob {
+        conf: conf.clone(),
+        dataset: folder(&packed.folder),
+        dataset_digest: packed.digest("train").to_string(),
+        checkpoint: checkpoint.as_ref().map(folder),
+        output: folder(at),
+        checkpoints: folder(&at.join("checkpoints")),
+        vocab_size: tokenizer.loaded.vocab_size(),
+        sequence_tokens: run.conf.pack.sequence_tokens.0 as usize,
+        bos,
+        eos,
+        tokenizer: Some(tokenizer.json.clone()),
+    };
+    if follows()? {
+        // the first rank publishes; this one computes along, unless there is nothing to compute
+        let key = stage::key(Stage::Train.name(), &list);
+        let at = run.output.join("stages").join(Stage::Train.name()).join(&key);
+        if stage::find(&at).await?.is_none() {
+            train(run, &job_in(&at), &mut |_| {}).await?;
+        }
+        return Ok(None);
+    }
     let published = run
         .obtain(Stage::Train, list, async |draft| {
-            let sequence_tokens = run.conf.pack.sequence_tokens.0 as usize;
-            let steps = conf.steps(sequence_tokens);
-            let job = TrainJob {
-                conf,
-                dataset: folder(&packed.folder),
-                dataset_digest: packed.digest("train").to_string(),
-                checkpoint: checkpoint.as_ref().map(folder),
-                output: folder(&draft.folder),
-                checkpoints: folder(&draft.folder.join("checkpoints")),
-                vocab_size: tokenizer.loaded.vocab_size(),
-                sequence_tokens,
-                bos,
-                eos,
-                tokenizer: Some(tokenizer.json.clone()),
-            };
+            let job = job_in(&draft.folder);
+            let steps = job.conf.steps(job.sequence_tokens);
             let bar = run.progress.stage("train", steps);
             let mut on_step = |step: &Metrics| bar.say(step.step, line(step, steps));
-            run.training.store(true, Ordering::Relaxed);
-            let trained = lengthwise_model::train(&job, &run.stop, &mut on_step).await;
-            run.training.store(false, Ordering::Relaxed);
-            let trained = trained.map_err(|error| match error {
-                lengthwise_model::Error::Stopped(_) => Error::Stopped,
-                error => error.into(),
-            })?;
+            let trained = train(run, &job, &mut on_step).await?;
             let mut output = Output::default();
             output.count("parameters", trained.parameters);
             output.count("steps", trained.steps);
@@ -96,6 +100,25 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     // what a stop would have gone on from
     lengthwise_model::resume::clear(&folder(&published.folder.join("checkpoints"))).await?;
     Ok(Some(published))
+}
+
+/// Whether this process is a rank of a training that another process leads: that one runs the stages and publishes.
+pub fn follows() -> Result<bool> {
+    Ok(Place::of_this_process()?.is_some_and(|place| place.rank > 0))
+}
+
+async fn train(
+    run: &Run,
+    job: &TrainJob,
+    on_step: &mut (dyn FnMut(&Metrics) + Send),
+) -> Result<lengthwise_model::Summary> {
+    run.training.store(true, Ordering::Relaxed);
+    let trained = lengthwise_model::train(job, &run.stop, on_step).await;
+    run.training.store(false, Ordering::Relaxed);
+    trained.map_err(|error| match error {
+        lengthwise_model::Error::Stopped(_) => Error::Stopped,
+        error => error.into(),
+    })
 }
 
 /// What the training of a conf will need; `None` where it doesn't train.
