@@ -16,8 +16,10 @@ use crate::shards::Shards;
 /// A position without loss.
 pub const NO_TARGET: i32 = -100;
 
-/// The logits of so many numbers are computed at a time.
-pub const LOGITS: usize = 1 << 24;
+/// The logits of so many rows are computed at a time: 64 MB of them.
+pub fn rows_of_logits(config: &Config) -> usize {
+    ((1 << 24) / config.vocab_size).max(64)
+}
 
 /// What a rank computes with.
 pub struct Machine<'a> {
@@ -173,7 +175,7 @@ impl Machine<'_> {
         targets: &[i32],
         scale: f64,
     ) -> (Vec<f32>, Tensor<2>, Tensor<2>, Tensor<2>) {
-        let slice = (LOGITS / self.config.vocab_size).max(64);
+        let slice = rows_of_logits(&self.config);
         let (mut losses, mut dx, mut sums) = (vec![], vec![], None);
         for (i, targets) in targets.chunks(slice).enumerate() {
             let n = targets.len();
@@ -182,8 +184,6 @@ impl Machine<'_> {
             let wanted: Vec<i32> = targets.iter().map(|t| (*t).max(0)).collect();
             let wanted = ids(&wanted, &self.device).reshape([n, 1]);
             let part = x.clone().narrow(0, i * slice, n);
-            let counts =
-                if self.precision == FloatDType::F64 { counts.cast(FloatDType::F64) } else { counts };
             let loss = llama::loss(&self.config, norm, head, &part, wanted, counts, scale);
             let Loss { losses: some, dx: dpart, dnorm, dhead } = loss;
             losses.push(some);
@@ -319,11 +319,6 @@ mod tests {
         .unwrap()
     }
 
-    /// Devices of this build that compute on any machine.
-    fn devices() -> Vec<Name> {
-        ["flex", "libtorch-cpu"].iter().filter_map(|name| Name::parse(name).ok()).collect()
-    }
-
     #[test]
     fn gradients_on_any_number_of_ranks_are_those_of_the_whole_graph() {
         for (length, masked, tied) in
@@ -331,7 +326,7 @@ mod tests {
         {
             let case = Case::new(config(tied, 6, 2), length, masked, 3);
             let want = case.whole_graph();
-            for device in devices() {
+            for device in Name::anywhere() {
                 for ranks in [1, 2, 4, 8] {
                     let recompute = ranks != 2;
                     let how = How { ranks, device, precision: FloatDType::F32, recompute };
@@ -353,7 +348,7 @@ mod tests {
     fn bf16_stays_within_its_bound_at_every_size_of_the_ring() {
         let case = Case::new(config(false, 4, 2), 131, false, 5);
         let want = case.whole_graph();
-        for device in devices() {
+        for device in Name::anywhere() {
             for ranks in [1, 2, 4, 8] {
                 let how = How { ranks, device, precision: FloatDType::BF16, recompute: true };
                 let (loss, gradients) = sharded(&case, how);
@@ -393,7 +388,7 @@ mod tests {
         ) {
             let case = Case::new(config(tied, kv * groups, kv), length, masked, salt);
             let want = case.whole_graph();
-            for device in devices() {
+            for device in Name::anywhere() {
                 let how = How { ranks, device, precision: FloatDType::F32, recompute };
                 let (loss, gradients) = sharded(&case, how);
                 prop_assert!((loss - want.loss).abs() <= 1e-5 * want.loss.abs() + 1e-6);

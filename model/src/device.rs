@@ -37,6 +37,12 @@ impl Name {
         }
     }
 
+    /// Devices of this build that compute on any machine.
+    #[cfg(test)]
+    pub fn anywhere() -> Vec<Self> {
+        ["flex", "libtorch-cpu"].iter().filter_map(|name| Self::parse(name).ok()).collect()
+    }
+
     /// The device itself.
     pub fn open(self) -> Device {
         match self {
@@ -61,7 +67,7 @@ impl Name {
     pub fn kernel(self, precision: FloatDType) -> Kernel {
         match (self, precision) {
             #[cfg(feature = "libtorch")]
-            (Self::LibtorchCpu, FloatDType::F32 | FloatDType::F64 | FloatDType::BF16) => Kernel::Flash,
+            (Self::LibtorchCpu, FloatDType::F32 | FloatDType::BF16) => Kernel::Flash,
             // CUDA's takes no other type
             #[cfg(feature = "libtorch")]
             (Self::LibtorchCuda(_), FloatDType::BF16) => Kernel::Flash,

@@ -1,7 +1,5 @@
 //! The greedy continuation of a prompt. Without a cache: every token computes the whole sequence again.
 
-use std::time::Duration;
-
 use burn::tensor::{FloatDType, Tensor};
 use serde_json::Value;
 use tokio::runtime::Handle;
@@ -9,7 +7,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use crate::backprop::{Machine, Rows};
 use crate::checkpoint::Checkpoint;
-use crate::comm::{Comm, threads};
+use crate::comm::{Comm, PATIENCE, threads};
 use crate::device::Name;
 use crate::ring::Sharding;
 use crate::rope::Rope;
@@ -29,8 +27,6 @@ pub struct GenerateJob {
     /// How many tokens to add at most; the checkpoint's own EOS ends sooner.
     pub tokens: usize,
 }
-
-const PATIENCE: Duration = Duration::from_secs(600);
 
 /// A model on a rank, ready to compute logits.
 pub struct Model<'a> {
@@ -139,10 +135,6 @@ mod tests {
         Location { store: Arc::new(store), path: name.into() }
     }
 
-    fn devices() -> Vec<Name> {
-        ["flex", "libtorch-cpu"].iter().filter_map(|name| Name::parse(name).ok()).collect()
-    }
-
     #[tokio::test(flavor = "multi_thread")]
     async fn logits_are_those_of_transformers_with_each_scaling_on_any_ranks() {
         for scaling in ["default", "linear", "dynamic", "yarn", "llama3"] {
@@ -154,7 +146,7 @@ mod tests {
             let largest = want.iter().fold(0f32, |most, w| most.max(w.abs()));
             let checkpoint = Checkpoint::open(&at).await.unwrap();
             let positions: Vec<usize> = (64..80).collect();
-            for device in devices() {
+            for device in Name::anywhere() {
                 for ranks in [1, 2, 3, 4] {
                     let (checkpoint, ids, positions) = (&checkpoint, &ids, &positions);
                     let wait = Handle::current();
@@ -186,7 +178,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_continuation_is_the_same_on_any_ranks_and_devices() {
         let mut all = vec![];
-        for device in devices() {
+        for device in Name::anywhere() {
             for ranks in [1, 2, 4] {
                 let ids = vec![1, 40, 7];
                 let job = GenerateJob { checkpoint: fixture("llama3"), device, ranks, ids, tokens: 12 };

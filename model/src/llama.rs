@@ -5,7 +5,7 @@
 //! and [`post`] (projection, residual, MLP). What a forward saves is what its backward takes; the trainer keeps it or
 //! computes it again.
 
-use burn::tensor::{DType, FloatDType, IndexingUpdateOp, Int, Tensor, activation};
+use burn::tensor::{FloatDType, IndexingUpdateOp, Int, Tensor, activation};
 
 use crate::config::Config;
 use crate::rope::Rope;
@@ -38,9 +38,9 @@ impl Layer {
     }
 }
 
-/// In f32 at least, whatever is computed in.
+/// In f32, whatever is computed in.
 pub fn wide<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    if x.dtype() == DType::F64 { x } else { x.cast(FloatDType::F32) }
+    x.cast(FloatDType::F32)
 }
 
 fn like(x: Tensor<2>, other: &Tensor<2>) -> Tensor<2> {
@@ -175,7 +175,7 @@ pub fn post_backward(
     ([dnorm, do_weight, dgate_weight, dup_weight, ddown], dx, dattention)
 }
 
-/// Rows `[n, d]` of the last layer's output to logits `[n, vocab]`, in f32 at least.
+/// Rows `[n, d]` of the last layer's output to logits `[n, vocab]`, in f32.
 pub fn logits(config: &Config, norm_weight: &Tensor<2>, head: &Tensor<2>, x: &Tensor<2>) -> Tensor<2> {
     wide(linear(&norm(x, norm_weight, config.rms_norm_eps).0, head))
 }

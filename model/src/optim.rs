@@ -78,9 +78,6 @@ pub fn norm(comm: &dyn Comm, gradients: &[Tensor<1>]) -> Result<f64> {
 
 /// The sums over ranks of some numbers.
 pub fn total(comm: &dyn Comm, numbers: &[f64], device: &burn::tensor::Device) -> Result<Vec<f64>> {
-    if comm.size() == 1 {
-        return Ok(numbers.to_vec());
-    }
     let data = TensorData::new(numbers.to_vec(), [numbers.len()]);
     let sum = comm.all_reduce(Tensor::from_data(data, (device, DType::F64)))?;
     Ok(sum.into_data().iter::<f64>().collect())

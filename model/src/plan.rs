@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::backprop::LOGITS;
+use crate::backprop::rows_of_logits;
 use crate::conf::{Precision, TrainConf};
 use crate::config::Config;
 use crate::shards::Unit;
@@ -80,7 +80,7 @@ impl Plan {
         let gathered = largest * (2 * width + 4) + if ranks > 1 { largest * 4 } else { 0 };
         // a layer's insides and about as much in gradients, or some slices of logits: not at the same time
         let vocab = config.vocab_size as u64;
-        let slice = ((LOGITS as u64 / vocab).max(64)).min(rows) * vocab * 4;
+        let slice = (rows_of_logits(config) as u64).min(rows) * vocab * 4;
         let working = gathered + (2 * insides).max(4 * slice + 2 * vocab * d * 4);
         let (parameters, gradients, optimizer) = (owned * 4, owned * 4, owned * 8);
 

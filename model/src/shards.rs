@@ -82,8 +82,7 @@ impl Shards {
     /// A unit's parameters, whole, in the type that is computed in.
     pub fn gather(&self, comm: &dyn Comm, unit: usize, precision: FloatDType) -> Result<Vec<Tensor<2>>> {
         let own = self.owned[unit].clone().cast(precision);
-        let flat = if comm.size() == 1 { own } else { comm.all_gather(own)? };
-        Ok(self.units[unit].parameters(flat))
+        Ok(self.units[unit].parameters(comm.all_gather(own)?))
     }
 
     /// This rank's part of the sum over ranks of a unit's gradients, in f32.
@@ -95,7 +94,6 @@ impl Shards {
         if more > 0 {
             all.push(Tensor::zeros([more], (&all[0].device(), DType::F32)));
         }
-        let all = Tensor::cat(all, 0);
-        if comm.size() == 1 { Ok(all) } else { comm.reduce_scatter(all) }
+        comm.reduce_scatter(Tensor::cat(all, 0))
     }
 }

@@ -66,10 +66,11 @@ impl Reader {
             let entry: Entry =
                 serde_json::from_value(value).map_err(|e| wrong(format!("{name} in its header: {e}")))?;
             let [start, stop] = entry.data_offsets;
-            let count = entry.shape.iter().try_fold(1usize, |product, n| product.checked_mul(*n));
-            let bytes = numbers(&entry.dtype).and_then(|(width, _)| count?.checked_mul(width));
-            let known = numbers(&entry.dtype).is_some();
-            let lies = known && (bytes.is_none() || bytes.map(|b| b as u64) != stop.checked_sub(start));
+            let bytes_of =
+                |width| entry.shape.iter().try_fold(width, |product: usize, n| product.checked_mul(*n));
+            // of other types only the place is known
+            let lies = numbers(&entry.dtype)
+                .is_some_and(|(width, _)| bytes_of(width).map(|b| b as u64) != stop.checked_sub(start));
             if stop < start || stop > size - 8 - length || lies {
                 return Err(wrong(format!("{name} does not lie in the file as its header says")));
             }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use burn::tensor::{FloatDType, Tensor};
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use crate::backprop::{Machine, NO_TARGET, Rows};
 use crate::checkpoint::{self, Checkpoint, fresh};
-use crate::comm::{self, Comm, Place, threads};
+use crate::comm::{self, Comm, PATIENCE, Place, threads};
 use crate::conf::{Precision, Shape, TrainConf};
 use crate::config::Config;
 use crate::dataset::{Dataset, Sequence};
@@ -57,9 +57,6 @@ pub struct Summary {
     pub files: Vec<Written>,
 }
 
-/// A rank that waits for longer than this for another one says so and fails.
-const PATIENCE: Duration = Duration::from_secs(600);
-
 /// A gradient norm of so many times the median is far out of line, once there have been so many steps.
 const OUT_OF_LINE: f64 = 100.0;
 const ENOUGH_STEPS: usize = 20;
@@ -87,7 +84,7 @@ pub async fn train(
                 let (ranks, sequence_ranks) = (job.conf.ranks(), job.conf.sequence_ranks());
                 Ok(threads::run(ranks, sequence_ranks, PATIENCE, rank)?.swap_remove(0))
             }
-            Some(place) => comm::process(place, &job.conf, PATIENCE, rank),
+            Some(place) => comm::process(place, &job.conf, rank),
         }
     });
     // ends when the ranks have dropped what they send with
@@ -97,37 +94,40 @@ pub async fn train(
     training.await.map_err(|e| Error::Rank { rank: 0, message: e.to_string() })?
 }
 
-/// The config of the model that a conf asks for.
-pub async fn config_of(job: &TrainJob) -> Result<Config> {
-    let mut config = match (&job.checkpoint, &job.conf.shape) {
+/// The config of the model that a conf asks for; a fresh one has the tokenizer's vocabulary.
+pub async fn config_of(
+    conf: &TrainConf,
+    checkpoint: Option<&Location>,
+    vocab_size: usize,
+    sequence_tokens: usize,
+) -> Result<Config> {
+    let mut config = match (checkpoint, &conf.shape) {
         (Some(folder), _) => checkpoint::config(folder).await?,
-        (None, Some(shape)) => shaped(shape, job)?,
+        (None, Some(shape)) => shaped(shape, vocab_size, sequence_tokens)?,
         (None, None) => return Err(Error::Conf("train: set `checkpoint` or `shape`".into())),
     };
-    if let Some(theta) = job.conf.rope_theta {
+    if let Some(theta) = conf.rope_theta {
         config.set_theta(theta);
     }
-    if let Some(scaling) = &job.conf.rope_scaling {
+    if let Some(scaling) = &conf.rope_scaling {
         config.set_scaling(scaling.clone());
     }
     Ok(config)
 }
 
 /// The fresh model's config.
-fn shaped(shape: &Shape, job: &TrainJob) -> Result<Config> {
+fn shaped(shape: &Shape, vocab_size: usize, sequence_tokens: usize) -> Result<Config> {
     let config = json!({
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads.unwrap_or(shape.heads),
-        "vocab_size": job.vocab_size,
+        "vocab_size": vocab_size,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
         "tie_word_embeddings": shape.tied,
-        "max_position_embeddings": job.sequence_tokens,
-        "bos_token_id": job.bos,
-        "eos_token_id": job.eos,
+        "max_position_embeddings": sequence_tokens,
     });
     let config: Config =
         serde_json::from_value(config).map_err(|e| Error::Conf(format!("train.shape: {e}")))?;
@@ -158,12 +158,12 @@ impl<'a> Rank<'a> {
         let names = conf.names()?;
         let name = names[Place::of_this_process()?.map_or(world.rank(), |place| place.local) % names.len()];
         let device = name.open();
-        let start = match &job.checkpoint {
-            Some(folder) => Some(wait.block_on(Checkpoint::open(folder))?),
-            None => None,
-        };
-        let config = wait.block_on(config_of(job))?;
-        // before the positions are raised: scalings are relative to those of pretraining
+        let config = config_of(conf, job.checkpoint.as_ref(), job.vocab_size, job.sequence_tokens);
+        let mut config = wait.block_on(config)?;
+        if conf.shape.is_some() {
+            config.bos_token_id = job.bos.map(Into::into);
+            config.eos_token_id = job.eos.map(Into::into);
+        }
         let units = Unit::all(&config);
         let settings = conf.content();
         let saved = wait.block_on(Resume::find(&job.checkpoints, &job.dataset_digest, &settings))?;
@@ -179,6 +179,10 @@ impl<'a> Rank<'a> {
                 (shards, optimizer, done, lines)
             }
             None => {
+                let start = match &job.checkpoint {
+                    Some(folder) => Some(wait.block_on(Checkpoint::open(folder))?),
+                    None => None,
+                };
                 let read = |i: usize, range| match &start {
                     Some(start) => wait.block_on(start.read(&units[i], range)),
                     None => Ok(fresh(&units, i, range, conf.seed)),
@@ -234,7 +238,6 @@ impl<'a> Rank<'a> {
         let conf = &self.job.conf;
         let steps = conf.steps(self.job.sequence_tokens);
         let machine = self.machine();
-        let mut saved_at = self.done.len() as u64;
         while (self.done.len() as u64) < steps {
             let stopped = self.step(&machine, steps, stop)?;
             let step = self.done.len() as u64;
@@ -244,13 +247,11 @@ impl<'a> Rank<'a> {
             let due = conf.checkpoint_every.is_some_and(|every| step.is_multiple_of(every));
             if (due || stopped) && step < steps {
                 self.save(step)?;
-                saved_at = step;
             }
             if stopped && step < steps {
                 return Err(Error::Stopped(step));
             }
         }
-        tracing::debug!("the last checkpoint is of step {saved_at}");
         let files = self.write(&self.job.output)?;
         let last = self.done.last();
         Ok(Summary {
@@ -425,10 +426,7 @@ impl<'a> Rank<'a> {
             Precision::Bf16 => Kind::BF16,
         };
         let whole = |unit: usize| -> Result<Vec<f32>> {
-            let flat = match self.world.size() {
-                1 => self.shards.owned[unit].clone(),
-                _ => self.world.all_gather(self.shards.owned[unit].clone())?,
-            };
+            let flat = self.world.all_gather(self.shards.owned[unit].clone())?;
             let length = self.shards.units[unit].length;
             Ok(if self.world.rank() == 0 {
                 flat.into_data().iter::<f32>().take(length).collect()

@@ -87,14 +87,7 @@ impl Engine {
         if self.checked.lock().expect("no panic while held").contains(&url) {
             return Ok(());
         }
-        match file.read(folder).await {
-            Err(Error::Corrupt { .. }) => {
-                folder.join(&file.name).delete().await?;
-                folder.join("manifest.json").delete().await?;
-                return Err(Error::Withdrawn { url });
-            }
-            read => drop(read?),
-        }
+        file.check(folder).await?;
         self.checked.lock().expect("no panic while held").insert(url);
         Ok(())
     }

@@ -171,14 +171,8 @@ impl Run {
         Ok(())
     }
 
-    /// The output of a stage: found by the hash of its ingredients, or else computed and published.
-    pub async fn obtain(
-        &self,
-        stage: Stage,
-        mut ingredients: Ingredients,
-        compute: impl AsyncFnOnce(&Draft) -> Result<Output>,
-    ) -> Result<Published> {
-        let started = Instant::now();
+    /// The key of a stage's output and its folder; adds the stage's checks to its ingredients.
+    pub fn place(&self, stage: Stage, ingredients: &mut Ingredients) -> Result<(String, Location)> {
         // another check is another stage: what is there has not passed it
         let mut checks = vec![];
         for file in self.files.checks(stage.name())? {
@@ -189,8 +183,20 @@ impl Run {
         if !checks.is_empty() {
             ingredients.insert("checks".into(), serde_json::json!(checks));
         }
-        let key = stage::key(stage.name(), &ingredients);
+        let key = stage::key(stage.name(), ingredients);
         let folder = self.output.join("stages").join(stage.name()).join(&key);
+        Ok((key, folder))
+    }
+
+    /// The output of a stage: found by the hash of its ingredients, or else computed and published.
+    pub async fn obtain(
+        &self,
+        stage: Stage,
+        mut ingredients: Ingredients,
+        compute: impl AsyncFnOnce(&Draft) -> Result<Output>,
+    ) -> Result<Published> {
+        let started = Instant::now();
+        let (key, folder) = self.place(stage, &mut ingredients)?;
         let again = matches!(self.goal, Goal::Compute { from: Some(from) } if stage >= from);
         let found = stage::find(&folder).await?;
         let (manifest, cached) = match (found, self.goal) {

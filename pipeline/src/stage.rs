@@ -178,6 +178,21 @@ impl File {
         }
     }
 
+    /// Reads the file, for a consumer that can't check what it reads.
+    ///
+    /// # Errors
+    /// [`Error::Withdrawn`] where it is not what its manifest says: the output it is of is none any more.
+    pub async fn check(&self, folder: &Location) -> Result<()> {
+        match self.read(folder).await {
+            Err(Error::Corrupt { url, .. }) => {
+                folder.join(&self.name).delete().await?;
+                folder.join("manifest.json").delete().await?;
+                Err(Error::Withdrawn { url })
+            }
+            read => read.map(drop),
+        }
+    }
+
     /// The file's bytes, checked against its digest.
     pub async fn read(&self, folder: &Location) -> Result<bytes::Bytes> {
         let at = folder.join(&self.name);
@@ -215,24 +230,6 @@ pub async fn find(folder: &Location) -> Result<Option<Manifest>> {
         }
     }
     Ok(Some(manifest))
-}
-
-/// Reads every file of an output that was there already, for a consumer that can't check what it reads. Where one is
-/// broken, the output is withdrawn and false returned.
-pub async fn sound(published: &Published) -> Result<bool> {
-    for file in published.manifest.tables.values().flat_map(|table| &table.files) {
-        match file.read(&published.folder).await {
-            Ok(_) => {}
-            Err(Error::Corrupt { url, .. }) => {
-                tracing::warn!("{url} is broken; stage {} is computed again", published.manifest.stage);
-                published.folder.join(&file.name).delete().await?;
-                published.folder.join("manifest.json").delete().await?;
-                return Ok(false);
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(true)
 }
 
 /// Publishes a finished output. Where another run was first, both must have computed the same.

@@ -1,8 +1,42 @@
 //! Kills, damage, and runs beside each other.
 
+use std::path::Path;
 use std::time::Duration;
 
 use crate::bench::{Bench, packed, said, tree};
+
+/// Changes the bytes of a file, in a new one: a disk's error would not follow hard links.
+fn rewrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    let mut bytes = std::fs::read(path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    change(&mut bytes);
+    std::fs::write(path, bytes).unwrap();
+}
+
+fn flip(bytes: &mut [u8]) {
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+}
+
+fn cut(bytes: &mut Vec<u8>) {
+    bytes.truncate(bytes.len() / 2);
+}
+
+/// A small training, for `--set`.
+fn train(settings: &str) -> String {
+    let shape = "{ hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }";
+    format!("train={{ shape = {shape}, {settings} }}")
+}
+
+/// The steps of a run's training, and their losses.
+fn losses(run: &Path) -> Vec<(u64, f64)> {
+    let lines = std::fs::read_to_string(run.join("checkpoint/metrics.jsonl")).unwrap();
+    let step = |line: &str| {
+        let step: serde_json::Value = serde_json::from_str(line).unwrap();
+        (step["step"].as_u64().unwrap(), step["loss"].as_f64().unwrap())
+    };
+    lines.lines().map(step).collect()
+}
 
 /// Kills runs at moments spread over their duration, then lets one finish.
 fn kills(seed: u64, count: u32) {
@@ -42,20 +76,11 @@ fn twenty_kills_leave_the_same_bytes() {
 #[test]
 fn sigterm_is_a_stop_that_goes_on() {
     let bench = Bench::new(3);
-    let train = |steps: u32| {
-        format!(
-            "train={{ steps = {steps}, ranks = 2, shape = {{ hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }} }}"
-        )
-    };
-    let losses = |run: &std::path::Path| -> Vec<String> {
-        let lines = std::fs::read_to_string(run.join("checkpoint/metrics.jsonl")).unwrap();
-        let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].to_string();
-        lines.lines().map(loss).collect()
-    };
+    let train = train("steps = 300, ranks = 2");
     let undisturbed = Bench::new(3);
-    let want = losses(&undisturbed.run(&["--set", &train(300)]));
+    let want = losses(&undisturbed.run(&["--set", &train]));
 
-    let child = bench.command(&["run", "conf.toml", "--set", &train(300)]).spawn().unwrap();
+    let child = bench.command(&["run", "conf.toml", "--set", &train]).spawn().unwrap();
     // it is training once the packed files are there
     while !tree(&bench.path("out/stages/pack")).iter().any(|path| path.ends_with("manifest.json")) {
         std::thread::sleep(Duration::from_millis(20));
@@ -69,7 +94,7 @@ fn sigterm_is_a_stop_that_goes_on() {
         assert!(tree(&bench.path("out/stages/train")).iter().any(saved));
     }
 
-    let run = bench.run(&["--set", &train(300)]);
+    let run = bench.run(&["--set", &train]);
     assert_eq!(losses(&run), want);
     assert!(!tree(&bench.path("out/stages/train")).iter().any(saved), "a finished training leaves none");
     assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
@@ -77,37 +102,28 @@ fn sigterm_is_a_stop_that_goes_on() {
 
 #[test]
 fn a_killed_training_goes_on_from_its_last_checkpoint_with_the_same_losses() {
-    let train = "train={ steps = 60, checkpoint_every = 3, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
-    let steps = |run: &std::path::Path| -> Vec<(u64, f64)> {
-        let lines = std::fs::read_to_string(run.join("checkpoint/metrics.jsonl")).unwrap();
-        let step = |line: &str| {
-            let step: serde_json::Value = serde_json::from_str(line).unwrap();
-            (step["step"].as_u64().unwrap(), step["loss"].as_f64().unwrap())
-        };
-        lines.lines().map(step).collect()
-    };
+    let train = train("steps = 60, checkpoint_every = 3");
     let undisturbed = Bench::new(3);
     undisturbed.run(&[]);
     let started = std::time::Instant::now();
-    let want = steps(&undisturbed.run(&["--set", train]));
+    let want = losses(&undisturbed.run(&["--set", &train]));
     let training = started.elapsed();
     let bench = Bench::new(3);
     bench.run(&[]);
     for i in 0..10u32 {
-        let mut child = bench.command(&["train", "conf.toml", "--set", train]).spawn().unwrap();
+        let mut child = bench.command(&["train", "conf.toml", "--set", &train]).spawn().unwrap();
         std::thread::sleep(training.mul_f64(f64::from(3 + (i * 5) % 7) / 12.0));
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    assert_eq!(steps(&bench.run(&["--set", train])), want);
+    assert_eq!(losses(&bench.run(&["--set", &train])), want);
 }
 
 #[test]
 fn processes_without_libtorch_say_what_they_need() {
     let bench = Bench::new(3);
-    let train =
-        "train={ steps = 3, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
-    let said = bench.say(&["train", "conf.toml", "--set", train, "--nproc", "2"]);
+    let train = train("steps = 3");
+    let said = bench.say(&["train", "conf.toml", "--set", &train, "--nproc", "2"]);
     assert!(said.code == 6 && said.err.contains("build with --features libtorch"), "{said:?}");
     let said = bench.say(&["train", "conf.toml"]);
     assert!(said.code == 3 && said.err.contains("the conf has no [train] table"), "{said:?}");
@@ -116,9 +132,8 @@ fn processes_without_libtorch_say_what_they_need() {
 #[test]
 fn a_checkpoint_goes_on_with_a_text() {
     let bench = Bench::new(3);
-    let train =
-        "train={ steps = 3, shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 } }";
-    let run = bench.run(&["--set", train]);
+    let train = train("steps = 3");
+    let run = bench.run(&["--set", &train]);
     let checkpoint = run.join("checkpoint");
     let ask = |more: &[&str]| {
         let mut all = vec!["generate", checkpoint.to_str().unwrap(), "--prompt", "the sea", "--tokens", "5"];
@@ -161,16 +176,7 @@ fn a_damaged_file_is_found_by_verify_and_computed_again_by_run() {
             text.contains(name) && (text.ends_with(".parquet") || text.ends_with(".bin"))
         };
         let path = files.iter().find(mine).unwrap_or_else(|| panic!("no {name}"));
-        let mut bytes = std::fs::read(path).unwrap();
-        if name == "drawn-00000" {
-            bytes.truncate(bytes.len() / 2);
-        } else {
-            let middle = bytes.len() / 2;
-            bytes[middle] ^= 1;
-        }
-        // a new file, as a disk's error would not follow hard links
-        std::fs::remove_file(path).unwrap();
-        std::fs::write(path, bytes).unwrap();
+        rewrite(path, |bytes| if name == "drawn-00000" { cut(bytes) } else { flip(bytes) });
         let verdict = bench.say(&["verify", &url]);
         assert_eq!(verdict.code, 5, "{name}: {verdict:?}");
         let shown = path.file_name().unwrap().to_string_lossy();
@@ -205,16 +211,10 @@ fn every_file_flipped_cut_short_or_gone_is_computed_again() {
     for file in files {
         for harm in ["flipped", "cut", "gone"] {
             copy(&sound, &bench);
-            let mut bytes = std::fs::read(&file).unwrap();
-            std::fs::remove_file(&file).unwrap();
-            let middle = bytes.len() / 2;
             match harm {
-                "flipped" => bytes[middle] ^= 1,
-                "cut" => bytes.truncate(middle),
-                _ => {}
-            }
-            if harm != "gone" {
-                std::fs::write(&file, bytes).unwrap();
+                "flipped" => rewrite(&file, |bytes| flip(bytes)),
+                "cut" => rewrite(&file, cut),
+                _ => std::fs::remove_file(&file).unwrap(),
             }
             bench.say(&["verify", &url]);
             assert!(packed(&bench.run(&[])) == want, "{harm}: {}", file.display());
@@ -255,12 +255,7 @@ fn what_rotted_between_two_runs_is_computed_again_before_anything_is_made_of_it(
     for part in ["documents-", "catalog-00000.parquet", "domains-00000.parquet"] {
         let bench = Bench::new(9);
         bench.run(&[]);
-        let file = file_of(&bench, part);
-        let mut bytes = std::fs::read(&file).unwrap();
-        let middle = bytes.len() / 2;
-        bytes[middle] ^= 1;
-        std::fs::remove_file(&file).unwrap();
-        std::fs::write(&file, bytes).unwrap();
+        rewrite(&file_of(&bench, part), |bytes| flip(bytes));
         let run = bench.run(&sets);
         assert!(packed(&run) == want, "{part}");
         let verdict = bench.say(&["verify", run.to_str().unwrap()]);

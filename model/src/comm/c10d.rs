@@ -15,7 +15,7 @@ use burn::backend::libtorch::TchTensor;
 use burn::tensor::Tensor;
 use tch::{Kind, Tensor as Torch};
 
-use super::{Comm, Pending, Place};
+use super::{Comm, Pending, Place, caught};
 use crate::device::Name;
 use crate::{Error, Result};
 
@@ -237,13 +237,7 @@ impl Processes {
         let world = self.group("world", 0, self.place.size)?;
         let first = self.place.rank / sequence_ranks * sequence_ranks;
         let sequence = self.group("sequence", first, sequence_ranks)?;
-        let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&world, &sequence)));
-        let result = worked.unwrap_or_else(|panic| {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-            Err(Error::Rank { rank: self.place.rank, message: format!("it panicked: {text}") })
-        });
-        match result {
+        match caught(self.place.rank, || work(&world, &sequence)) {
             Ok(value) => world.barrier().map(|()| value),
             // all come to the same step
             Err(stopped @ Error::Stopped(_)) => Err(stopped),

@@ -83,12 +83,24 @@ impl Place {
     }
 }
 
+/// A rank that waits for longer than this for another one says so and fails.
+pub const PATIENCE: Duration = Duration::from_secs(600);
+
+/// What `work` returns; a panic in it is the rank's failure.
+fn caught<T>(rank: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    worked.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        Err(Error::Rank { rank, message: format!("it panicked: {text}") })
+    })
+}
+
 /// Runs `work` as the one rank that this process is.
 #[cfg_attr(not(feature = "libtorch"), allow(unused_variables))]
 pub fn process<T>(
     place: Place,
     conf: &TrainConf,
-    patience: Duration,
     work: impl FnOnce(&dyn Comm, &dyn Comm) -> Result<T>,
 ) -> Result<T> {
     let size = place.size;
@@ -106,7 +118,7 @@ pub fn process<T>(
     {
         let names = conf.names()?;
         let device = names[place.local % names.len()];
-        c10d::Processes::open(place, device, patience)?.run(sequence_ranks, work)
+        c10d::Processes::open(place, device, PATIENCE)?.run(sequence_ranks, work)
     }
     #[cfg(not(feature = "libtorch"))]
     Err(Error::Rank {

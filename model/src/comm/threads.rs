@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Tensor;
 
-use super::{Comm, Pending};
+use super::{Comm, Pending, caught};
 use crate::{Error, Result};
 
 type Message = Vec<Tensor<1>>;
@@ -116,10 +116,16 @@ impl Comm for Threads {
     }
 
     fn all_gather(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
+        if self.size() == 1 {
+            return Ok(tensor);
+        }
         Ok(Tensor::cat(self.swap(vec![tensor; self.size()], "all-gather")?, 0))
     }
 
     fn reduce_scatter(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
+        if self.size() == 1 {
+            return Ok(tensor);
+        }
         let part = tensor.dims()[0] / self.size();
         let parts = (0..self.size()).map(|to| tensor.clone().narrow(0, to * part, part)).collect();
         Ok(sum(self.swap(parts, "reduce-scatter")?))
@@ -162,13 +168,7 @@ pub fn run<T: Send>(
     let results: Vec<Result<T>> = std::thread::scope(|scope| {
         let rank = |(world, sequence): (Threads, Threads)| {
             scope.spawn(move || {
-                let worked =
-                    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&world, &sequence)));
-                let result = worked.unwrap_or_else(|panic| {
-                    let text = panic.downcast_ref::<String>().map(String::as_str);
-                    let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-                    Err(Error::Rank { rank: world.rank, message: format!("it panicked: {text}") })
-                });
+                let result = caught(world.rank, || work(&world, &sequence));
                 if let Err(error) = &result {
                     world.fail(&error.to_string());
                 }

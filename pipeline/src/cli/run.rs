@@ -4,6 +4,8 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use clap::Args;
+#[cfg(feature = "train")]
+use lengthwise_model::comm::Place;
 use serde_json::json;
 
 use super::{ConfArguments, print, until_stopped};
@@ -40,7 +42,7 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
     #[cfg(feature = "train")]
     if crate::stages::train::follows()? {
         let run = arguments.conf.open(Goal::Look)?;
-        return until_stopped(&run, follow(&run)).await;
+        return until_stopped(&run, follow(&run, arguments.until)).await;
     }
     let run = arguments.conf.open(Goal::Compute { from: arguments.from })?;
     let started = jiff::Timestamp::now();
@@ -68,8 +70,9 @@ pub async fn train(arguments: TrainArguments) -> Result<()> {
         return Err(Error::data("the conf has no [train] table", "add one, or use `lengthwise run`"));
     }
     match arguments.nproc {
-        Some(size) => processes(&run, usize::from(size)).await,
-        None => main(arguments.run).await,
+        // what it starts is this same command, which then knows its place
+        Some(size) if Place::of_this_process()?.is_none() => processes(&run, usize::from(size)).await,
+        _ => main(arguments.run).await,
     }
 }
 
@@ -83,16 +86,10 @@ async fn processes(run: &Run, size: usize) -> Result<()> {
     let program = std::env::current_exe().map_err(io("cannot find this program"))?;
     let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
     let port = port.map_err(io("cannot find a free port"))?.port().to_string();
-    // all but --nproc and what belongs to it
-    let mut own: Vec<String> = std::env::args().skip(1).collect();
-    if let Some(at) = own.iter().position(|argument| argument == "--nproc") {
-        own.drain(at..(at + 2).min(own.len()));
-    }
-    own.retain(|argument| !argument.starts_with("--nproc="));
     let mut children = vec![];
     for rank in 0..size {
         let mut command = std::process::Command::new(&program);
-        command.args(&own);
+        command.args(std::env::args_os().skip(1));
         for (name, value) in [
             ("MASTER_ADDR", "127.0.0.1".to_owned()),
             ("MASTER_PORT", port.clone()),
@@ -136,9 +133,9 @@ async fn processes(run: &Run, size: usize) -> Result<()> {
 
 /// As a rank that is not the first: waits for what the first one packs, and trains along.
 #[cfg(feature = "train")]
-async fn follow(run: &Run) -> Result<()> {
+async fn follow(run: &Run, until: Option<Stage>) -> Result<()> {
     loop {
-        match Flow::default().go(run, None).await {
+        match Flow::default().go(run, until).await {
             Err(Error::Absent { .. }) => tokio::time::sleep(Duration::from_secs(1)).await,
             gone => return gone,
         }

@@ -26,7 +26,7 @@ use super::tokens::Tokens;
 use crate::engine::{put_file, query, scan, stream};
 use crate::hash::{RowDigest, hex};
 use crate::run::{Run, Stage, ingredients};
-use crate::stage::{self, File, Output, Published, Table};
+use crate::stage::{File, Output, Published, Table};
 use crate::stages::tokenizer::Tokenizer;
 use crate::store::Location;
 use crate::{Error, Result, tables};
@@ -288,10 +288,12 @@ pub async fn obtain(
         ("eos", json!(eos)),
     ]);
     run.obtain(Stage::Pack, list, async |draft| {
-        let mut shuffled = shuffle::obtain(run, tokens, catalog, drawn, layout).await?;
-        // ranges are read of its files, and a range has no digest
-        if shuffled.cached && !stage::sound(&shuffled).await? {
-            shuffled = shuffle::obtain(run, tokens, catalog, drawn, layout).await?;
+        let shuffled = shuffle::obtain(run, tokens, catalog, drawn, layout).await?;
+        if shuffled.cached {
+            // ranges are read of its files, and a range has no digest
+            for file in shuffled.manifest.tables.values().flat_map(|table| &table.files) {
+                file.check(&shuffled.folder).await?;
+            }
         }
         let packing = Packing {
             sequence_tokens: layout.sequence_tokens,

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use lengthwise_model::comm::Place;
 use lengthwise_model::plan::Plan;
+use lengthwise_model::train::config_of;
 use lengthwise_model::{Location as Folder, Step as Metrics, TrainConf, TrainJob, checkpoint_parts};
 use serde_json::json;
 
@@ -68,8 +69,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     };
     if follows()? {
         // the first rank publishes; this one computes along, unless there is nothing to compute
-        let key = stage::key(Stage::Train.name(), &list);
-        let at = run.output.join("stages").join(Stage::Train.name()).join(&key);
+        let (_, at) = run.place(Stage::Train, &mut list.clone())?;
         if stage::find(&at).await?.is_none() {
             train(run, &job_in(&at), &mut |_| {}).await?;
         }
@@ -128,25 +128,12 @@ pub async fn plan(run: &Run) -> Result<Option<Plan>> {
     let vocab_size = match (&run.conf.tokenizer.train, &run.conf.tokenizer.url) {
         _ if checkpoint.is_some() => 0,
         (Some(train), _) => train.vocab as usize,
-        (None, Some(_) | None) => super::tokenizer::obtain(run).await?.loaded.vocab_size(),
+        (None, _) => super::tokenizer::obtain(run).await?.loaded.vocab_size(),
     };
     let sequence_tokens = run.conf.pack.sequence_tokens.0 as usize;
-    let nowhere = folder(&run.output);
-    let job = TrainJob {
-        conf,
-        dataset: nowhere.clone(),
-        dataset_digest: String::new(),
-        checkpoint: checkpoint.as_ref().map(folder),
-        output: nowhere.clone(),
-        checkpoints: nowhere,
-        vocab_size,
-        sequence_tokens,
-        bos: None,
-        eos: None,
-        tokenizer: None,
-    };
-    let config = lengthwise_model::train::config_of(&job).await?;
-    Ok(Some(Plan::new(&job.conf, &config, sequence_tokens)))
+    let checkpoint = checkpoint.as_ref().map(folder);
+    let config = config_of(&conf, checkpoint.as_ref(), vocab_size, sequence_tokens).await?;
+    Ok(Some(Plan::new(&conf, &config, sequence_tokens)))
 }
 
 /// What a step's progress line says.
