@@ -18,12 +18,17 @@ wheels=$(mktemp -d "$dir/wheels.XXXX")
 trap 'rm -rf "$wheels"' EXIT
 fetch() {
     python3 -m pip download --quiet --dest "$wheels" --only-binary=:all: --python-version 3.11 \
-        --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 "$@" >&2
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 \
+        --platform manylinux2010_x86_64 "$@" >&2
 }
 # Of the CPU's build no symbol of the CUDA libraries is used, but libtorch_cpu.so names these two.
 case $cuda in
 '') fetch --no-deps torch==2.9.0 nvidia-cuda-runtime-cu12==12.8.90 nvidia-cuda-cupti-cu12==12.8.90 ;;
---cuda) fetch torch==2.9.0 ;;
+# The headers of CUDA's runtime include its compiler's and its C++ library's.
+--cuda)
+    fetch torch==2.9.0
+    fetch --no-deps nvidia-cuda-nvcc-cu12==12.8.93 nvidia-cuda-cccl-cu12==12.8.90
+    ;;
 *) echo "unknown option $cuda" >&2; exit 2 ;;
 esac
 mkdir -p "$dir/lib"

@@ -1,7 +1,9 @@
 """The same training step as step_speed.rs in PyTorch: transformers' Llama with SDPA, and one written by hand.
 
     pip install torch==2.9.0 transformers==4.57.3
-    python step_speed.py SEQUENCE_TOKENS f32|bf16 [--checkpointing]
+    python step_speed.py transformers|by-hand SEQUENCE_TOKENS f32|bf16 [--checkpointing] [--steps N]
+
+Prints a line of JSON: the median step, and the most memory above that of the process without the model.
 """
 
 import json
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-length, dtype = int(sys.argv[1]), {"f32": torch.float32, "bf16": torch.bfloat16}[sys.argv[2]]
+name, length, dtype = sys.argv[1], int(sys.argv[2]), {"f32": torch.float32, "bf16": torch.bfloat16}[sys.argv[3]]
 checkpointing = "--checkpointing" in sys.argv
 D, LAYERS, HEADS, KV, FF, VOCAB = 256, 4, 8, 4, 688, 2048
 HD = D // HEADS
@@ -69,6 +71,11 @@ class ByHand(torch.nn.Module):
         return self.head(self.norm(x))
 
 
+def memory(what):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(what))
+
+
 def step_of(model, logits):
     # f32 parameters; bf16 by autocast of copies, as mixed-precision training does it
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
@@ -90,19 +97,33 @@ config = LlamaConfig(
     vocab_size=VOCAB, hidden_size=D, intermediate_size=FF, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
     num_key_value_heads=KV, rms_norm_eps=1e-5, max_position_embeddings=length, attn_implementation="sdpa", use_cache=False,
 )
-theirs = LlamaForCausalLM(config)
-if checkpointing:
-    theirs.gradient_checkpointing_enable({"use_reentrant": False})
-    theirs.train()
-for name, model, logits in [
-    ("transformers", theirs, lambda m, i: m(i).logits),
-    ("by hand", ByHand(), lambda m, i: m(i)),
-]:
-    step = step_of(model, logits)
-    times = []
-    for _ in range(int(sys.argv[sys.argv.index("--steps") + 1]) if "--steps" in sys.argv else 5):
-        started = time.time()
-        step()
-        times.append(time.time() - started)
-    median = sorted(times[1:])[len(times[1:]) // 2]
-    print(json.dumps({"model": name, "tokens": length, "checkpointing": checkpointing, "seconds": round(median, 3), "threads": torch.get_num_threads()}))
+steps = int(sys.argv[sys.argv.index("--steps") + 1]) if "--steps" in sys.argv else 5
+
+
+def transformers():
+    model = LlamaForCausalLM(config)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    return step_of(model, lambda m, i: m(i).logits)
+
+
+def by_hand():
+    return step_of(ByHand(), lambda m, i: m(i))
+
+
+before = memory("VmRSS:")
+with open("/proc/self/clear_refs", "w") as clear:
+    clear.write("5")
+step = {"transformers": transformers, "by-hand": by_hand}[name]()
+times = []
+for _ in range(steps):
+    started = time.time()
+    step()
+    times.append(time.time() - started)
+# the first one warms up
+measured = sorted(times[1:] or times)
+print(json.dumps({
+    "model": name, "tokens": length, "checkpointing": checkpointing, "threads": torch.get_num_threads(),
+    "seconds": round(measured[len(measured) // 2], 3), "megabytes": (memory("VmHWM:") - before) // 1_000_000,
+}))

@@ -3,7 +3,7 @@
 //!     cargo run --release --features libtorch --example step_speed -- DEVICE SEQUENCE_TOKENS f32|bf16 [--keep] [--ranks N] [--steps N]
 //!
 //! `--keep` is recompute = false. Prints a line of JSON: the median step, and the most memory above that of the process
-//! before the first step.
+//! without a model, of all ranks together, beside what `lengthwise plan` says.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use lengthwise_model::comm::threads;
 use lengthwise_model::config::Config;
 use lengthwise_model::device::Name;
 use lengthwise_model::optim::{AdamW, norm};
+use lengthwise_model::plan::Plan;
 use lengthwise_model::ring::Sharding;
 use lengthwise_model::rope::Rope;
 use lengthwise_model::shards::{Shards, Unit};
@@ -21,9 +22,7 @@ use serde_json::json;
 
 /// The most memory since the last call, in bytes.
 fn peak() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap_or("VmHWM: 0 kB");
-    let peak = line.split_whitespace().nth(1).and_then(|kb| kb.parse::<u64>().ok()).unwrap_or(0) * 1024;
+    let peak = device::peak().unwrap_or(0);
     let _ = std::fs::write("/proc/self/clear_refs", "5");
     peak
 }
@@ -46,7 +45,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }))?;
     let ids: Vec<i32> = (0..length as i64).map(|i| ((i * i * 31 + i * 7) % 2048) as i32).collect();
     let results = threads::run(ranks, ranks, Duration::from_secs(3600), |world, sequence| {
-        let device = name.open();
+        let device = name.open()?;
+        world.barrier()?;
+        let before = if world.rank() == 0 { device::resident().unwrap_or(0) } else { 0 };
+        if world.rank() == 0 {
+            peak();
+        }
         let units = Unit::all(&config);
         let read = |i: usize, range| Ok(checkpoint::fresh(&units, i, range, 1));
         let mut shards = Shards::new(units.clone(), world, &device, read)?;
@@ -56,7 +60,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             world,
             sequence,
             device: device.clone(),
-            kernel: name.kernel(precision),
+            kernel: name.kernel(precision, config.head_dim()),
             precision,
             recompute,
             offload: None,
@@ -65,11 +69,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let rope = Rope::new(&config, &sharding.positions(), length, &device, precision)?;
         let own = sharding.take(&ids, 0);
         let rows = Rows { targets: own.clone(), ids: own, sharding, rope };
-        world.barrier()?;
-        let before = if world.rank() == 0 { device::resident().unwrap_or(0) } else { 0 };
-        if world.rank() == 0 {
-            peak();
-        }
         let mut seconds = vec![];
         for _ in 0..steps {
             world.barrier()?;
@@ -91,10 +90,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
+    let conf = serde_json::from_value(json!({
+        "ranks": ranks, "recompute": recompute, "precision": if precision == FloatDType::BF16 { "bf16" } else { "f32" },
+    }))?;
+    let planned = Plan::new(&conf, &config, length).total * ranks as u64;
     println!(
         "{}",
         json!({ "tokens": length, "ranks": ranks, "recompute": recompute, "seconds": median,
-            "tokens_per_second": length as f64 / median, "megabytes": memory / 1_000_000 })
+            "tokens_per_second": length as f64 / median, "megabytes": memory / 1_000_000,
+            "planned_megabytes": planned / 1_000_000 })
     );
     Ok(())
 }

@@ -16,10 +16,8 @@ use crate::shards::Shards;
 /// A position without loss.
 pub const NO_TARGET: i32 = -100;
 
-/// The logits of so many rows are computed at a time: 64 MB of them.
-pub fn rows_of_logits(config: &Config) -> usize {
-    ((1 << 24) / config.vocab_size).max(64)
-}
+/// The logits of so many rows are computed at a time: 65 MB of them for LLaMA's vocabulary.
+pub const LOGIT_ROWS: usize = 512;
 
 /// What a rank computes with.
 pub struct Machine<'a> {
@@ -55,7 +53,7 @@ struct Saved {
     insides: Option<([Tensor<3>; 3], Pre, Post)>,
 }
 
-fn ids(values: &[i32], device: &Device) -> Tensor<1, Int> {
+pub(crate) fn ids(values: &[i32], device: &Device) -> Tensor<1, Int> {
     let values: Vec<i64> = values.iter().map(|v| i64::from(*v)).collect();
     let length = values.len();
     Tensor::from_data(TensorData::new(values, [length]), device)
@@ -88,23 +86,6 @@ impl Machine<'_> {
             None => shards.gather(self.world, 0, self.precision)?.swap_remove(0),
         };
         Ok([norm, head])
-    }
-
-    /// Logits `[rows, vocab]` of some of this rank's rows, in f32; `None` of none.
-    pub fn logits(&self, shards: &Shards, rows: &Rows, of: &[usize]) -> Result<Option<Tensor<2>>> {
-        let mut x = self.embed(shards, ids(&rows.ids, &self.device))?;
-        for i in 0..self.config.num_hidden_layers {
-            let layer = self.layer(shards, i)?;
-            let (qkv, _) = llama::pre(&self.config, &layer, &x, &rows.rope);
-            let (out, _) = ring::forward(self.sequence, self.kernel, &rows.sharding, &qkv)?;
-            x = llama::post(&layer, &llama::post_saved(&self.config, &layer, &x, &out));
-        }
-        let [norm, head] = self.head(shards)?;
-        if of.is_empty() {
-            return Ok(None);
-        }
-        let of: Vec<i32> = of.iter().map(|row| *row as i32).collect();
-        Ok(Some(llama::logits(&self.config, &norm, &head, &x.select(0, ids(&of, &self.device)))))
     }
 
     /// The loss at each of this rank's rows; adds this rank's part of the gradients of `scale` × the sequence's summed loss
@@ -175,15 +156,14 @@ impl Machine<'_> {
         targets: &[i32],
         scale: f64,
     ) -> (Vec<f32>, Tensor<2>, Tensor<2>, Tensor<2>) {
-        let slice = rows_of_logits(&self.config);
         let (mut losses, mut dx, mut sums) = (vec![], vec![], None);
-        for (i, targets) in targets.chunks(slice).enumerate() {
+        for (i, targets) in targets.chunks(LOGIT_ROWS).enumerate() {
             let n = targets.len();
             let counts: Vec<f32> = targets.iter().map(|t| if *t == NO_TARGET { 0.0 } else { 1.0 }).collect();
             let counts = wide(Tensor::<2>::from_data(TensorData::new(counts, [n, 1]), &self.device));
             let wanted: Vec<i32> = targets.iter().map(|t| (*t).max(0)).collect();
             let wanted = ids(&wanted, &self.device).reshape([n, 1]);
-            let part = x.clone().narrow(0, i * slice, n);
+            let part = x.clone().narrow(0, i * LOGIT_ROWS, n);
             let loss = llama::loss(&self.config, norm, head, &part, wanted, counts, scale);
             let Loss { losses: some, dx: dpart, dnorm, dhead } = loss;
             losses.push(some);
@@ -248,7 +228,7 @@ mod tests {
     fn sharded(case: &Case, how: How) -> (f64, Vec<(String, Vec<f64>)>) {
         let patience = Duration::from_secs(60);
         let ranks = threads::run(how.ranks, how.ranks, patience, |world, sequence| {
-            let device = how.device.open();
+            let device = how.device.open()?;
             let units = Unit::all(&case.config);
             let read = |i: usize, range: std::ops::Range<usize>| Ok(case.units[i][range].to_vec());
             let shards = Shards::new(units, world, &device, read)?;
@@ -266,7 +246,7 @@ mod tests {
                 config: case.config.clone(),
                 world,
                 sequence,
-                kernel: how.device.kernel(how.precision),
+                kernel: how.device.kernel(how.precision, case.config.head_dim()),
                 device,
                 precision: how.precision,
                 recompute: how.recompute,
@@ -338,6 +318,65 @@ mod tests {
                     );
                     let (error, name) = worst(&gradients, &want.gradients);
                     assert!(error <= 1e-5, "{name} of {length} masked {masked}: {error:e} {how:?}");
+                }
+            }
+        }
+    }
+
+    /// Training's own forward, round the ring, against the logits that transformers wrote.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn losses_are_those_of_transformers_with_each_scaling_on_any_ranks() {
+        for scaling in ["default", "linear", "dynamic", "yarn", "llama3"] {
+            let at = crate::decoder::tests::fixture(scaling);
+            let (ids, logits) = crate::decoder::tests::expected(&at).await;
+            let checkpoint = crate::checkpoint::Checkpoint::open(&at).await.unwrap();
+            let config = &checkpoint.config;
+            let wait = tokio::runtime::Handle::current();
+            let mut targets = vec![NO_TARGET; 80];
+            targets[64..79].copy_from_slice(&ids[65..]);
+            let largest = logits.iter().fold(0f32, |most, w| most.max(w.abs()));
+            for device in Name::anywhere() {
+                for ranks in [1, 2, 3, 4] {
+                    let losses = tokio::task::block_in_place(|| {
+                        threads::run(ranks, ranks, Duration::from_secs(60), |world, sequence| {
+                            let units = Unit::all(config);
+                            let read = |i: usize, range| wait.block_on(checkpoint.read(&units[i], range));
+                            let shards = Shards::new(units.clone(), world, &device.open()?, read)?;
+                            let machine = Machine {
+                                config: config.clone(),
+                                world,
+                                sequence,
+                                kernel: device.kernel(FloatDType::F32, config.head_dim()),
+                                device: device.open()?,
+                                precision: FloatDType::F32,
+                                recompute: true,
+                                offload: None,
+                            };
+                            let sharding = Sharding::new(sequence.rank(), ranks, 80, None);
+                            let positions = sharding.positions();
+                            let rope = Rope::new(config, &positions, 80, &machine.device, machine.precision)?;
+                            let (ids, targets) = (sharding.take(&ids, 0), sharding.take(&targets, NO_TARGET));
+                            let rows = Rows { ids, targets, sharding, rope };
+                            let mut sums: Vec<Option<Tensor<1>>> = units.iter().map(|_| None).collect();
+                            let losses = machine.backprop(&shards, &rows, 1.0, &mut sums)?;
+                            Ok(rows.sharding.places().zip(losses).collect::<Vec<_>>())
+                        })
+                    });
+                    let mut seen = 0;
+                    for (place, loss) in losses.unwrap().concat() {
+                        if !(64..79).contains(&place) {
+                            continue;
+                        }
+                        let row = &logits[(place - 64) * 64..(place - 63) * 64];
+                        let sum: f64 = row.iter().map(|l| f64::from(*l).exp()).sum();
+                        let want = (sum.ln() - f64::from(row[ids[place + 1] as usize])) as f32;
+                        assert!(
+                            (loss - want).abs() <= 2e-5 * largest,
+                            "{scaling} {device:?} {ranks}: {loss} {want}"
+                        );
+                        seen += 1;
+                    }
+                    assert_eq!(seen, 15);
                 }
             }
         }

@@ -54,9 +54,12 @@ pub async fn config(folder: &Location) -> Result<Config> {
         let kind = &config["model_type"];
         return Err(wrong(folder, format!("config.json is of a {kind} model; llama is supported")));
     }
-    for (key, needed) in
-        [("hidden_act", json!("silu")), ("attention_bias", json!(false)), ("mlp_bias", json!(false))]
-    {
+    for (key, needed) in [
+        ("hidden_act", json!("silu")),
+        ("attention_bias", json!(false)),
+        ("mlp_bias", json!(false)),
+        ("partial_rotary_factor", json!(1.0)),
+    ] {
         if !config[key].is_null() && config[key] != needed {
             let value = &config[key];
             return Err(wrong(folder, format!("config.json: {key} is {value}; {needed} is supported")));
@@ -102,7 +105,8 @@ impl Checkpoint {
                     }
                     continue;
                 };
-                if entry.shape != shape && entry.shape != [shape[1]] {
+                // norms are vectors
+                if entry.shape != shape && !(shape[0] == 1 && entry.shape == [shape[1]]) {
                     problems.push(format!("{name} has shape {:?} instead of {shape:?}", entry.shape));
                 }
                 files.insert(name.clone(), i);
@@ -143,18 +147,20 @@ pub fn fresh(units: &[Unit], unit: usize, range: Range<usize>, seed: u64) -> Vec
     range.map(one).collect()
 }
 
-/// The `i`-th of normal numbers with deviation 0.02 (SplitMix64, Box–Muller).
+/// The `i`-th of numbers in [0, 1) (SplitMix64).
+pub fn uniform(seed: u64, i: u64) -> f64 {
+    let mut z = seed
+        .wrapping_mul(0xBF58_476D_1CE4_E5B9)
+        .wrapping_add(i.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// The `i`-th of normal numbers with deviation 0.02 (Box–Muller).
 fn normal(seed: u64, i: u64) -> f32 {
-    let uniform = |counter: u64| {
-        let mut z = seed
-            .wrapping_mul(0xBF58_476D_1CE4_E5B9)
-            .wrapping_add(counter.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    };
-    let radius = (-2.0 * (1.0 - uniform(2 * i)).ln()).sqrt();
-    (0.02 * radius * (std::f64::consts::TAU * uniform(2 * i + 1)).cos()) as f32
+    let radius = (-2.0 * (1.0 - uniform(seed, 2 * i)).ln()).sqrt();
+    (0.02 * radius * (std::f64::consts::TAU * uniform(seed, 2 * i + 1)).cos()) as f32
 }
 
 /// Writes a folder that `transformers` loads, the tokenizer's files beside it. `whole` gives each unit's numbers, in order.

@@ -55,10 +55,14 @@ pub struct TrainConf {
     /// Whether what forward keeps waits in the host's memory.
     #[serde(default)]
     pub offload: bool,
+    /// Whether GPUs take kernels whose sums have an order, which is slower: with them a training that was stopped has the
+    /// losses, to the last bit, of one that was not. CPUs always do.
+    #[serde(default)]
+    pub deterministic: bool,
     /// `["flex"]`, `["libtorch-cpu"]`, or `["libtorch-cuda:0", …]` with a rank each.
     #[serde(default = "default_devices")]
     pub devices: Vec<String>,
-    /// As many as devices, unless one device is shared by several.
+    /// As many as devices, unless several share one, or there are more machines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranks: Option<usize>,
     /// How many ranks share a sequence; all by default. The rest is data parallel.
@@ -111,6 +115,18 @@ pub enum Precision {
     #[default]
     F32,
     Bf16,
+}
+
+impl std::str::FromStr for Precision {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "f32" => Ok(Precision::F32),
+            "bf16" => Ok(Precision::Bf16),
+            _ => Err("there are f32 and bf16".into()),
+        }
+    }
 }
 
 impl From<Precision> for FloatDType {
@@ -237,9 +253,9 @@ impl TrainConf {
         if devices == 0 {
             return wrong(".devices is empty; name one, such as \"flex\"".into());
         }
-        if ranks == 0 || devices > 1 && ranks != devices {
+        if ranks == 0 || !ranks.is_multiple_of(devices) {
             return wrong(format!(
-                ".ranks is {ranks} with {devices} devices; several devices have a rank each"
+                ".ranks is {ranks} with {devices} devices; there have to be as many ranks on each, here or on other machines"
             ));
         }
         if self.sequence_ranks() == 0 || !ranks.is_multiple_of(self.sequence_ranks()) {
@@ -251,12 +267,29 @@ impl TrainConf {
                 ".offload is for devices with a memory of their own, such as \"libtorch-cuda:0\"".into(),
             );
         }
+        if self.offload && !self.recompute {
+            return wrong(".offload moves what is small; with it, `recompute` has to stay true".into());
+        }
         Ok(())
+    }
+
+    /// Whether this build has the devices named.
+    pub fn available(&self) -> Result<()> {
+        self.names()?.into_iter().try_for_each(|name| name.open().map(drop))
     }
 
     /// The devices named.
     pub fn names(&self) -> Result<Vec<Name>> {
         self.devices.iter().map(|name| Name::parse(name)).collect()
+    }
+
+    /// The device of a rank, by its number among those of its machine.
+    pub fn device_of(&self, local: usize) -> Result<Name> {
+        let names = self.names()?;
+        names
+            .get(local % names.len().max(1))
+            .copied()
+            .ok_or_else(|| Error::Conf("train.devices is empty".into()))
     }
 
     pub fn ranks(&self) -> usize {
@@ -290,6 +323,7 @@ impl TrainConf {
                 "sequence_ranks",
                 "recompute",
                 "offload",
+                "deterministic",
                 "checkpoint_every",
                 "peak_tflops",
                 "peak_fraction",
@@ -322,6 +356,10 @@ mod tests {
             (json!({ "devices": ["cuda:0"] }), "there is no device `cuda:0`; there are \"flex\""),
             (json!({ "devices": [] }), "train.devices is empty"),
             (json!({ "devices": ["flex", "flex"], "ranks": 3 }), "train.ranks is 3 with 2 devices"),
+            (
+                json!({ "devices": ["libtorch-cuda:0"], "offload": true, "recompute": false }),
+                "train.offload moves",
+            ),
             (json!({ "ranks": 6, "sequence_ranks": 4 }), "4, which does not divide 6 ranks"),
             (json!({ "checkpoint": "x" }), "set one of `checkpoint` and `shape`"),
             (json!({ "shape": null }), "set `checkpoint`, or `shape`"),
@@ -346,6 +384,15 @@ mod tests {
         assert_eq!(conf(json!({ "batch_tokens": "1.5K" })).batch(8_192), 1);
         let paper = conf(json!({ "batch_tokens": 4_194_304, "tokens": "5B", "steps": null }));
         assert_eq!((paper.batch(131_072), paper.steps(131_072)), (32, 1193));
+    }
+
+    #[test]
+    fn a_plan_may_name_devices_that_only_another_build_has() {
+        let gpus = conf(json!({ "devices": ["libtorch-cuda:0", "libtorch-cuda:1"], "offload": true }));
+        gpus.check().unwrap();
+        let refused = gpus.available().err().map(|e| e.to_string());
+        let lacking = "`libtorch-cuda:0` needs LibTorch, and this build is without";
+        assert_eq!(refused.is_some_and(|text| text.contains(lacking)), cfg!(not(feature = "libtorch")));
     }
 
     #[test]

@@ -85,6 +85,15 @@ impl Config {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
 
+    /// The ids that end a text.
+    pub fn ends(&self) -> Vec<i64> {
+        match &self.eos_token_id {
+            Some(Value::Array(several)) => several.iter().filter_map(Value::as_i64).collect(),
+            Some(one) => one.as_i64().into_iter().collect(),
+            None => vec![],
+        }
+    }
+
     /// The base of RoPE.
     pub fn theta(&self) -> f64 {
         let newer = self.rope_parameters.as_ref().and_then(|v| v.get("rope_theta")?.as_f64());

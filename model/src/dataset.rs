@@ -28,8 +28,18 @@ pub struct Sequence {
     pub ids: Vec<i32>,
     /// The id after each; [`NO_TARGET`] where there is none, or where it is padding.
     pub targets: Vec<i32>,
-    /// Where its documents begin, in ascending order.
-    pub starts: Vec<usize>,
+    /// Its documents, in order, and its padding: they tile it.
+    pub segments: Vec<Segment>,
+}
+
+/// A piece of a document in a sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Segment {
+    pub domain: String,
+    /// Empty where it is padding.
+    pub doc_id: String,
+    /// Places in the sequence.
+    pub range: Range<usize>,
 }
 
 /// Sequences of a folder's `*.parquet`, in the order of their names. One row group is in memory at a time.
@@ -54,9 +64,7 @@ impl Dataset {
             .await
             .map_err(|source| Error::Storage { doing: "list", path: folder.path.to_string(), source })?;
         let mut paths: Vec<Path> = listed.into_iter().map(|meta| meta.location).collect();
-        paths.retain(|path| {
-            path.filename().is_some_and(|name| name.starts_with("train-") && name.ends_with(".parquet"))
-        });
+        paths.retain(|path| path.filename().is_some_and(|name| name.ends_with(".parquet")));
         paths.sort();
         let mut new = Self {
             store: folder.store.clone(),
@@ -75,7 +83,7 @@ impl Dataset {
         }
         if new.sequences == 0 {
             let message =
-                if new.files.is_empty() { "there is no train-*.parquet" } else { "no file has a sequence" };
+                if new.files.is_empty() { "there is no *.parquet" } else { "no file has a sequence" };
             return Err(Error::Dataset { file: folder.path.to_string(), message: message.into() });
         }
         Ok(new)
@@ -166,8 +174,14 @@ fn check(schema: &arrow::datatypes::Schema) -> Result<(), String> {
     let DataType::Struct(fields) = list_of("source")? else {
         return Err("column `source` has to be a list of structs".into());
     };
-    for (name, kind) in [("doc_id", DataType::Utf8), ("start", DataType::Int32), ("end", DataType::Int32)] {
-        if fields.iter().find(|f| f.name() == name).map(|f| f.data_type()) != Some(&kind) {
+    let wanted = [
+        ("source", DataType::Utf8),
+        ("doc_id", DataType::Utf8),
+        ("start", DataType::Int32),
+        ("end", DataType::Int32),
+    ];
+    for (name, kind) in &wanted {
+        if fields.iter().find(|f| f.name() == name).map(|f| f.data_type()) != Some(kind) {
             return Err(format!("column `source` has to have `{name}` of type {kind}"));
         }
     }
@@ -194,22 +208,32 @@ fn sequence(batch: &RecordBatch, index: u64, vocab_size: usize) -> Result<Sequen
     let segments = column("source")?.as_list::<i32>().value(0);
     let segments = segments.as_struct();
     let field = |name: &str| segments.column_by_name(name).ok_or_else(|| format!("`source` has no `{name}`"));
-    let (doc_ids, starts, ends) = (field("doc_id")?.as_string::<i32>(), field("start")?, field("end")?);
-    let position =
-        |column: &dyn Array, row: usize| column.as_primitive::<Int32Type>().value(row).max(0) as usize;
-    let mut document_starts = vec![];
+    let (domains, doc_ids) = (field("source")?.as_string::<i32>(), field("doc_id")?.as_string::<i32>());
+    let (starts, ends) = (field("start")?, field("end")?);
+    let place = |column: &dyn Array, row: usize| {
+        (column.as_primitive::<Int32Type>().value(row).max(0) as usize).min(ids.len())
+    };
+    let mut all: Vec<Segment> = vec![];
     for row in 0..segments.len() {
-        document_starts.push(position(starts.as_ref(), row).min(ids.len()));
+        let range = place(starts.as_ref(), row)..place(ends.as_ref(), row);
+        if range.start > range.end || all.last().is_some_and(|before| before.range.end > range.start) {
+            return Err("the documents of a sequence are not in order".into());
+        }
         if doc_ids.value(row).is_empty() {
             // nothing is predicted from padding, and padding isn't predicted
-            let (start, end) = (position(starts.as_ref(), row), position(ends.as_ref(), row).min(ids.len()));
-            targets[start.saturating_sub(1)..end].fill(NO_TARGET);
+            targets[range.start.saturating_sub(1)..range.end].fill(NO_TARGET);
         }
+        let (domain, doc_id) = (domains.value(row).to_owned(), doc_ids.value(row).to_owned());
+        all.push(Segment { domain, doc_id, range });
     }
-    if !document_starts.is_sorted() {
-        return Err("the documents of a sequence are not in order".into());
+    Ok(Sequence { index, ids, targets, segments: all })
+}
+
+impl Sequence {
+    /// Where its documents begin, in ascending order.
+    pub fn starts(&self) -> Vec<usize> {
+        self.segments.iter().map(|segment| segment.range.start).collect()
     }
-    Ok(Sequence { index, ids, targets, starts: document_starts })
 }
 
 #[cfg(test)]
@@ -295,7 +319,7 @@ pub(crate) mod tests {
         for place in [0, 1, 3, 49, 50, 149, 150, 2, 1, 140, 77, 140 + 150] {
             let sequence = dataset.sequence(place).await.unwrap();
             assert_eq!((sequence.ids[0] as u64, sequence.index), (place % 150, place % 150));
-            assert_eq!(sequence.starts, [0, 1]);
+            assert_eq!(sequence.starts(), [0, 1]);
         }
     }
 
@@ -326,6 +350,6 @@ pub(crate) mod tests {
             assert!(error.to_string().contains(message), "{error}");
         }
         let error = Dataset::open(&folder(&[]).await, 10).await.err().unwrap().to_string();
-        assert!(error.contains("there is no train-*.parquet"), "{error}");
+        assert!(error.contains("there is no *.parquet"), "{error}");
     }
 }

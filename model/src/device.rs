@@ -18,68 +18,103 @@ pub enum Name {
 
 impl Name {
     /// # Errors
-    /// There is no such device, or this build doesn't have it.
+    /// There is no such device.
     pub fn parse(name: &str) -> Result<Self> {
-        let parsed = match name {
-            "flex" => Some(Self::Flex),
-            "libtorch-cpu" => Some(Self::LibtorchCpu),
-            _ => name.strip_prefix("libtorch-cuda:").and_then(|i| i.parse().ok()).map(Self::LibtorchCuda),
-        };
-        match parsed {
-            Some(Self::Flex) => Ok(Self::Flex),
-            Some(libtorch) if cfg!(feature = "libtorch") => Ok(libtorch),
-            Some(_) => Err(Error::Conf(format!(
-                "train.devices: `{name}` needs LibTorch, and this build is without; build with --features libtorch"
-            ))),
-            None => Err(Error::Conf(format!(
-                "train.devices: there is no device `{name}`; there are \"flex\", \"libtorch-cpu\" and \"libtorch-cuda:0\", …"
-            ))),
+        match name {
+            "flex" => return Ok(Self::Flex),
+            "libtorch-cpu" => return Ok(Self::LibtorchCpu),
+            _ => {}
         }
+        let gpu = name.strip_prefix("libtorch-cuda:").and_then(|i| i.parse().ok());
+        gpu.map(Self::LibtorchCuda).ok_or_else(|| {
+            Error::Conf(format!(
+                "train.devices: there is no device `{name}`; there are \"flex\", \"libtorch-cpu\" and \"libtorch-cuda:0\", …"
+            ))
+        })
     }
 
     /// Devices of this build that compute on any machine.
     #[cfg(test)]
     pub fn anywhere() -> Vec<Self> {
-        ["flex", "libtorch-cpu"].iter().filter_map(|name| Self::parse(name).ok()).collect()
+        [Self::Flex, Self::LibtorchCpu].into_iter().filter(|name| name.open().is_ok()).collect()
     }
 
     /// The device itself.
-    pub fn open(self) -> Device {
+    ///
+    /// # Errors
+    /// This build doesn't have it.
+    pub fn open(self) -> Result<Device> {
         match self {
-            Self::Flex => Device::flex(),
+            Self::Flex => Ok(Device::flex()),
             #[cfg(feature = "libtorch")]
             #[allow(deprecated)] // this release is pinned for it
-            Self::LibtorchCpu => Device::libtorch(),
+            Self::LibtorchCpu => Ok(Device::libtorch()),
             #[cfg(feature = "libtorch")]
             #[allow(deprecated)]
-            Self::LibtorchCuda(i) => Device::libtorch_cuda(i),
+            Self::LibtorchCuda(i) => Ok(Device::libtorch_cuda(i)),
             #[cfg(not(feature = "libtorch"))]
-            Self::LibtorchCpu | Self::LibtorchCuda(_) => unreachable!("parse refuses what this build lacks"),
+            Self::LibtorchCpu | Self::LibtorchCuda(_) => Err(Error::Conf(format!(
+                "train.devices: `{self}` needs LibTorch, and this build is without; build with --features libtorch"
+            ))),
         }
     }
 
     /// The host's memory beside this device, if it has its own.
-    pub fn host(self) -> Option<Device> {
-        matches!(self, Self::LibtorchCuda(_)).then(|| Self::LibtorchCpu.open())
+    pub fn host(self) -> Option<Self> {
+        matches!(self, Self::LibtorchCuda(_)).then_some(Self::LibtorchCpu)
     }
 
-    /// What computes attention here.
-    pub fn kernel(self, precision: FloatDType) -> Kernel {
+    /// What computes attention with heads of this width here.
+    #[cfg_attr(not(feature = "libtorch"), allow(unused_variables))]
+    pub fn kernel(self, precision: FloatDType, head_dim: usize) -> Kernel {
         match (self, precision) {
             #[cfg(feature = "libtorch")]
             (Self::LibtorchCpu, FloatDType::F32 | FloatDType::BF16) => Kernel::Flash,
-            // CUDA's takes no other type
+            // CUDA's takes no other type, and no other width
             #[cfg(feature = "libtorch")]
-            (Self::LibtorchCuda(_), FloatDType::BF16) => Kernel::Flash,
+            (Self::LibtorchCuda(_), FloatDType::BF16) if head_dim.is_multiple_of(8) && head_dim <= 256 => {
+                Kernel::Flash
+            }
             _ => Kernel::Plain,
+        }
+    }
+}
+
+/// Has LibTorch take kernels whose sums have an order. What this process has computed before is not computed again.
+pub fn be_deterministic() {
+    #[cfg(feature = "libtorch")]
+    {
+        unsafe extern "C" {
+            fn lw_deterministic();
+        }
+        // Safety: sets a switch of LibTorch's, before any rank computes
+        unsafe { lw_deterministic() };
+    }
+}
+
+impl std::fmt::Display for Name {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Flex => write!(f, "flex"),
+            Self::LibtorchCpu => write!(f, "libtorch-cpu"),
+            Self::LibtorchCuda(i) => write!(f, "libtorch-cuda:{i}"),
         }
     }
 }
 
 /// Bytes of this process that are in memory, where the system says so.
 pub fn resident() -> Option<u64> {
+    memory("VmRSS:")
+}
+
+/// The most that there ever were.
+pub fn peak() -> Option<u64> {
+    memory("VmHWM:")
+}
+
+fn memory(what: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    let line = status.lines().find(|line| line.starts_with(what))?;
     let kilobytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kilobytes * 1024)
 }

@@ -14,7 +14,9 @@ pub mod comm;
 pub mod conf;
 pub mod config;
 pub mod dataset;
+pub mod decoder;
 pub mod device;
+pub mod eval;
 pub mod generate;
 pub mod llama;
 pub mod metrics;
@@ -61,9 +63,9 @@ pub enum Error {
     },
     /// Loss or gradients are no numbers any more, or the gradients' norm is far out of line.
     #[error(
-        "step {step}: {what} (sequences {sequences:?}); the last good checkpoint is {good}. Lower the learning rate, or warm up longer"
+        "step {step}: {what} (sequences {sequences:?}); the last good checkpoint is {good}, the steps so far are in {metrics}. Lower the learning rate, or warm up longer"
     )]
-    Diverged { step: u64, what: String, sequences: Vec<u64>, good: String },
+    Diverged { step: u64, what: String, sequences: Vec<u64>, good: String, metrics: String },
     /// A rank failed, and ended the others with it.
     #[error("rank {rank}: {message}")]
     Rank { rank: usize, message: String },

@@ -158,16 +158,18 @@ pub fn post_backward(
     dy: Tensor<2>,
 ) -> ([Tensor<2>; 5], Tensor<2>, Tensor<3>) {
     let Post { middle, normed, factor, gate, up } = saved;
+    // the widest tensors there are: each is given away where it is needed last, so that the next takes its place
     let sigmoid = activation::sigmoid(gate.clone());
-    let silu = gate.clone() * sigmoid.clone();
+    let silu = gate * sigmoid.clone();
     let ddown = dweight(&dy, &(silu.clone() * up.clone()));
     let dinner = dy.clone().matmul(layer.down.clone());
     let dup = dinner.clone() * silu.clone();
-    // (g σ(g))' = σ(g) (1 + g (1 − σ(g))) = σ(g) + g σ(g) − g σ(g) σ(g)
-    let slope = sigmoid.clone() + silu.clone() - silu * sigmoid;
+    let (dup_weight, dnormed) = (dweight(&dup, &normed), dup.matmul(layer.up.clone()));
+    // (g σ(g))' = σ(g) + g σ(g) (1 − σ(g))
+    let slope = silu * (sigmoid.clone().neg() + 1.0) + sigmoid;
     let dgate = dinner * up * slope;
-    let (dgate_weight, dup_weight) = (dweight(&dgate, &normed), dweight(&dup, &normed));
-    let dnormed = dgate.matmul(layer.gate.clone()) + dup.matmul(layer.up.clone());
+    let dgate_weight = dweight(&dgate, &normed);
+    let dnormed = dnormed + dgate.matmul(layer.gate.clone());
     let [dmiddle, dnorm] = norm_backward(&middle, &factor, &layer.post_norm, dnormed);
     let dx = dy + dmiddle;
     let do_weight = dweight(&dx, &join(attention.clone()));
@@ -178,6 +180,20 @@ pub fn post_backward(
 /// Rows `[n, d]` of the last layer's output to logits `[n, vocab]`, in f32.
 pub fn logits(config: &Config, norm_weight: &Tensor<2>, head: &Tensor<2>, x: &Tensor<2>) -> Tensor<2> {
     wide(linear(&norm(x, norm_weight, config.rms_norm_eps).0, head))
+}
+
+/// Of logits `[n, vocab]`: exponentials over the largest, their sum `[n, 1]`, and the log-sum-exp `[n, 1]`.
+fn softmax(logits: &Tensor<2>) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    let most = logits.clone().max_dim(1);
+    let exponentials = (logits.clone() - most.clone()).exp();
+    let sum = exponentials.clone().sum_dim(1);
+    let lse = sum.clone().log() + most;
+    (exponentials, sum, lse)
+}
+
+/// The loss `[n, 1]` of predicting `wanted` `[n, 1]` from logits `[n, vocab]`.
+pub fn cross_entropy(logits: Tensor<2>, wanted: Tensor<2, Int>) -> Tensor<2> {
+    softmax(&logits).2 - logits.gather(1, wanted)
 }
 
 /// What [`loss`] gives.
@@ -203,10 +219,8 @@ pub fn loss(
 ) -> Loss {
     let (normed, factor) = norm(x, norm_weight, config.rms_norm_eps);
     let logits = wide(linear(&normed, head));
-    let most = logits.clone().max_dim(1);
-    let exponentials = (logits.clone() - most.clone()).exp();
-    let sum = exponentials.clone().sum_dim(1);
-    let losses = (sum.clone().log() + most - logits.gather(1, wanted.clone())) * counts.clone();
+    let (exponentials, sum, lse) = softmax(&logits);
+    let losses = (lse - logits.gather(1, wanted.clone())) * counts.clone();
     let weight = counts * scale;
     let dlogits =
         (exponentials * (weight.clone() / sum)).scatter(1, wanted, weight.neg(), IndexingUpdateOp::Add);

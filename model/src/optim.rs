@@ -92,7 +92,7 @@ pub fn rate(conf: &TrainConf, step: u64, steps: u64) -> f64 {
     match conf.schedule {
         Schedule::Constant => peak,
         Schedule::Cosine => {
-            let done = (step - warmup - 1) as f64 / steps.saturating_sub(warmup).max(1) as f64;
+            let done = (step - warmup - 1) as f64 / steps.saturating_sub(warmup + 1).max(1) as f64;
             peak * (0.1 + 0.9 * 0.5 * (1.0 + (std::f64::consts::PI * done).cos()))
         }
     }
@@ -116,7 +116,10 @@ mod tests {
         assert_eq!(rates("constant"), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]);
         let cosine = rates("cosine");
         assert_eq!(cosine[..4], [0.25, 0.5, 0.75, 1.0]);
-        assert!(cosine[3] > cosine[4] && cosine[4] > cosine[5] && cosine[6] > 0.1, "{cosine:?}");
+        assert!(
+            cosine[3] > cosine[4] && cosine[4] > cosine[5] && (cosine[6] - 0.1).abs() < 1e-12,
+            "{cosine:?}"
+        );
     }
 
     /// AdamW by the book, number by number in f64.

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::backprop::rows_of_logits;
+use crate::backprop::LOGIT_ROWS;
 use crate::conf::{Precision, TrainConf};
 use crate::config::Config;
 use crate::shards::Unit;
@@ -80,7 +80,7 @@ impl Plan {
         let gathered = largest * (2 * width + 4) + if ranks > 1 { largest * 4 } else { 0 };
         // a layer's insides and about as much in gradients, or some slices of logits: not at the same time
         let vocab = config.vocab_size as u64;
-        let slice = (rows_of_logits(config) as u64).min(rows) * vocab * 4;
+        let slice = (LOGIT_ROWS as u64).min(rows) * vocab * 4;
         let working = gathered + (2 * insides).max(4 * slice + 2 * vocab * d * 4);
         let (parameters, gradients, optimizer) = (owned * 4, owned * 4, owned * 8);
 
@@ -121,7 +121,8 @@ impl Plan {
     pub fn text(&self) -> String {
         let bytes = |bytes: u64| match bytes {
             0..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-            _ => format!("{:.2} GB", bytes as f64 / 1e9),
+            1_000_000_000..1_000_000_000_000 => format!("{:.2} GB", bytes as f64 / 1e9),
+            _ => format!("{:.2} TB", bytes as f64 / 1e12),
         };
         let mut lines = vec![
             format!(

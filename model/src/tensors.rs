@@ -88,6 +88,10 @@ impl Reader {
         if range.is_empty() {
             return Ok(vec![]);
         }
+        let length: usize = entry.shape.iter().product();
+        if range.end > length {
+            return Err(wrong(format!("{name} has {length} numbers, and not {}", range.end)));
+        }
         let from = self.data + entry.data_offsets[0];
         let bytes = from + (range.start * width) as u64..from + (range.end * width) as u64;
         let read = self.at.store.get_range(&self.at.path, bytes).await;

@@ -8,7 +8,7 @@ use burn::tensor::{FloatDType, Tensor};
 use bytes::Bytes;
 use serde_json::{Map, json};
 use tokio::runtime::Handle;
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Sender, channel};
 
 use crate::backprop::{Machine, NO_TARGET, Rows};
 use crate::checkpoint::{self, Checkpoint, fresh};
@@ -57,6 +57,9 @@ pub struct Summary {
     pub files: Vec<Written>,
 }
 
+/// The metrics of a training that diverged, beside its checkpoints.
+const DIVERGED: &str = "metrics-diverged.jsonl";
+
 /// A gradient norm of so many times the median is far out of line, once there have been so many steps.
 const OUT_OF_LINE: f64 = 100.0;
 const ENOUGH_STEPS: usize = 20;
@@ -72,14 +75,19 @@ pub async fn train(
     on_step: &mut (dyn FnMut(&Step) + Send),
 ) -> Result<Summary> {
     job.conf.check()?;
-    let (sender, mut receiver) = unbounded_channel();
+    job.conf.available()?;
+    if job.conf.deterministic {
+        device::be_deterministic();
+    }
+    // of one: who stops training when a step is told does so before many more are made
+    let (sender, mut receiver) = channel(1);
     let (job, stop, wait) = (job.clone(), stop.clone(), Handle::current());
     let training = tokio::task::spawn_blocking(move || {
         let rank = |world: &dyn Comm, sequence: &dyn Comm| {
             let steps = (world.rank() == 0).then(|| sender.clone());
             Rank::new(&job, world, sequence, &wait)?.train(&stop, steps)
         };
-        match Place::of_this_process()? {
+        match Place::of_this_process()?.filter(|place| place.size > 1) {
             None => {
                 let (ranks, sequence_ranks) = (job.conf.ranks(), job.conf.sequence_ranks());
                 Ok(threads::run(ranks, sequence_ranks, PATIENCE, rank)?.swap_remove(0))
@@ -135,6 +143,13 @@ fn shaped(shape: &Shape, vocab_size: usize, sequence_tokens: usize) -> Result<Co
     Ok(config)
 }
 
+/// A rank's rows of a sequence, before they are computed with.
+struct Share {
+    ids: Vec<i32>,
+    targets: Vec<i32>,
+    sharding: Sharding,
+}
+
 /// One rank, ready to train.
 struct Rank<'a> {
     job: &'a TrainJob,
@@ -155,9 +170,8 @@ struct Rank<'a> {
 impl<'a> Rank<'a> {
     fn new(job: &'a TrainJob, world: &'a dyn Comm, sequence: &'a dyn Comm, wait: &'a Handle) -> Result<Self> {
         let conf = &job.conf;
-        let names = conf.names()?;
-        let name = names[Place::of_this_process()?.map_or(world.rank(), |place| place.local) % names.len()];
-        let device = name.open();
+        let name = conf.device_of(Place::of_this_process()?.map_or(world.rank(), |place| place.local))?;
+        let device = name.open()?;
         let config = config_of(conf, job.checkpoint.as_ref(), job.vocab_size, job.sequence_tokens);
         let mut config = wait.block_on(config)?;
         if conf.shape.is_some() {
@@ -219,30 +233,31 @@ impl<'a> Rank<'a> {
         }
     }
 
-    fn machine(&self) -> Machine<'a> {
+    fn machine(&self) -> Result<Machine<'a>> {
         let precision = FloatDType::from(self.job.conf.precision);
-        Machine {
+        let host = if self.job.conf.offload { self.name.host() } else { None };
+        Ok(Machine {
             config: self.config.clone(),
             world: self.world,
             sequence: self.sequence,
-            device: self.name.open(),
-            kernel: self.name.kernel(precision),
+            device: self.name.open()?,
+            kernel: self.name.kernel(precision, self.config.head_dim()),
             precision,
             recompute: self.job.conf.recompute,
-            offload: if self.job.conf.offload { self.name.host() } else { None },
-        }
+            offload: host.map(device::Name::open).transpose()?,
+        })
     }
 
     /// All steps that are left, then the model's folder.
-    fn train(mut self, stop: &AtomicBool, on_step: Option<UnboundedSender<Step>>) -> Result<Summary> {
+    fn train(mut self, stop: &AtomicBool, on_step: Option<Sender<Step>>) -> Result<Summary> {
         let conf = &self.job.conf;
         let steps = conf.steps(self.job.sequence_tokens);
-        let machine = self.machine();
+        let machine = self.machine()?;
         while (self.done.len() as u64) < steps {
             let stopped = self.step(&machine, steps, stop)?;
             let step = self.done.len() as u64;
             if let (Some(on_step), Some(done)) = (&on_step, self.done.last()) {
-                let _ = on_step.send(done.clone());
+                let _ = on_step.blocking_send(done.clone());
             }
             let due = conf.checkpoint_every.is_some_and(|every| step.is_multiple_of(every));
             if (due || stopped) && step < steps {
@@ -274,26 +289,29 @@ impl<'a> Rank<'a> {
             ((self.world.size() / group_size) as u64, (self.world.rank() / group_size) as u64);
         let place = |i: u64| (step - 1) * batch + i;
 
-        // this rank's rows of each sequence that is its group's
+        // this rank's share of each sequence that is its group's
         let mut mine = vec![];
         for first in (0..batch).step_by(groups as usize) {
             let own = first + group;
             let sequence = self.wait.block_on(self.dataset.sequence(place(own.min(batch - 1))))?;
-            let mut rows = self.rows(machine, &sequence)?;
+            let mut share = self.share(&sequence);
             if own >= batch {
                 // there is none left for this group: it computes along, without loss
-                rows.targets.fill(NO_TARGET);
+                share.targets.fill(NO_TARGET);
             }
-            mine.push(rows);
+            mine.push(share);
         }
-        let targets = mine.iter().flat_map(|rows| &rows.targets).filter(|t| **t != NO_TARGET).count();
+        let targets = mine.iter().flat_map(|share| &share.targets).filter(|t| **t != NO_TARGET).count();
         let targets = total(self.world, &[targets as f64], &machine.device)?[0].max(1.0);
 
         let mut sums: Vec<Option<Tensor<1>>> = self.shards.units.iter().map(|_| None).collect();
-        // sums and counts by range of positions, and whether rank 0 was told to stop
+        // sums and counts by range of positions, and whether any rank was told to stop
         let mut seen = vec![0.0; 2 * POSITIONS.len() + 1];
-        for rows in &mine {
-            let losses = machine.backprop(&self.shards, rows, 1.0 / targets, &mut sums)?;
+        for Share { ids, targets: wanted, sharding } in mine {
+            let (positions, longest) = (sharding.positions(), sharding.longest());
+            let rope = Rope::new(&self.config, &positions, longest, &machine.device, machine.precision)?;
+            let rows = Rows { ids, targets: wanted, sharding, rope };
+            let losses = machine.backprop(&self.shards, &rows, 1.0 / targets, &mut sums)?;
             for ((loss, target), place) in losses.into_iter().zip(&rows.targets).zip(rows.sharding.places()) {
                 if *target != NO_TARGET {
                     seen[range_of(place)] += f64::from(loss);
@@ -301,7 +319,7 @@ impl<'a> Rank<'a> {
                 }
             }
         }
-        seen[2 * POSITIONS.len()] = f64::from(self.world.rank() == 0 && stop.load(Ordering::Relaxed));
+        seen[2 * POSITIONS.len()] = f64::from(stop.load(Ordering::Relaxed));
         let seen = total(self.world, &seen, &machine.device)?;
         let gradients: Vec<Tensor<1>> = sums.into_iter().flatten().collect();
         let grad_norm = norm(self.world, &gradients)?;
@@ -327,12 +345,20 @@ impl<'a> Rank<'a> {
             tokens: step * batch * tokens as u64,
             tokens_per_second,
             peak_fraction: peak.map(|peak| tokens_per_second * operations(&self.config, tokens) / peak),
-            memory_bytes: device::resident(),
+            memory_bytes: self.memory(&machine.device)?,
             seconds: epoch.as_secs_f64(),
         };
         self.lines.extend(metrics::line(&done));
         self.done.push(done);
         Ok(seen[2 * POSITIONS.len()] > 0.0)
+    }
+
+    /// The most memory that any rank's process has had.
+    fn memory(&self, device: &burn::tensor::Device) -> Result<Option<u64>> {
+        let mut of_ranks = vec![0.0; self.world.size()];
+        of_ranks[self.world.rank()] = device::peak().unwrap_or(0) as f64;
+        let most = total(self.world, &of_ranks, device)?.into_iter().fold(0.0, f64::max);
+        Ok((most > 0.0).then_some(most as u64))
     }
 
     /// # Errors
@@ -358,33 +384,35 @@ impl<'a> Rank<'a> {
         ));
         let good = match saved {
             Ok(Some(saved)) => saved.folder.path.to_string(),
-            _ => "none: set train.checkpoint_every".to_owned(),
+            Ok(None) => "none: set train.checkpoint_every".to_owned(),
+            Err(error) => format!("not to be read: {error}"),
         };
-        Err(Error::Diverged { step, what, sequences, good })
-    }
-
-    fn rows(&self, machine: &Machine<'_>, sequence: &Sequence) -> Result<Rows> {
-        let starts = self.job.conf.document_mask.then_some(sequence.starts.as_slice());
-        let sharding = Sharding::new(self.sequence.rank(), self.sequence.size(), sequence.ids.len(), starts);
-        let mut targets = sequence.targets.clone();
-        if self.job.conf.document_mask {
-            // what comes after a document's end is not to be known from it
-            for start in sequence.starts.iter().filter(|start| **start > 0) {
-                targets[*start - 1] = NO_TARGET;
+        if self.world.rank() == 0 {
+            // what came before it is wanted now, and no checkpoint will have it
+            let at = self.job.checkpoints.join(DIVERGED);
+            if let Err(error) = self.wait.block_on(at.put(self.lines.clone())) {
+                tracing::warn!("{error}");
             }
         }
-        Ok(Rows {
-            ids: sharding.take(&sequence.ids, 0),
-            targets: sharding.take(&targets, NO_TARGET),
-            rope: Rope::new(
-                &self.config,
-                &sharding.positions(),
-                sharding.longest(),
-                &machine.device,
-                machine.precision,
-            )?,
-            sharding,
+        Err(Error::Diverged {
+            step,
+            what,
+            sequences,
+            good,
+            metrics: self.job.checkpoints.join(DIVERGED).path.to_string(),
         })
+    }
+
+    fn share(&self, sequence: &Sequence) -> Share {
+        let starts = self.job.conf.document_mask.then(|| sequence.starts());
+        let (rank, ranks, length) = (self.sequence.rank(), self.sequence.size(), sequence.ids.len());
+        let sharding = Sharding::new(rank, ranks, length, starts.as_deref());
+        let mut targets = sequence.targets.clone();
+        // what comes after a document's end is not to be known from it
+        for start in starts.into_iter().flatten().filter(|start| *start > 0) {
+            targets[start - 1] = NO_TARGET;
+        }
+        Share { ids: sharding.take(&sequence.ids, 0), targets: sharding.take(&targets, NO_TARGET), sharding }
     }
 
     /// A checkpoint that training goes on from.
@@ -398,7 +426,7 @@ impl<'a> Rank<'a> {
             &(0..self.world.size())
                 .map(|rank| if rank == self.world.rank() { own.bytes as f64 } else { 0.0 })
                 .collect::<Vec<_>>(),
-            &self.name.open(),
+            &self.name.open()?,
         )?;
         let mut files = self.write(&folder)?;
         if self.world.rank() == 0 {

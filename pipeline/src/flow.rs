@@ -28,6 +28,22 @@ pub struct Flow {
     pub trained: Option<Published>,
 }
 
+/// That this build has what the conf's `[train]` asks for.
+#[cfg(feature = "train")]
+fn can_train(run: &Run) -> Result<()> {
+    stages::train::check_devices(run)
+}
+
+#[cfg(not(feature = "train"))]
+fn can_train(run: &Run) -> Result<()> {
+    if run.conf.train.is_none() {
+        return Ok(());
+    }
+    let help = "build with the feature `train`, or end at the packed dataset with `--until pack`";
+    let message = "this build of lengthwise has no trainer";
+    Err(run.conf.wrong(&["train"], message, "asked for here", Some(help.into())))
+}
+
 /// A run that finds so many outputs broken, one after the other, gives up.
 const MOST_WITHDRAWN: usize = 100;
 
@@ -54,6 +70,9 @@ impl Flow {
         // what can be wrong in the conf is said before hours are spent
         #[cfg(feature = "train")]
         stages::train::conf(run)?;
+        if run.goal != Goal::Look && !ends(Stage::Pack) {
+            can_train(run)?;
+        }
         mixture::recipe(run)?;
 
         let tokenizer = stages::tokenizer::obtain(run).await?;
@@ -106,16 +125,6 @@ impl Flow {
         }
         if ends(Stage::Pack) {
             return Ok(());
-        }
-        #[cfg(not(feature = "train"))]
-        if run.conf.train.is_some() {
-            let help = "build with the feature `train`, or end at the packed dataset with `--until pack`";
-            return Err(run.conf.wrong(
-                &["train"],
-                "this build of lengthwise has no trainer",
-                "asked for here",
-                Some(help.into()),
-            ));
         }
         #[cfg(feature = "train")]
         if let Some(packed) = &self.packed {

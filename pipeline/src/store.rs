@@ -12,6 +12,7 @@ use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use url::Url;
 
+use crate::hash::Digest;
 use crate::{Error, Result};
 
 /// A folder or an object in an object store.
@@ -74,6 +75,16 @@ impl Location {
             .bytes()
             .await
             .map_err(self.failed("read"))
+    }
+
+    /// The digest of the object, which is never whole in memory.
+    pub async fn digest(&self) -> Result<Digest> {
+        let mut bytes = self.store.get(&self.path).await.map_err(self.failed("read"))?.into_stream();
+        let mut hasher = blake3::Hasher::new();
+        while let Some(some) = bytes.try_next().await.map_err(self.failed("read"))? {
+            hasher.update(&some);
+        }
+        Ok(Digest(*hasher.finalize().as_bytes()))
     }
 
     /// A byte range of the object.

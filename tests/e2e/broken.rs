@@ -22,22 +22,6 @@ fn cut(bytes: &mut Vec<u8>) {
     bytes.truncate(bytes.len() / 2);
 }
 
-/// A small training, for `--set`.
-fn train(settings: &str) -> String {
-    let shape = "{ hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }";
-    format!("train={{ shape = {shape}, {settings} }}")
-}
-
-/// The steps of a run's training, and their losses.
-fn losses(run: &Path) -> Vec<(u64, f64)> {
-    let lines = std::fs::read_to_string(run.join("checkpoint/metrics.jsonl")).unwrap();
-    let step = |line: &str| {
-        let step: serde_json::Value = serde_json::from_str(line).unwrap();
-        (step["step"].as_u64().unwrap(), step["loss"].as_f64().unwrap())
-    };
-    lines.lines().map(step).collect()
-}
-
 /// Kills runs at moments spread over their duration, then lets one finish.
 fn kills(seed: u64, count: u32) {
     let bench = Bench::new(seed);
@@ -71,82 +55,6 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 #[ignore = "a slow proof: run it by name"]
 fn twenty_kills_leave_the_same_bytes() {
     kills(2, 20);
-}
-
-#[test]
-fn sigterm_is_a_stop_that_goes_on() {
-    let bench = Bench::new(3);
-    let train = train("steps = 300, ranks = 2");
-    let undisturbed = Bench::new(3);
-    let want = losses(&undisturbed.run(&["--set", &train]));
-
-    let child = bench.command(&["run", "conf.toml", "--set", &train]).spawn().unwrap();
-    // it is training once the packed files are there
-    while !tree(&bench.path("out/stages/pack")).iter().any(|path| path.ends_with("manifest.json")) {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
-    let said = said(child.wait_with_output().unwrap());
-    assert_eq!(said.code, 75, "{said:?}");
-    assert!(said.err.contains("stopped by a signal") && said.out.is_empty(), "{said:?}");
-    let saved = |path: &std::path::PathBuf| path.to_string_lossy().contains("/checkpoints/step-");
-    if said.err.contains("stopping after this step") {
-        assert!(tree(&bench.path("out/stages/train")).iter().any(saved));
-    }
-
-    let run = bench.run(&["--set", &train]);
-    assert_eq!(losses(&run), want);
-    assert!(!tree(&bench.path("out/stages/train")).iter().any(saved), "a finished training leaves none");
-    assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
-}
-
-#[test]
-fn a_killed_training_goes_on_from_its_last_checkpoint_with_the_same_losses() {
-    let train = train("steps = 60, checkpoint_every = 3");
-    let undisturbed = Bench::new(3);
-    undisturbed.run(&[]);
-    let started = std::time::Instant::now();
-    let want = losses(&undisturbed.run(&["--set", &train]));
-    let training = started.elapsed();
-    let bench = Bench::new(3);
-    bench.run(&[]);
-    for i in 0..10u32 {
-        let mut child = bench.command(&["train", "conf.toml", "--set", &train]).spawn().unwrap();
-        std::thread::sleep(training.mul_f64(f64::from(3 + (i * 5) % 7) / 12.0));
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-    assert_eq!(losses(&bench.run(&["--set", &train])), want);
-}
-
-#[test]
-fn processes_without_libtorch_say_what_they_need() {
-    let bench = Bench::new(3);
-    let train = train("steps = 3");
-    let said = bench.say(&["train", "conf.toml", "--set", &train, "--nproc", "2"]);
-    assert!(said.code == 6 && said.err.contains("build with --features libtorch"), "{said:?}");
-    let said = bench.say(&["train", "conf.toml"]);
-    assert!(said.code == 3 && said.err.contains("the conf has no [train] table"), "{said:?}");
-}
-
-#[test]
-fn a_checkpoint_goes_on_with_a_text() {
-    let bench = Bench::new(3);
-    let train = train("steps = 3");
-    let run = bench.run(&["--set", &train]);
-    let checkpoint = run.join("checkpoint");
-    let ask = |more: &[&str]| {
-        let mut all = vec!["generate", checkpoint.to_str().unwrap(), "--prompt", "the sea", "--tokens", "5"];
-        all.extend(more);
-        bench.say(&all)
-    };
-    let (one, three) = (ask(&[]), ask(&["--ranks", "3"]));
-    assert_eq!((one.code, &one.out), (0, &three.out), "{one:?} {three:?}");
-    assert!(!one.out.trim().is_empty());
-    let wrong = ask(&["--device", "gpu"]);
-    assert!(wrong.code == 2 && wrong.err.contains("there is no device `gpu`"), "{wrong:?}");
-    let nowhere = bench.say(&["generate", "nowhere", "--prompt", "a", "--tokens", "1"]);
-    assert!(nowhere.err.contains("there is no") && nowhere.err.contains("tokenizer.json"), "{nowhere:?}");
 }
 
 #[test]

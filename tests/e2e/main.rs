@@ -8,3 +8,4 @@ mod packed;
 mod rejects;
 mod s3;
 mod same_bytes;
+mod training;

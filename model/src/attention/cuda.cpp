@@ -1,6 +1,8 @@
 // Flash attention on CUDA, whose forward tch 0.22 does not bind (its schema returns SymInt). Tensors cross as at::Tensor*.
 // Every function returns 0, or 1 with a message in lw_flash_error; tensors in `out` are owned by the caller.
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <cstdlib>
 #include <string>
 
 using at::Tensor;
@@ -9,6 +11,12 @@ static thread_local std::string error;
 
 extern "C" {
 const char* lw_flash_error() { return error.c_str(); }
+
+// Kernels whose sums have an order, here and in cuBLAS, which reads its variable when it is first used.
+void lw_deterministic() {
+  setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);
+  at::globalContext().setDeterministicAlgorithms(true, false);
+}
 
 // out: attention, log-sum-exp, and the two that the backward wants back (the state of a dropout of 0).
 int lw_flash_forward(Tensor* q, Tensor* k, Tensor* v, int causal, Tensor** out) {

@@ -11,9 +11,10 @@ use burn::tensor::Tensor;
 use tch::Tensor as Torch;
 use torch_sys::C_tensor;
 
-/// `[heads, n, x]` to `[1, heads, n, x]`.
-fn torch(x: Tensor<3>) -> Torch {
-    let primitive = x.try_into_primitive::<LibTorch>();
+/// `[heads, n, x]` to `[1, heads, n, x]`. `x` has to outlive it: other ranks see by the count of burn's references whether
+/// they may write into its memory.
+fn torch(x: &Tensor<3>) -> Torch {
+    let primitive = x.clone().try_into_primitive::<LibTorch>();
     primitive.expect("the flash kernel is used on LibTorch's devices").tensor.unsqueeze(0)
 }
 
@@ -51,7 +52,7 @@ fn taken<const N: usize>(code: c_int, out: [*mut C_tensor; N]) -> [Torch; N] {
 }
 
 /// As [`Kernel::forward`](super::Kernel::forward).
-pub fn forward(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, causal: bool) -> (Tensor<3>, Tensor<3>) {
+pub fn forward(q: &Tensor<3>, k: &Tensor<3>, v: &Tensor<3>, causal: bool) -> (Tensor<3>, Tensor<3>) {
     let (q, k, v) = (torch(q), torch(k), torch(v));
     if q.device().is_cuda() {
         let mut out = [null_mut(); 2];
@@ -76,10 +77,10 @@ pub fn forward(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, causal: bool) -> (Tenso
 
 /// As [`Kernel::backward`](super::Kernel::backward).
 pub fn backward(
-    dout: Tensor<3>,
-    [q, k, v]: [Tensor<3>; 3],
-    out: Tensor<3>,
-    lse: Tensor<3>,
+    dout: &Tensor<3>,
+    [q, k, v]: &[Tensor<3>; 3],
+    out: &Tensor<3>,
+    lse: &Tensor<3>,
     causal: bool,
 ) -> [Tensor<3>; 3] {
     let (dout, q, k, v, out) = (torch(dout), torch(q), torch(k), torch(v), torch(out));

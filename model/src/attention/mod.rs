@@ -39,7 +39,7 @@ impl Kernel {
         match self {
             Kernel::Plain => plain::forward(&q, &k, &v, causal),
             #[cfg(feature = "libtorch")]
-            Kernel::Flash => flash::forward(q, k, v, causal),
+            Kernel::Flash => flash::forward(&q, &k, &v, causal),
         }
     }
 
@@ -55,7 +55,7 @@ impl Kernel {
         match self {
             Kernel::Plain => plain::backward(&dout, &qkv, &out, &lse, causal),
             #[cfg(feature = "libtorch")]
-            Kernel::Flash => flash::backward(dout, qkv, out, lse, causal),
+            Kernel::Flash => flash::backward(&dout, &qkv, &out, &lse, causal),
         }
     }
 }

@@ -10,7 +10,9 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
+#include <iostream>
 #include <string>
 #include <vector>
 
@@ -38,6 +40,11 @@ struct Store {
 struct Group {
   c10::intrusive_ptr<c10d::Backend> backend;
   bool nccl;
+};
+// Gloo says on stdout, which is for results, that it has connected.
+struct CoutToStderr {
+  std::streambuf* before = std::cout.rdbuf(std::cerr.rdbuf());
+  ~CoutToStderr() { std::cout.rdbuf(before); }
 };
 // What is under way: kept until it is waited for, with the tensors that it reads and writes.
 struct Pending {
@@ -80,10 +87,14 @@ int lw_group_open(Store* store, const char* backend, const char* name, int rank,
   return tried([&] {
     auto prefixed = c10::make_intrusive<c10d::PrefixStore>(name, store->store);
     auto timeout = milliseconds(timeout_ms);
+    CoutToStderr redirected;
 #ifdef LENGTHWISE_GLOO
     if (std::string(backend) == "gloo") {
       auto options = c10d::ProcessGroupGloo::Options::create(timeout);
-      options->devices.push_back(c10d::ProcessGroupGloo::createDefaultDevice());
+      auto interface = std::getenv("GLOO_SOCKET_IFNAME");
+      options->devices.push_back(
+          interface ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
+                    : c10d::ProcessGroupGloo::createDefaultDevice());
       *out = new Group{c10::make_intrusive<c10d::ProcessGroupGloo>(prefixed, rank, size, options), false};
       return;
     }

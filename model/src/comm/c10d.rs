@@ -5,9 +5,11 @@
 #![allow(deprecated)] // burn 0.22.1 is pinned as the last release with LibTorch
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr::null_mut;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use burn::backend::LibTorch;
@@ -84,7 +86,12 @@ pub struct Processes {
     place: Place,
     backend: CString,
     patience: Duration,
+    /// The meeting place, for the groups and for saying who failed.
     store: *mut ffi::Store,
+    /// … and for the watch, on a connection of its own: one that waits keeps nobody else waiting.
+    watch: *mut ffi::Store,
+    /// What this rank entered last.
+    doing: Mutex<&'static str>,
 }
 
 /// A process's end of one group.
@@ -115,18 +122,20 @@ fn said() -> String {
     all.lines().next().unwrap_or_default().to_owned()
 }
 
-/// Who fails says so here before it goes.
-fn failure_key(rank: usize) -> CString {
-    text(&format!("lengthwise/failed/{rank}"))
-}
+/// How often a process says that it is there.
+const BEAT: Duration = Duration::from_millis(500);
 
-/// Where ranks say that they are there, after another one failed.
-fn alive_key(rank: usize) -> CString {
-    text(&format!("lengthwise/alive/{rank}"))
-}
+/// One that has not said so for so long is gone.
+const GONE: Duration = Duration::from_secs(5);
 
-/// So long the ranks that are left look for who is gone.
-const ROLL_CALL: Duration = Duration::from_secs(5);
+/// So long after another rank's end this one has to end by itself. A GPU's wait for a rank that is gone has no end of its own.
+const GRACE: Duration = Duration::from_secs(15);
+
+/// The exit code of a process that is ended so: that of a failed training.
+const ENDED: i32 = 6;
+
+/// What was heard of the other ranks, and when it last changed.
+struct Heard(BTreeMap<usize, (String, Instant)>);
 
 impl Processes {
     /// Meets the other processes.
@@ -135,17 +144,37 @@ impl Processes {
             Name::LibtorchCuda(_) => "nccl",
             _ => "gloo",
         };
-        let mut store = null_mut();
         let host = text(&place.host);
-        let serves = c_int::from(place.rank == 0 && !place.served);
         let timeout = patience.as_millis() as i64;
-        // Safety: pointers are to living values
-        let code = unsafe { ffi::lw_store_open(host.as_ptr(), place.port, serves, timeout, &mut store) };
-        if code != 0 {
+        let open = |serves: bool| {
+            let mut store = null_mut();
+            // Safety: pointers are to living values
+            let code =
+                unsafe { ffi::lw_store_open(host.as_ptr(), place.port, serves.into(), timeout, &mut store) };
+            if code == 0 {
+                return Ok(store);
+            }
             let message = format!("cannot meet the other ranks at {}:{}: {}", place.host, place.port, said());
-            return Err(Error::Rank { rank: place.rank, message });
-        }
-        Ok(Self { place, backend: text(backend), patience, store })
+            Err(Error::Rank { rank: place.rank, message })
+        };
+        let store = open(place.rank == 0 && !place.served)?;
+        let watch = open(false)?;
+        Ok(Self { backend: text(backend), patience, store, watch, doing: Mutex::new("start"), place })
+    }
+
+    /// A key of this attempt: a launcher's meeting place outlives the processes that it starts again.
+    fn key(&self, what: &str) -> CString {
+        text(&format!("lengthwise/{}/{what}", self.place.attempt))
+    }
+
+    /// Where a rank that fails says so before it goes.
+    fn failure_key(&self, rank: usize) -> CString {
+        self.key(&format!("failed/{rank}"))
+    }
+
+    /// Where a rank says again and again that it is there.
+    fn beat_key(&self, rank: usize) -> CString {
+        self.key(&format!("beat/{rank}"))
     }
 
     /// This process's end of a group of neighbours: the `first` rank and those after it.
@@ -157,7 +186,7 @@ impl Processes {
             ffi::lw_group_open(
                 self.store,
                 self.backend.as_ptr(),
-                text(&format!("{name}/{first}")).as_ptr(),
+                self.key(&format!("{name}/{first}")).as_ptr(),
                 rank as c_int,
                 size as c_int,
                 self.patience.as_millis() as i64,
@@ -174,54 +203,101 @@ impl Processes {
 
     /// Tells the others that this rank failed by itself.
     pub fn fail(&self, message: &str) {
+        let key = self.failure_key(self.place.rank);
         // Safety: the store lives as long as `self`
-        unsafe {
-            ffi::lw_store_set(self.store, failure_key(self.place.rank).as_ptr(), text(message).as_ptr())
-        };
+        unsafe { ffi::lw_store_set(self.store, key.as_ptr(), text(message).as_ptr()) };
     }
 
-    fn get(&self, key: &CString) -> Option<String> {
+    /// # Errors
+    /// The meeting place is gone.
+    fn get(&self, store: *mut ffi::Store, key: &CString) -> Result<Option<String>, String> {
         let mut value = vec![0u8; 4096];
         let mut length = -1;
         // Safety: there is room for as much as is said
         let code = unsafe {
             let room = value.len() as i64;
-            ffi::lw_store_get(self.store, key.as_ptr(), value.as_mut_ptr().cast(), room, &mut length)
+            ffi::lw_store_get(store, key.as_ptr(), value.as_mut_ptr().cast(), room, &mut length)
         };
-        if code != 0 || length < 0 {
-            return None;
+        if code != 0 {
+            return Err(said());
         }
-        value.truncate(length as usize);
-        Some(String::from_utf8_lossy(&value).into_owned())
+        let Ok(length) = usize::try_from(length) else { return Ok(None) };
+        value.truncate(length);
+        Ok(Some(String::from_utf8_lossy(&value).into_owned()))
     }
 
-    /// After a call failed: which rank is to blame. One that failed by itself has said so; one that was killed does not
-    /// answer the roll.
-    fn who_failed(&self, said: String) -> Error {
-        let (rank, size) = (self.place.rank, self.place.size);
-        // Safety: the store lives as long as `self`
-        let answered =
-            unsafe { ffi::lw_store_set(self.store, alive_key(rank).as_ptr(), c"yes".as_ptr()) } == 0;
-        if !answered {
-            return Error::Rank {
-                rank: 0,
-                message: format!("it is gone, and with it the meeting place: {said}"),
-            };
+    /// Whether another rank has failed, as it says itself, or is gone, as it says no more that it is there.
+    fn trouble(&self, store: *mut ffi::Store, heard: &mut Heard) -> Option<Error> {
+        let lost = |why: String| Error::Rank {
+            rank: 0,
+            message: format!("it is gone, and with it the meeting place: {why}"),
+        };
+        for rank in (0..self.place.size).filter(|rank| *rank != self.place.rank) {
+            match self.get(store, &self.failure_key(rank)) {
+                Ok(None) => {}
+                Ok(Some(message)) => return Some(Error::Rank { rank, message }),
+                Err(why) => return Some(lost(why)),
+            }
         }
-        let started = Instant::now();
-        loop {
-            let blamed = (0..size).find_map(|rank| Some((rank, self.get(&failure_key(rank))?)));
-            if let Some((rank, message)) = blamed {
-                return Error::Rank { rank, message };
+        for rank in (0..self.place.size).filter(|rank| *rank != self.place.rank) {
+            let beat = match self.get(store, &self.beat_key(rank)) {
+                // one that has not begun yet is waited for where it is needed
+                Ok(None) => continue,
+                Ok(Some(beat)) => beat,
+                Err(why) => return Some(lost(why)),
+            };
+            let (last, changed) = heard.0.entry(rank).or_insert_with(|| (beat.clone(), Instant::now()));
+            if *last != beat {
+                (*last, *changed) = (beat, Instant::now());
+            } else if changed.elapsed() > GONE {
+                return Some(Error::Rank { rank, message: "it is gone".into() });
             }
-            let gone: Vec<usize> = (0..size).filter(|rank| self.get(&alive_key(*rank)).is_none()).collect();
-            if gone.is_empty() || started.elapsed() > ROLL_CALL {
-                return match gone.first() {
-                    Some(gone) => Error::Rank { rank: *gone, message: format!("it is gone: {said}") },
-                    None => Error::Rank { rank, message: said },
-                };
+        }
+        None
+    }
+
+    /// After a call failed: which rank is to blame.
+    fn who_failed(&self, said: String) -> Error {
+        let (started, mut heard) = (Instant::now(), Heard(BTreeMap::new()));
+        while started.elapsed() < GONE + 4 * BEAT {
+            match self.trouble(self.store, &mut heard) {
+                Some(Error::Rank { rank, message }) if message == "it is gone" => {
+                    return Error::Rank { rank, message: format!("it is gone: {said}") };
+                }
+                Some(error) => return error,
+                None => std::thread::sleep(Duration::from_millis(50)),
             }
-            std::thread::sleep(Duration::from_millis(50));
+        }
+        Error::Rank { rank: self.place.rank, message: said }
+    }
+
+    /// Says again and again that this rank is there, and looks after the others until `done`. Where this one does not end
+    /// after another one has, its process is ended.
+    fn keep_watch(&self, done: &AtomicBool) {
+        let mut heard = Heard(BTreeMap::new());
+        let mut trouble: Option<(Error, Instant)> = None;
+        for beat in 0u64.. {
+            if done.load(Ordering::Relaxed) {
+                return;
+            }
+            let (key, value) = (self.beat_key(self.place.rank), text(&beat.to_string()));
+            // Safety: the store lives as long as `self`. What fails here is found below
+            unsafe { ffi::lw_store_set(self.watch, key.as_ptr(), value.as_ptr()) };
+            match &trouble {
+                None => {
+                    trouble = self.trouble(self.watch, &mut heard).map(|error| (error, Instant::now()));
+                }
+                Some((error, since)) if since.elapsed() > GRACE => {
+                    let doing = self.doing.lock().map_or("?", |doing| *doing);
+                    let rank = self.place.rank;
+                    tracing::error!(
+                        "training failed: {error}; rank {rank} still waits in {doing}, and is ended"
+                    );
+                    std::process::exit(ENDED);
+                }
+                Some(_) => {}
+            }
+            std::thread::sleep(BEAT);
         }
     }
 
@@ -234,34 +310,41 @@ impl Processes {
         sequence_ranks: usize,
         work: impl FnOnce(&dyn Comm, &dyn Comm) -> Result<T>,
     ) -> Result<T> {
-        let world = self.group("world", 0, self.place.size)?;
-        let first = self.place.rank / sequence_ranks * sequence_ranks;
-        let sequence = self.group("sequence", first, sequence_ranks)?;
-        match caught(self.place.rank, || work(&world, &sequence)) {
-            Ok(value) => world.barrier().map(|()| value),
-            // all come to the same step
-            Err(stopped @ Error::Stopped(_)) => Err(stopped),
-            Err(error) => {
-                // what another rank's end made of this one is no failure of its own
-                let own = !matches!(&error, Error::Rank { rank, .. } if *rank != self.place.rank);
-                if own {
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| self.keep_watch(&done));
+            let result = caught(self.place.rank, || {
+                let world = self.group("world", 0, self.place.size)?;
+                let first = self.place.rank / sequence_ranks * sequence_ranks;
+                let sequence = self.group("sequence", first, sequence_ranks)?;
+                let value = work(&world, &sequence)?;
+                world.barrier()?;
+                Ok(value)
+            });
+            if let Err(error) = &result {
+                // what another rank's end made of this one is no failure of its own, and all come to the same stop
+                let of_another = matches!(error, Error::Rank { rank, .. } if *rank != self.place.rank);
+                if !of_another && !matches!(error, Error::Stopped(_)) {
                     self.fail(&error.to_string());
                 }
-                drop((world, sequence));
-                if self.place.rank == 0 && !self.place.served {
+                if !matches!(error, Error::Stopped(_)) && self.place.rank == 0 && !self.place.served {
                     // the meeting place is here: the others still have to read what happened
-                    std::thread::sleep(ROLL_CALL);
+                    std::thread::sleep(GONE + 4 * BEAT);
                 }
-                Err(error)
             }
-        }
+            done.store(true, Ordering::Relaxed);
+            result
+        })
     }
 }
 
 impl Drop for Processes {
     fn drop(&mut self) {
         // Safety: nothing else has the pointer
-        unsafe { ffi::lw_store_close(self.store) };
+        unsafe {
+            ffi::lw_store_close(self.watch);
+            ffi::lw_store_close(self.store);
+        };
     }
 }
 
@@ -298,7 +381,10 @@ impl Group<'_> {
         if code == 0 { Ok(()) } else { Err(self.processes.who_failed(said())) }
     }
 
-    fn with<T>(&self, call: impl FnOnce(*mut ffi::Group) -> T) -> T {
+    fn with<T>(&self, doing: &'static str, call: impl FnOnce(*mut ffi::Group) -> T) -> T {
+        if let Ok(mut last) = self.processes.doing.lock() {
+            *last = doing;
+        }
         call(*self.group.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 }
@@ -325,7 +411,7 @@ impl Comm for Group<'_> {
         self.received[from].set(tag_from + n);
         let mut pending = null_mut();
         // Safety: the tensors live until the call returns, and then the pending work has them
-        let code = self.with(|group| unsafe {
+        let code = self.with("exchange", |group| unsafe {
             ffi::lw_exchange(
                 group,
                 to as c_int,
@@ -351,7 +437,8 @@ impl Comm for Group<'_> {
         let all = Torch::empty([own.size()[0] * self.size as i64], (own.kind(), own.device()));
         let (input, out) = (bytes(&own), bytes(&all));
         // Safety: both live until the call returns
-        let code = self.with(|group| unsafe { ffi::lw_all_gather(group, pointer(&input), pointer(&out)) });
+        let code = self
+            .with("all-gather", |group| unsafe { ffi::lw_all_gather(group, pointer(&input), pointer(&out)) });
         self.judge(code)?;
         Ok(burn(all))
     }
@@ -360,7 +447,9 @@ impl Comm for Group<'_> {
         let all = torch(tensor);
         let own = Torch::empty([all.size()[0] / self.size as i64], (all.kind(), all.device()));
         // Safety: both live until the call returns
-        let code = self.with(|group| unsafe { ffi::lw_reduce_scatter(group, pointer(&all), pointer(&own)) });
+        let code = self.with("reduce-scatter", |group| unsafe {
+            ffi::lw_reduce_scatter(group, pointer(&all), pointer(&own))
+        });
         self.judge(code)?;
         Ok(burn(own))
     }
@@ -369,14 +458,14 @@ impl Comm for Group<'_> {
         // in place, so not what somebody else may have
         let sum = torch(tensor).copy();
         // Safety: it lives until the call returns
-        let code = self.with(|group| unsafe { ffi::lw_all_reduce(group, pointer(&sum)) });
+        let code = self.with("all-reduce", |group| unsafe { ffi::lw_all_reduce(group, pointer(&sum)) });
         self.judge(code)?;
         Ok(burn(sum))
     }
 
     fn barrier(&self) -> Result<()> {
         // Safety: the group lives as long as `self`
-        let code = self.with(|group| unsafe { ffi::lw_barrier(group) });
+        let code = self.with("barrier", |group| unsafe { ffi::lw_barrier(group) });
         self.judge(code)
     }
 }
@@ -440,7 +529,7 @@ mod tests {
         let (rank, size) = (place.rank, place.size);
         let processes = Processes::open(place, Name::LibtorchCpu, Duration::from_secs(30)).unwrap();
         let result = processes.run(size, |world, _| {
-            let device = Name::LibtorchCpu.open();
+            let device = Name::LibtorchCpu.open().unwrap();
             let tensor = |values: Vec<f32>| Tensor::<1>::from_floats(values.as_slice(), &device);
             let numbers = |tensor: Tensor<1>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
             if work == "fail" && rank == 1 {
@@ -524,7 +613,8 @@ mod tests {
     #[test]
     fn a_killed_process_ends_the_others_within_a_minute_with_its_name() {
         let started = Instant::now();
-        let mut children = start(3, |_| "sleep".into());
+        // of five, two have no connection to the one before or after rank 1 but by others
+        let mut children = start(5, |_| "sleep".into());
         std::thread::sleep(Duration::from_secs(2));
         let mut killed = children.remove(1);
         killed.kill().unwrap();

@@ -26,7 +26,7 @@ pub trait Comm: Send + Sync {
     /// Every rank's tensor, one after the other.
     fn all_gather(&self, tensor: Tensor<1>) -> Result<Tensor<1>>;
 
-    /// This rank's part, of as many equal parts as ranks, of the sum of all ranks' tensors. Summed in the order of ranks.
+    /// This rank's part, of as many equal parts as ranks, of the sum of all ranks' tensors.
     fn reduce_scatter(&self, tensor: Tensor<1>) -> Result<Tensor<1>>;
 
     /// The sum of all ranks' tensors, the same bits on every rank.
@@ -50,6 +50,8 @@ pub struct Place {
     pub port: u16,
     /// Whether the launcher itself serves the meeting place.
     pub served: bool,
+    /// How often the launcher has started the processes before.
+    pub attempt: usize,
 }
 
 impl Place {
@@ -79,6 +81,7 @@ impl Place {
             host: get("MASTER_ADDR").ok_or_else(|| needed("MASTER_ADDR"))?,
             port: u16::try_from(port).map_err(|_| Error::Conf(format!("MASTER_PORT={port} is no port")))?,
             served: get("TORCHELASTIC_USE_AGENT_STORE").as_deref() == Some("True"),
+            attempt: number("TORCHELASTIC_RESTART_COUNT")?.unwrap_or(0),
         }))
     }
 }
@@ -96,7 +99,7 @@ fn caught<T>(rank: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
     })
 }
 
-/// Runs `work` as the one rank that this process is.
+/// Runs `work` as the one rank that this process is, of several.
 #[cfg_attr(not(feature = "libtorch"), allow(unused_variables))]
 pub fn process<T>(
     place: Place,
@@ -104,6 +107,7 @@ pub fn process<T>(
     work: impl FnOnce(&dyn Comm, &dyn Comm) -> Result<T>,
 ) -> Result<T> {
     let size = place.size;
+    let device = conf.device_of(place.local)?;
     if conf.ranks.is_some_and(|ranks| ranks != size) {
         let ranks = conf.ranks();
         return Err(Error::Conf(format!("train.ranks is {ranks}, and WORLD_SIZE={size} in the environment")));
@@ -116,8 +120,13 @@ pub fn process<T>(
     }
     #[cfg(feature = "libtorch")]
     {
-        let names = conf.names()?;
-        let device = names[place.local % names.len()];
+        if device == crate::device::Name::Flex {
+            let help =
+                "ranks as processes are for LibTorch's devices; name \"libtorch-cpu\" or \"libtorch-cuda:0\"";
+            return Err(Error::Conf(format!(
+                "train.devices: {help}, or start one process with train.ranks = {size}"
+            )));
+        }
         c10d::Processes::open(place, device, PATIENCE)?.run(sequence_ranks, work)
     }
     #[cfg(not(feature = "libtorch"))]

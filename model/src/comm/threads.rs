@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 use super::{Comm, Pending, caught};
 use crate::{Error, Result};
@@ -111,28 +111,39 @@ impl Comm for Threads {
     }
 
     fn exchange(&self, to: usize, from: usize, tensors: Vec<Tensor<1>>) -> Result<Pending<'_>> {
+        let device = tensors.first().map(Tensor::device);
         self.send(to, tensors);
-        Ok(Box::new(move || self.receive(from, "exchange")))
+        Ok(Box::new(move || {
+            let came = self.receive(from, "exchange")?;
+            Ok(device.map_or(vec![], |device| here(came, &device)))
+        }))
     }
 
     fn all_gather(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
         if self.size() == 1 {
             return Ok(tensor);
         }
-        Ok(Tensor::cat(self.swap(vec![tensor; self.size()], "all-gather")?, 0))
+        let device = tensor.device();
+        let parts = here(self.swap(vec![tensor; self.size()], "all-gather")?, &device);
+        // kept until they are copied: LibTorch's lets go of them first, and a rank that sees itself the only one with its
+        // tensor may write into it
+        let all = Tensor::cat(parts.clone(), 0);
+        drop(parts);
+        Ok(all)
     }
 
     fn reduce_scatter(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
         if self.size() == 1 {
             return Ok(tensor);
         }
-        let part = tensor.dims()[0] / self.size();
+        let (part, device) = (tensor.dims()[0] / self.size(), tensor.device());
         let parts = (0..self.size()).map(|to| tensor.clone().narrow(0, to * part, part)).collect();
-        Ok(sum(self.swap(parts, "reduce-scatter")?))
+        Ok(sum(here(self.swap(parts, "reduce-scatter")?, &device)))
     }
 
     fn all_reduce(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
-        Ok(sum(self.swap(vec![tensor; self.size()], "all-reduce")?))
+        let device = tensor.device();
+        Ok(sum(here(self.swap(vec![tensor; self.size()], "all-reduce")?, &device)))
     }
 
     fn barrier(&self) -> Result<()> {
@@ -141,6 +152,21 @@ impl Comm for Threads {
         }
         (0..self.size()).try_for_each(|from| self.receive(from, "barrier").map(drop))
     }
+}
+
+/// Has the memory of freed tensors given back to the system at once, which costs time. glibc keeps up to 32 MB apiece for the
+/// thread that freed them, and so ranks would each keep the most they ever had.
+fn give_memory_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // Safety: sets a number of the allocator's
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+    }
+}
+
+/// What other ranks sent, on this rank's own device.
+fn here(tensors: Vec<Tensor<1>>, device: &Device) -> Vec<Tensor<1>> {
+    tensors.into_iter().map(|tensor| tensor.to_device(device)).collect()
 }
 
 fn sum(tensors: Vec<Tensor<1>>) -> Tensor<1> {
@@ -159,6 +185,9 @@ pub fn run<T: Send>(
     patience: Duration,
     work: impl Fn(&dyn Comm, &dyn Comm) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
+    if ranks > 1 {
+        give_memory_back();
+    }
     let shared = Arc::new(Shared { failed: Mutex::default(), patience });
     let world = Threads::group(0, ranks, &shared);
     let neighbours = (0..ranks).step_by(sequence_ranks.max(1));
@@ -198,7 +227,6 @@ pub fn run<T: Send>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::Device;
 
     const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -4,8 +4,9 @@ use std::io::Write;
 
 use clap::Args;
 use lengthwise_model::Location;
+use lengthwise_model::conf::Precision;
 use lengthwise_model::device::Name;
-use lengthwise_model::generate::{GenerateJob, generate};
+use lengthwise_model::generate::{Choice, GenerateJob, generate};
 
 use super::run_folder;
 use crate::tokenizer::Tokenizer;
@@ -24,12 +25,34 @@ pub struct GenerateArguments {
     /// How many tokens to add at most
     #[arg(long)]
     tokens: usize,
+    /// Draw tokens by their probability to the power of 1 / T, rather than take the likeliest
+    #[arg(long, value_name = "T")]
+    temperature: Option<f64>,
+    /// What the draws of --temperature depend on
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// "f32" or "bf16"
+    #[arg(long, default_value = "f32")]
+    precision: Precision,
     /// "flex", "libtorch-cpu" or "libtorch-cuda:0"
     #[arg(long, default_value = "flex")]
     device: String,
     /// How many ranks share the text
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     ranks: u16,
+}
+
+fn choice(arguments: &GenerateArguments) -> Result<Choice> {
+    match arguments.temperature {
+        None => Ok(Choice::Greedy),
+        Some(temperature) if temperature.is_finite() && temperature > 0.0 => {
+            Ok(Choice::Sampled { temperature, seed: arguments.seed })
+        }
+        Some(temperature) => Err(Error::data(
+            format!("--temperature {temperature} is not a positive number"),
+            "leave it out to take the likeliest token each time",
+        )),
+    }
 }
 
 pub async fn main(arguments: GenerateArguments) -> Result<()> {
@@ -45,6 +68,8 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
     let job = GenerateJob {
         checkpoint: Location { store: at.store.clone(), path: at.path.clone() },
         device: Name::parse(&arguments.device)?,
+        precision: arguments.precision,
+        choice: choice(&arguments)?,
         ranks: usize::from(arguments.ranks),
         ids: ids.iter().map(|id| *id as i32).collect(),
         tokens: arguments.tokens,

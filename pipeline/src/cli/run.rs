@@ -1,7 +1,11 @@
 //! `lengthwise run`
 
 #[cfg(feature = "train")]
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    os::unix::process::CommandExt,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use clap::Args;
 #[cfg(feature = "train")]
@@ -40,6 +44,11 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
         ));
     }
     #[cfg(feature = "train")]
+    if arguments.from.is_some() && Place::of_this_process()?.is_some() {
+        let help = "compute again with one process, `--until pack`; then train with all of them";
+        return Err(Error::data("--from is for one process, and this is one of several", help));
+    }
+    #[cfg(feature = "train")]
     if crate::stages::train::follows()? {
         let run = arguments.conf.open(Goal::Look)?;
         return until_stopped(&run, follow(&run, arguments.until)).await;
@@ -76,6 +85,10 @@ pub async fn train(arguments: TrainArguments) -> Result<()> {
     }
 }
 
+/// After one rank has failed, the others have so long to find out and to end.
+#[cfg(feature = "train")]
+const GRACE: Duration = Duration::from_secs(45);
+
 /// Starts this command again as so many ranks, and ends as the first of them that fails, or as the first rank.
 #[cfg(feature = "train")]
 async fn processes(run: &Run, size: usize) -> Result<()> {
@@ -99,26 +112,43 @@ async fn processes(run: &Run, size: usize) -> Result<()> {
         ] {
             command.env(name, value);
         }
+        // a signal from the terminal comes to this process, which passes it on once; and none outlives it
+        command.process_group(0);
+        #[cfg(target_os = "linux")]
+        // Safety: only makes a system call between fork and exec
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
+        }
         children.push(Some(command.spawn().map_err(io("cannot start a rank"))?));
     }
     let all = async {
-        let (mut first_failure, mut told) = (0, false);
+        let (mut first_failure, mut told, mut failed) = (0, false, None::<Instant>);
         while children.iter().any(Option::is_some) {
+            let stop = run.stop.load(Ordering::Relaxed);
             for (rank, place) in children.iter_mut().enumerate() {
                 let Some(child) = place else { continue };
-                if run.stop.load(Ordering::Relaxed) && !told {
+                if stop && !told {
                     // a signal to this process alone is one to the ranks, too
                     let _ = std::process::Command::new("kill").arg(child.id().to_string()).status();
                 }
+                if failed.is_some_and(|since| since.elapsed() > GRACE) {
+                    tracing::warn!("rank {rank} did not end, and is killed");
+                    let _ = child.kill();
+                }
                 let Some(status) = child.try_wait().map_err(io("cannot wait for a rank"))? else { continue };
-                let code = status.code().unwrap_or(137);
-                if code != 0 {
-                    tracing::warn!("rank {rank} ended with exit code {code}");
+                // a rank that was killed has no code; the training failed
+                let code = status.code().unwrap_or(6);
+                if !status.success() {
+                    tracing::warn!("rank {rank} ended with {status}");
                     first_failure = if first_failure == 0 { code } else { first_failure };
+                    failed.get_or_insert_with(Instant::now);
                 }
                 *place = None;
             }
-            told = run.stop.load(Ordering::Relaxed);
+            told = stop;
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         Ok(first_failure)

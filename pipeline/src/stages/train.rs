@@ -28,6 +28,15 @@ pub fn conf(run: &Run) -> Result<Option<TrainConf>> {
     Ok(Some(conf))
 }
 
+/// That this build can train on the devices asked for: said before hours are spent on what they train on.
+pub fn check_devices(run: &Run) -> Result<()> {
+    let Some(conf) = conf(run)? else { return Ok(()) };
+    conf.available().map_err(|e| {
+        let help = "or end at the packed dataset with `--until pack`".to_owned();
+        run.conf.wrong(&["train", "devices"], e.to_string(), "not in this build", Some(help))
+    })
+}
+
 /// Table `checkpoint`: a Hugging Face folder with `metrics.jsonl`; `None` where the conf doesn't train.
 ///
 /// Devices are not in its key: what comes out should not depend on them.
@@ -38,8 +47,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         Some(at) => {
             let mut parts = vec![];
             for name in checkpoint_parts(&folder(at)).await? {
-                let bytes = at.join(&name).read().await?;
-                parts.push(json!([name, Digest::of(&bytes)]));
+                parts.push(json!([name, at.join(&name).digest().await?]));
             }
             json!(parts)
         }

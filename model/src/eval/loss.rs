@@ -1,0 +1,223 @@
+//! Loss of held-out documents by domain and position (paper §5.3: Table 5, Figure 3). A document is read by itself, from its
+//! start, so that a position says how much of the same document came before.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::Subject;
+use crate::Result;
+use crate::dataset::Dataset;
+
+/// Positions are read up to here: 128K, as in the paper.
+pub const LONGEST: usize = 1 << 17;
+
+/// A range of positions, `[from, until)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Positions {
+    pub from: usize,
+    pub until: usize,
+}
+
+/// Table 5 of the paper, then Figure 3 (Loss@nK: the 1,024 positions before nK), then the curve between them.
+pub fn ranges() -> Vec<Positions> {
+    let table = [(0, 4), (4, 128)];
+    let at = [1, 16, 32, 64, 128].map(|n| (n - 1, n));
+    let curve = [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 128)];
+    let all = table.into_iter().chain(at).chain(curve);
+    all.map(|(from, until)| Positions { from: from << 10, until: until << 10 }).collect()
+}
+
+impl std::fmt::Display for Positions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kilo = |n: usize| if n.is_multiple_of(1024) { format!("{}K", n >> 10) } else { n.to_string() };
+        let from = if self.from == 0 { "0".to_owned() } else { kilo(self.from) };
+        write!(f, "{from}-{}", kilo(self.until))
+    }
+}
+
+/// A document out of packed sequences.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Document {
+    pub domain: String,
+    pub doc_id: String,
+    /// As they are packed, with BOS and EOS.
+    pub ids: Vec<i32>,
+}
+
+/// The documents of packed sequences, put together again where a sequence's end cuts one.
+pub struct Documents {
+    dataset: Dataset,
+    /// The next sequence.
+    place: u64,
+    /// What is known of the last sequence's documents; the last one may go on in the next sequence.
+    waiting: std::collections::VecDeque<Document>,
+}
+
+impl Documents {
+    pub fn new(dataset: Dataset) -> Self {
+        Self { dataset, place: 0, waiting: Default::default() }
+    }
+
+    /// The next one.
+    pub async fn next(&mut self) -> Result<Option<Document>> {
+        while self.waiting.len() < 2 && self.place < self.dataset.sequences {
+            let sequence = self.dataset.sequence(self.place).await?;
+            self.place += 1;
+            for segment in sequence.segments {
+                let ids = &sequence.ids[segment.range];
+                match self.waiting.back_mut() {
+                    // padding is no document
+                    _ if segment.doc_id.is_empty() => {}
+                    Some(last) if last.doc_id == segment.doc_id => last.ids.extend(ids),
+                    _ => self.waiting.push_back(Document {
+                        domain: segment.domain,
+                        doc_id: segment.doc_id,
+                        ids: ids.to_vec(),
+                    }),
+                }
+            }
+        }
+        Ok(self.waiting.pop_front())
+    }
+}
+
+/// A document's losses, summed over each range of positions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Case {
+    pub domain: String,
+    pub doc_id: String,
+    /// How many positions were read.
+    pub positions: usize,
+    /// Sum and count, in the order of the ranges.
+    pub sums: Vec<(f64, u64)>,
+    pub seconds: f64,
+}
+
+/// Reads a document; `None` of one that has nothing to predict.
+pub fn read(subject: &Subject, document: &Document, ranges: &[Positions]) -> Result<Option<Case>> {
+    let started = std::time::Instant::now();
+    let ids = &document.ids[..document.ids.len().min(LONGEST + 1)];
+    if ids.len() < 2 {
+        return Ok(None);
+    }
+    let losses = subject.losses(ids)?;
+    let sum = |range: &Positions| {
+        let some = &losses[range.from.min(losses.len())..range.until.min(losses.len())];
+        (some.iter().map(|loss| f64::from(*loss)).sum(), some.len() as u64)
+    };
+    Ok(Some(Case {
+        domain: document.domain.clone(),
+        doc_id: document.doc_id.clone(),
+        positions: losses.len(),
+        sums: ranges.iter().map(sum).collect(),
+        seconds: started.elapsed().as_secs_f64(),
+    }))
+}
+
+/// The loss over some positions of some documents.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cell {
+    /// `None` of all domains together.
+    pub domain: Option<String>,
+    pub positions: Positions,
+    /// How many documents reach into the range, and how many losses they have there.
+    pub documents: u64,
+    pub count: u64,
+    /// Mean over all losses.
+    pub loss: f64,
+    /// Its standard error, documents being what was drawn; `None` of one document.
+    pub error: Option<f64>,
+}
+
+/// Loss by domain and range of positions, where there is any.
+pub fn table(cases: &[Case], ranges: &[Positions]) -> Vec<Cell> {
+    let mut by_domain: BTreeMap<Option<&str>, Vec<&Case>> = BTreeMap::new();
+    for case in cases {
+        by_domain.entry(None).or_default().push(case);
+        by_domain.entry(Some(&case.domain)).or_default().push(case);
+    }
+    let mut cells = vec![];
+    for (domain, cases) in by_domain {
+        for (i, positions) in ranges.iter().enumerate() {
+            let sums = cases.iter().filter_map(|case| case.sums.get(i).copied()).filter(|(_, n)| *n > 0);
+            if let Some((loss, error)) = mean(sums.clone()) {
+                cells.push(Cell {
+                    domain: domain.map(str::to_owned),
+                    positions: *positions,
+                    documents: sums.clone().count() as u64,
+                    count: sums.map(|(_, n)| n).sum(),
+                    loss,
+                    error,
+                });
+            }
+        }
+    }
+    cells
+}
+
+/// The mean of what is summed document by document, and its standard error: that of a ratio of two sums over documents, as
+/// losses within one are not independent.
+fn mean(sums: impl Iterator<Item = (f64, u64)> + Clone) -> Option<(f64, Option<f64>)> {
+    let documents = sums.clone().count() as f64;
+    let (sum, count) = sums.clone().fold((0.0, 0.0), |(s, c), (sum, count)| (s + sum, c + count as f64));
+    if count == 0.0 {
+        return None;
+    }
+    let mean = sum / count;
+    let squares: f64 = sums.map(|(sum, n)| (sum - mean * n as f64).powi(2)).sum();
+    let error = (documents > 1.0).then(|| (squares * documents / (documents - 1.0)).sqrt() / count);
+    Some((mean, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataset::tests::{folder, packed};
+
+    #[tokio::test]
+    async fn documents_are_whole_again_where_sequences_cut_them() {
+        let file = packed(&[
+            (vec![1, 2, 3, 4], 5, vec![("a", 0, 3), ("b", 3, 4)]),
+            (vec![5, 6, 7, 8], 9, vec![("b", 0, 4)]),
+            (vec![9, 10, 11, 12], 13, vec![("b", 0, 1), ("c", 1, 2), ("", 2, 4)]),
+        ]);
+        let folder = folder(&[("heldout-00000-of-00001.parquet", file)]).await;
+        let mut documents = Documents::new(Dataset::open(&folder, 20).await.unwrap());
+        let mut all = vec![];
+        while let Some(document) = documents.next().await.unwrap() {
+            all.push((document.doc_id, document.ids));
+        }
+        let want = [("a", vec![1, 2, 3]), ("b", vec![4, 5, 6, 7, 8, 9]), ("c", vec![10])];
+        assert_eq!(all, want.map(|(id, ids)| (id.to_owned(), ids)));
+    }
+
+    fn case(domain: &str, sums: &[(f64, u64)]) -> Case {
+        let doc_id = String::new();
+        Case { domain: domain.into(), doc_id, positions: 0, sums: sums.to_vec(), seconds: 0.0 }
+    }
+
+    #[test]
+    fn a_mean_is_over_losses_and_its_error_over_documents() {
+        let ranges = [Positions { from: 0, until: 4096 }, Positions { from: 4096, until: 131_072 }];
+        let cases = [
+            case("Book", &[(20.0, 10), (0.0, 0)]),
+            case("Book", &[(40.0, 10), (5.0, 5)]),
+            case("ArXiv", &[(10.0, 10), (0.0, 0)]),
+        ];
+        let table = table(&cases, &ranges);
+        let cell = |domain: Option<&str>, i: usize| {
+            let found = |c: &&Cell| c.domain.as_deref() == domain && c.positions == ranges[i];
+            table.iter().find(found).map(|c| (c.documents, c.count, c.loss, c.error))
+        };
+        // residuals −10 and 10: sqrt(200 · 2 / 1) / 20 = 1
+        assert_eq!(cell(Some("Book"), 0), Some((2, 20, 3.0, Some(1.0))));
+        assert_eq!(cell(Some("Book"), 1), Some((1, 5, 1.0, None)));
+        assert_eq!(cell(Some("ArXiv"), 0), Some((1, 10, 1.0, None)));
+        assert_eq!(cell(Some("ArXiv"), 1), None);
+        let (documents, count, loss, error) = cell(None, 0).unwrap();
+        assert_eq!((documents, count), (3, 30));
+        assert!((loss - 70.0 / 30.0).abs() < 1e-12 && error.unwrap() > 0.0);
+        assert_eq!(ranges.map(|range| range.to_string()), ["0-4K", "4K-128K"]);
+    }
+}

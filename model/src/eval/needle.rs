@@ -1,0 +1,215 @@
+//! Needle in a haystack, as the paper's authors ask and score it (§5.1, Figure 1): a sentence about San Francisco is put into
+//! essays, at some depth of a context of some length, and the model is asked for it.
+//!
+//! Their code leaves the tokenizer's BOS in the middle of the prompt, where the context was tokenised and decoded again; here
+//! there is one, at the start.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Subject, Text, alike};
+use crate::{Error, Result};
+
+/// The authors' own.
+pub const NEEDLE: &str =
+    "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n";
+pub const QUESTION: &str = "What is the best thing to do in San Francisco?";
+pub const ANSWER: &str = "eat a sandwich and sit in Dolores Park on a sunny day.";
+
+/// So many tokens of a length are for what stands around the context, and for the reply.
+const BUFFER: usize = 200;
+
+/// A reply has at most so many tokens.
+const TOKENS: usize = 50;
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Needle {
+    /// Tokens of context, needle included, and of what stands around it.
+    pub lengths: Vec<usize>,
+    /// Where in the context, in percent of it.
+    pub depths: Vec<f64>,
+    pub needle: String,
+    pub question: String,
+    pub answer: String,
+}
+
+/// One that was asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Case {
+    pub length: usize,
+    pub depth: f64,
+    /// Tokens of the prompt, and how many of them had been read for a case before.
+    pub prompt_tokens: usize,
+    pub reused: usize,
+    /// BLAKE3 of the prompt's text.
+    pub prompt: String,
+    pub reply: String,
+    /// From 0 to the share of different words in the answer.
+    pub score: f64,
+    pub seconds: f64,
+}
+
+/// A tokenised haystack, to make prompts of.
+pub struct Haystack<'a> {
+    settings: &'a Needle,
+    text: &'a Text,
+    /// As many ids as the longest context has.
+    essays: Vec<i32>,
+    needle: Vec<i32>,
+    /// The prompt without a needle.
+    plain: Vec<i32>,
+    /// Ids that end a sentence.
+    periods: BTreeSet<i32>,
+}
+
+impl<'a> Haystack<'a> {
+    /// Of essays, which are repeated where they are too short.
+    ///
+    /// # Errors
+    /// There are none, or a length has no room for the needle.
+    pub fn new(settings: &'a Needle, text: &'a Text, essays: &str) -> Result<Self> {
+        let needle = text.ids(&settings.needle, false)?;
+        let longest = settings.lengths.iter().copied().max().unwrap_or(0);
+        if let Some(short) = settings.lengths.iter().find(|length| **length < BUFFER + needle.len() + 1) {
+            return Err(Error::Conf(format!(
+                "a needle of {} tokens and what stands around it need more than the {short} tokens of a length",
+                needle.len()
+            )));
+        }
+        if let Some(depth) = settings.depths.iter().find(|depth| !(0.0..=100.0).contains(*depth)) {
+            return Err(Error::Conf(format!("depth {depth} is not within 0 to 100 percent")));
+        }
+        let once = text.ids(essays, false)?;
+        if once.is_empty() {
+            return Err(Error::Conf("the haystack is empty".into()));
+        }
+        let essays: Vec<i32> = once.iter().copied().cycle().take(longest).collect();
+        // single tokens say what they are only when they are decoded
+        let mut periods = BTreeSet::new();
+        for id in once.iter().collect::<BTreeSet<_>>() {
+            if text.text(&[*id])?.trim() == "." {
+                periods.insert(*id);
+            }
+        }
+        let mut new = Self { settings, text, essays, needle, plain: vec![], periods };
+        new.plain = text.ids(&new.around(&text.text(&new.essays)?), true)?;
+        Ok(new)
+    }
+
+    /// The authors' prompt for a base model.
+    fn around(&self, context: &str) -> String {
+        let question = &self.settings.question;
+        format!(
+            "<|im_start|> This is a very long story book: <book> {context} </book>.\n Based on the content of the book, Question: {question}\nAnswer:"
+        )
+    }
+
+    /// The prompt of a length with the needle at a depth.
+    fn prompt(&self, length: usize, depth: f64) -> Result<String> {
+        let context = &self.essays[..length - BUFFER - self.needle.len()];
+        let mut at = (context.len() as f64 * depth / 100.0) as usize;
+        if depth < 100.0 {
+            // back to the end of a sentence, or to the start
+            while at > 0 && !self.periods.contains(&context[at - 1]) {
+                at -= 1;
+            }
+        }
+        let all = [&context[..at], &self.needle, &context[at..]].concat();
+        Ok(self.around(&self.text.text(&all)?))
+    }
+
+    /// Asks one.
+    pub fn ask(&self, subject: &Subject, length: usize, depth: f64) -> Result<Case> {
+        let started = std::time::Instant::now();
+        let prompt = self.prompt(length, depth)?;
+        let ids = self.text.ids(&prompt, true)?;
+        // up to the needle all prompts are alike
+        let reply = subject.reply(&ids, alike(&ids, &self.plain), TOKENS)?;
+        let text = self.text.text(&reply.ids)?;
+        Ok(Case {
+            length,
+            depth,
+            prompt_tokens: ids.len(),
+            reused: reply.reused,
+            prompt: blake3::hash(prompt.as_bytes()).to_hex().to_string(),
+            score: score(&text, &self.settings.answer),
+            reply: text.trim().to_owned(),
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+}
+
+/// The authors' score of Figure 1: the share of the answer's words, lower-cased and split at white space, that are found in
+/// the reply. A word that the answer has twice counts once in the numerator and twice in the denominator, as in their code.
+pub fn score(reply: &str, answer: &str) -> f64 {
+    let (reply, answer) = (reply.to_lowercase(), answer.to_lowercase());
+    let wanted: Vec<&str> = answer.split_whitespace().collect();
+    let found: BTreeSet<&str> = reply.split_whitespace().collect();
+    let both = wanted.iter().collect::<BTreeSet<_>>().into_iter().filter(|word| found.contains(**word));
+    both.count() as f64 / wanted.len().max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::tests::words;
+
+    /// What the authors' visualize.py gives for replies of these kinds.
+    #[test]
+    fn the_score_is_the_authors() {
+        for (reply, words) in [
+            ("Eat a sandwich and sit in Dolores Park on a sunny day.", 11),
+            ("eat a sandwich and sit in Dolores Park on a sunny day. eat a sandwich", 11),
+            ("Eat a sandwich and sit in Dolores Park on a sunny day", 10),
+            ("The best thing to do in San Francisco is to go for a walk.", 2),
+            ("", 0),
+        ] {
+            assert_eq!(score(reply, ANSWER), f64::from(words) / 12.0, "{reply}");
+        }
+    }
+
+    const WORDS: &str =
+        "The quick fox jumps lazy dogs was over . needle here is it This a very long story book Answer";
+
+    fn settings(lengths: &[usize]) -> Needle {
+        Needle {
+            lengths: lengths.to_vec(),
+            depths: vec![0.0, 50.0, 100.0],
+            needle: "needle here is it .".into(),
+            question: "was it here ?".into(),
+            answer: "it .".into(),
+        }
+    }
+
+    #[test]
+    fn the_needle_stands_after_the_end_of_a_sentence_at_its_depth() {
+        let text = words(WORDS);
+        let essays = "The quick fox jumps . The lazy dogs was over . ".repeat(3);
+        let settings = settings(&[230]);
+        let haystack = Haystack::new(&settings, &text, &essays).unwrap();
+        let at = |depth| {
+            let prompt = haystack.prompt(230, depth).unwrap();
+            let context = prompt.split("<book> ").nth(1).unwrap().split(" </book>").next().unwrap();
+            let words: Vec<&str> = context.split(' ').collect();
+            // the context and the needle have 30 ids: 230 less 200 for what is around
+            assert_eq!(words.len(), 30, "{context}");
+            words.iter().position(|word| *word == "needle").unwrap()
+        };
+        // half of 25 words is 12, back to the end of the sentence of 11; at 100 percent it is the last thing, wherever that is
+        assert_eq!([0.0, 50.0, 99.0, 100.0].map(at), [0, 11, 22, 25]);
+    }
+
+    #[test]
+    fn lengths_and_depths_that_can_not_be_are_refused() {
+        let text = words(WORDS);
+        let refused = |settings: Needle, essays: &str| {
+            Haystack::new(&settings, &text, essays).err().unwrap().to_string()
+        };
+        assert!(refused(settings(&[230, 204]), "The .").contains("more than the 204 tokens"));
+        assert!(refused(settings(&[230]), "").contains("the haystack is empty"));
+        let deep = Needle { depths: vec![101.0], ..settings(&[230]) };
+        assert!(refused(deep, "The .").contains("depth 101"));
+    }
+}

@@ -1,0 +1,194 @@
+//! Training by the program: stops, kills, processes, and what comes of it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::bench::{Bench, said, tree};
+
+/// A small training, for `--set`.
+fn train(settings: &str) -> String {
+    let shape = "{ hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }";
+    format!("train={{ shape = {shape}, {settings} }}")
+}
+
+/// Whether a file is of a checkpoint that training goes on from.
+fn saved(path: &PathBuf) -> bool {
+    path.to_string_lossy().contains("/checkpoints/step-")
+}
+
+/// The steps of a run's training, and their losses.
+fn losses(run: &Path) -> Vec<(u64, f64)> {
+    let lines = std::fs::read_to_string(run.join("checkpoint/metrics.jsonl")).unwrap();
+    let step = |line: &str| {
+        let step: serde_json::Value = serde_json::from_str(line).unwrap();
+        (step["step"].as_u64().unwrap(), step["loss"].as_f64().unwrap())
+    };
+    lines.lines().map(step).collect()
+}
+
+#[test]
+fn sigterm_is_a_stop_that_goes_on() {
+    let bench = Bench::new(3);
+    let train = train("steps = 300, ranks = 2");
+    let undisturbed = Bench::new(3);
+    let want = losses(&undisturbed.run(&["--set", &train]));
+
+    let child = bench.command(&["run", "conf.toml", "--set", &train]).spawn().unwrap();
+    // it is training once the packed files are there
+    while !tree(&bench.path("out/stages/pack")).iter().any(|path| path.ends_with("manifest.json")) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    let said = said(child.wait_with_output().unwrap());
+    assert_eq!(said.code, 75, "{said:?}");
+    assert!(said.err.contains("stopped by a signal") && said.out.is_empty(), "{said:?}");
+    if said.err.contains("stopping after this step") {
+        assert!(tree(&bench.path("out/stages/train")).iter().any(saved));
+    }
+
+    let run = bench.run(&["--set", &train]);
+    assert_eq!(losses(&run), want);
+    assert!(!tree(&bench.path("out/stages/train")).iter().any(saved), "a finished training leaves none");
+    assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+}
+
+#[test]
+fn a_killed_training_goes_on_from_its_last_checkpoint_with_the_same_losses() {
+    let train = train("steps = 60, checkpoint_every = 3");
+    let undisturbed = Bench::new(3);
+    undisturbed.run(&[]);
+    let started = std::time::Instant::now();
+    let want = losses(&undisturbed.run(&["--set", &train]));
+    let training = started.elapsed();
+    let bench = Bench::new(3);
+    bench.run(&[]);
+    for i in 0..10u32 {
+        let mut child = bench.command(&["train", "conf.toml", "--set", &train]).spawn().unwrap();
+        std::thread::sleep(training.mul_f64(f64::from(3 + (i * 5) % 7) / 12.0));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert_eq!(losses(&bench.run(&["--set", &train])), want);
+}
+
+#[test]
+fn processes_without_libtorch_say_what_they_need() {
+    let bench = Bench::new(3);
+    let train = train("steps = 3");
+    let said = bench.say(&["train", "conf.toml", "--set", &train, "--nproc", "2"]);
+    assert!(said.code == 6 && said.err.contains("build with --features libtorch"), "{said:?}");
+    let said = bench.say(&["train", "conf.toml"]);
+    assert!(said.code == 3 && said.err.contains("the conf has no [train] table"), "{said:?}");
+}
+
+#[test]
+fn a_checkpoint_goes_on_with_a_text() {
+    let bench = Bench::new(3);
+    let train = train("steps = 3");
+    let run = bench.run(&["--set", &train]);
+    let checkpoint = run.join("checkpoint");
+    let ask = |more: &[&str]| {
+        let mut all = vec!["generate", checkpoint.to_str().unwrap(), "--prompt", "the sea", "--tokens", "5"];
+        all.extend(more);
+        bench.say(&all)
+    };
+    let (one, three) = (ask(&[]), ask(&["--ranks", "3"]));
+    assert_eq!((one.code, &one.out), (0, &three.out), "{one:?} {three:?}");
+    assert!(!one.out.trim().is_empty());
+    let wrong = ask(&["--device", "gpu"]);
+    assert!(wrong.code == 2 && wrong.err.contains("there is no device `gpu`"), "{wrong:?}");
+    let nowhere = bench.say(&["generate", "nowhere", "--prompt", "a", "--tokens", "1"]);
+    assert!(nowhere.err.contains("there is no") && nowhere.err.contains("tokenizer.json"), "{nowhere:?}");
+}
+
+#[cfg(not(feature = "libtorch"))]
+#[test]
+fn devices_of_another_build_are_planned_with_and_refused_before_any_work() {
+    let bench = Bench::new(3);
+    let train = train("steps = 3, devices = [\"libtorch-cuda:0\", \"libtorch-cuda:1\"]");
+    let said = bench.say(&["run", "conf.toml", "--set", &train]);
+    assert!(said.code == 2 && said.err.contains("`libtorch-cuda:0` needs LibTorch"), "{said:?}");
+    assert!(!bench.path("out").exists());
+    let said = bench.say(&["plan", "conf.toml", "--set", &train]);
+    assert!(said.code == 0 && said.out.contains("2 ranks (2 a sequence)"), "{said:?}");
+    bench.run(&["--set", &train, "--until", "pack"]);
+}
+
+#[test]
+fn from_is_for_one_process() {
+    let bench = Bench::new(3);
+    let train = train("steps = 3");
+    let mut command = bench.command(&["train", "conf.toml", "--set", &train, "--from", "pack"]);
+    let environment =
+        [("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")];
+    let said = said(command.envs(environment).output().unwrap());
+    assert!(said.code == 3 && said.err.contains("--from is for one process"), "{said:?}");
+}
+
+/// Ranks as processes, in builds that have them.
+#[cfg(feature = "libtorch")]
+mod processes {
+    use super::*;
+
+    /// A training of two processes that has come to its first checkpoint, and the pid of rank 1.
+    fn started(bench: &Bench, train: &str) -> (std::process::Child, u32) {
+        let child = bench.command(&["train", "conf.toml", "--nproc", "2", "--set", train]).spawn().unwrap();
+        while !tree(&bench.path("out/stages/train")).iter().any(saved) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let rank_1 = std::fs::read_dir("/proc").unwrap().find_map(|entry| {
+            let process = entry.unwrap().path();
+            let status = std::fs::read_to_string(process.join("status")).ok()?;
+            let parent =
+                status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse::<u32>().ok()?;
+            let environment = std::fs::read(process.join("environ")).ok()?;
+            let second = environment.split(|byte| *byte == 0).any(|variable| variable == b"RANK=1");
+            (parent == child.id() && second).then(|| process.file_name()?.to_str()?.parse().ok())?
+        });
+        (child, rank_1.expect("the second process"))
+    }
+
+    #[test]
+    fn processes_train_as_threads_do_and_print_the_run_alone() {
+        let train = |ranks| train(&format!("steps = 12, devices = [\"libtorch-cpu\"]{ranks}"));
+        let threads = Bench::new(3);
+        let want = losses(&threads.run(&["--set", &train(", ranks = 2")]));
+        let bench = Bench::new(3);
+        let said = bench.say(&["train", "conf.toml", "--nproc", "2", "--set", &train("")]);
+        assert_eq!(said.code, 0, "{said:?}");
+        assert_eq!(said.out.lines().count(), 1, "{said:?}");
+        let got = losses(Path::new(said.out.trim()));
+        assert_eq!(got.len(), want.len());
+        for ((step, got), (_, want)) in got.into_iter().zip(want) {
+            assert!((got - want).abs() < 1e-4 * want, "step {step}: {got} {want}");
+        }
+    }
+
+    #[test]
+    fn a_killed_process_ends_the_others_with_its_name_and_training_goes_on() {
+        let bench = Bench::new(3);
+        let train = train("steps = 400, checkpoint_every = 5, devices = [\"libtorch-cpu\"]");
+        let (child, rank_1) = started(&bench, &train);
+        let killed = std::time::Instant::now();
+        std::process::Command::new("kill").args(["-9", &rank_1.to_string()]).status().unwrap();
+        let said = said(child.wait_with_output().unwrap());
+        assert!(killed.elapsed() < Duration::from_secs(60));
+        assert_eq!(said.code, 6, "{said:?}");
+        assert!(said.err.contains("rank 1 ended with signal: 9"), "{said:?}");
+        assert!(said.err.contains("rank 0") && said.out.is_empty(), "{said:?}");
+        let again = bench.say(&["train", "conf.toml", "--nproc", "2", "--set", &train]);
+        assert!(again.code == 0 && again.err.contains("training goes on from"), "{again:?}");
+    }
+
+    #[test]
+    fn a_signal_stops_all_processes_after_a_step() {
+        let bench = Bench::new(3);
+        let train = train("steps = 400, checkpoint_every = 5, devices = [\"libtorch-cpu\"]");
+        let (child, _) = started(&bench, &train);
+        std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+        let said = said(child.wait_with_output().unwrap());
+        assert!(said.code == 75 && said.out.is_empty(), "{said:?}");
+        let again = bench.say(&["train", "conf.toml", "--nproc", "2", "--set", &train]);
+        assert!(again.code == 0 && again.err.contains("training goes on from"), "{again:?}");
+    }
+}
