@@ -187,21 +187,23 @@ fn count<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
         Number(u64),
         Text(String),
     }
-    let text = match Count::deserialize(from)? {
-        Count::Number(number) => return Ok(Some(number)),
-        Count::Text(text) => text,
-    };
+    match Count::deserialize(from)? {
+        Count::Number(number) => Ok(Some(number)),
+        Count::Text(text) => parse_count(&text).map(Some).map_err(serde::de::Error::custom),
+    }
+}
+
+/// A text such as "4M" as a number: K, M, B are decimal.
+pub fn parse_count(text: &str) -> Result<u64, String> {
     let (digits, unit) = match text.chars().last() {
         Some('K') => (&text[..text.len() - 1], 1e3),
         Some('M') => (&text[..text.len() - 1], 1e6),
         Some('B') => (&text[..text.len() - 1], 1e9),
-        _ => (text.as_str(), 1.0),
+        _ => (text, 1.0),
     };
     match digits.parse::<f64>() {
-        Ok(number) if number > 0.0 && (number * unit).fract() == 0.0 => Ok(Some((number * unit) as u64)),
-        _ => Err(serde::de::Error::custom(format!(
-            "`{text}` is not a number of tokens, such as 65536 or \"4M\""
-        ))),
+        Ok(number) if number > 0.0 && (number * unit).fract() == 0.0 => Ok((number * unit) as u64),
+        _ => Err(format!("`{text}` is not a number of tokens, such as 65536 or \"4M\"")),
     }
 }
 

@@ -4,9 +4,10 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
-use arrow::array::RecordBatch;
+use arrow::array::{Array, ArrayRef, AsArray, ListArray, RecordBatch};
+use arrow::buffer::OffsetBuffer;
 use arrow::compute::{BatchCoalescer, CastOptions, cast_with_options};
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, SchemaRef};
 use arrow::util::display::FormatOptions;
 use datafusion::datasource::MemTable;
 use datafusion::datasource::file_format::parquet::ParquetFormat;
@@ -195,6 +196,41 @@ pub fn writer_properties() -> WriterProperties {
         .build()
 }
 
+/// Values of lists that are encoded at a time.
+const SLICE_VALUES: usize = 1 << 18;
+
+/// A group in slices of about so many values: what the encoder makes of one stays in the processor's cache.
+fn slices(group: &RecordBatch) -> Vec<RecordBatch> {
+    let lists: Vec<&ListArray> = group.columns().iter().filter_map(|column| column.as_list_opt()).collect();
+    if lists.is_empty() {
+        return vec![group.clone()];
+    }
+    let (mut all, mut from, mut values) = (vec![], 0, 0);
+    for row in 0..group.num_rows() {
+        values += lists.iter().map(|list| list.value_length(row) as usize).sum::<usize>();
+        if values >= SLICE_VALUES || row + 1 == group.num_rows() {
+            all.push(compact(&group.slice(from, row + 1 - from)));
+            (from, values) = (row + 1, 0);
+        }
+    }
+    all
+}
+
+/// The same rows, whose lists have no other values than theirs: the encoder converts all that there are.
+fn compact(rows: &RecordBatch) -> RecordBatch {
+    let column = |column: &ArrayRef| -> ArrayRef {
+        let Some(list) = column.as_list_opt::<i32>() else { return column.clone() };
+        let offsets = list.value_offsets();
+        let (first, last) = (offsets[0], offsets[list.len()]);
+        let values = list.values().slice(first as usize, (last - first) as usize);
+        let offsets = OffsetBuffer::new(offsets.iter().map(|offset| offset - first).collect());
+        let DataType::List(item) = list.data_type() else { unreachable!("a list is of type list") };
+        Arc::new(ListArray::new(item.clone(), offsets, values, list.nulls().cloned()))
+    };
+    let columns = rows.columns().iter().map(column).collect();
+    RecordBatch::try_new(rows.schema(), columns).expect("the same columns")
+}
+
 /// Writes rows as `<name>-00000.parquet`, … into a folder. The bytes depend on the rows and their order, not on how
 /// the rows came in batches. A file is put whole once it is full.
 pub struct TableWriter {
@@ -257,7 +293,8 @@ impl TableWriter {
                 self.open = Some(writer.map_err(|e| self.failed(e.into()))?);
             }
             let writer = self.open.as_mut().expect("opened above");
-            writer.write(&group).and_then(|()| writer.flush()).map_err(|e| self.failed(e.into()))?;
+            let written = slices(&group).iter().try_for_each(|slice| writer.write(slice));
+            written.and_then(|()| writer.flush()).map_err(|e| self.failed(e.into()))?;
             self.open_rows += rows;
             if self.open_rows >= FILE_ROWS {
                 self.close().await?;

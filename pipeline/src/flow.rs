@@ -26,6 +26,8 @@ pub struct Flow {
     pub packed: Option<Published>,
     pub heldout: Option<Published>,
     pub trained: Option<Published>,
+    /// By the evaluation's name.
+    pub evaluated: Vec<(String, Published)>,
 }
 
 /// That this build has what the conf's `[train]` asks for.
@@ -69,7 +71,10 @@ impl Flow {
 
         // what can be wrong in the conf is said before hours are spent
         #[cfg(feature = "train")]
-        stages::train::conf(run)?;
+        {
+            stages::train::conf(run)?;
+            stages::eval::conf(run)?;
+        }
         if run.goal != Goal::Look && !ends(Stage::Pack) {
             can_train(run)?;
         }
@@ -129,6 +134,12 @@ impl Flow {
         #[cfg(feature = "train")]
         if let Some(packed) = &self.packed {
             self.trained = stages::train::obtain(run, tokenizer, packed).await?;
+            if ends(Stage::Train) {
+                return Ok(());
+            }
+            if let Some(trained) = &self.trained {
+                self.evaluated = stages::eval::all(run, trained, self.heldout.as_ref()).await?;
+            }
         }
         Ok(())
     }
@@ -167,6 +178,9 @@ impl Flow {
         if let Some(trained) = &self.trained {
             files.extend(publish::copy_table(trained, "checkpoint", &folder, "checkpoint").await?);
         }
+        for (name, evaluated) in &self.evaluated {
+            files.extend(publish::copy_table(evaluated, "cases", &folder, &format!("eval/{name}")).await?);
+        }
         let mut counts = tokens.counts();
         for (name, stage, count) in [
             ("distinct_documents", catalog, "documents"),
@@ -202,6 +216,7 @@ impl Flow {
                     steps
                         .iter()
                         .filter(|s| !["tokens", "shuffle"].contains(&s.stage.as_str()))
+                        .filter(|s| !s.stage.starts_with("eval "))
                         .map(|s| StageKey { stage: s.stage.clone(), key: s.key.clone() }),
                 )
                 .collect(),
@@ -213,6 +228,11 @@ impl Flow {
                 asked: notes(mixed)?,
                 drawn: notes(drawn)?,
                 planned: notes(packed)?,
+                evaluations: self
+                    .evaluated
+                    .iter()
+                    .map(|(name, e)| (name.clone(), e.manifest.notes.clone()))
+                    .collect(),
             },
         };
         let attempt = Attempt {
@@ -260,7 +280,7 @@ pub fn notes<T: serde::de::DeserializeOwned>(stage: &Published) -> Result<T> {
 
 /// Remembers what this conf's stages were made of, so that the next `plan` can say what changed.
 pub async fn remember(run: &Run) -> Result<()> {
-    if run.goal == Goal::Look {
+    if run.goal == Goal::Look || run.steps.lock().expect("no panic while held").is_empty() {
         return Ok(());
     }
     let at = latest_of(run);

@@ -70,6 +70,9 @@ pub struct Summary {
     pub asked: Asked,
     pub drawn: Asked,
     pub planned: Planned,
+    /// What each evaluation gave.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub evaluations: BTreeMap<String, serde_json::Value>,
 }
 
 /// One attempt at a run, successful or not.

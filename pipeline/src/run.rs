@@ -41,6 +41,8 @@ pub enum Stage {
     Pack,
     /// The trained checkpoint.
     Train,
+    /// What it makes of long texts.
+    Eval,
 }
 
 impl Stage {
@@ -55,6 +57,7 @@ impl Stage {
             Stage::Shuffle => "shuffle",
             Stage::Pack => "pack",
             Stage::Train => "train",
+            Stage::Eval => "eval",
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Kills, damage, and runs beside each other.
 
 use std::path::Path;
-use std::time::Duration;
 
 use crate::bench::{Bench, packed, said, tree};
 

@@ -161,6 +161,7 @@ fn give_memory_back() {
     // Safety: sets a number of the allocator's
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 20);
     }
 }
 

@@ -8,13 +8,15 @@
 //! choices     questions with choices, from a file                       whether long context cost short (paper §5, MMLU)
 //! ```
 //!
-//! Each is a list of cases that don't depend on each other: what was answered once is not asked again.
+//! Each is a list of [cases](suite::Suite::cases) that don't depend on each other: what was answered once is not asked again.
 
 pub mod bookqa;
 pub mod choices;
+pub mod conf;
 pub mod loss;
 pub mod needle;
 pub mod retrieval;
+pub mod suite;
 
 use std::sync::Mutex;
 

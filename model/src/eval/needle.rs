@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use super::conf::NeedleConf;
 use super::{Subject, Text, alike};
 use crate::{Error, Result};
 
@@ -22,18 +23,6 @@ const BUFFER: usize = 200;
 
 /// A reply has at most so many tokens.
 const TOKENS: usize = 50;
-
-/// What is asked.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Needle {
-    /// Tokens of context, needle included, and of what stands around it.
-    pub lengths: Vec<usize>,
-    /// Where in the context, in percent of it.
-    pub depths: Vec<f64>,
-    pub needle: String,
-    pub question: String,
-    pub answer: String,
-}
 
 /// One that was asked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,7 +42,7 @@ pub struct Case {
 
 /// A tokenised haystack, to make prompts of.
 pub struct Haystack<'a> {
-    settings: &'a Needle,
+    settings: &'a NeedleConf,
     text: &'a Text,
     /// As many ids as the longest context has.
     essays: Vec<i32>,
@@ -69,7 +58,7 @@ impl<'a> Haystack<'a> {
     ///
     /// # Errors
     /// There are none, or a length has no room for the needle.
-    pub fn new(settings: &'a Needle, text: &'a Text, essays: &str) -> Result<Self> {
+    pub fn new(settings: &'a NeedleConf, text: &'a Text, essays: &str) -> Result<Self> {
         let needle = text.ids(&settings.needle, false)?;
         let longest = settings.lengths.iter().copied().max().unwrap_or(0);
         if let Some(short) = settings.lengths.iter().find(|length| **length < BUFFER + needle.len() + 1) {
@@ -173,8 +162,9 @@ mod tests {
     const WORDS: &str =
         "The quick fox jumps lazy dogs was over . needle here is it This a very long story book Answer";
 
-    fn settings(lengths: &[usize]) -> Needle {
-        Needle {
+    fn settings(lengths: &[usize]) -> NeedleConf {
+        NeedleConf {
+            haystack: String::new(),
             lengths: lengths.to_vec(),
             depths: vec![0.0, 50.0, 100.0],
             needle: "needle here is it .".into(),
@@ -204,12 +194,12 @@ mod tests {
     #[test]
     fn lengths_and_depths_that_can_not_be_are_refused() {
         let text = words(WORDS);
-        let refused = |settings: Needle, essays: &str| {
+        let refused = |settings: NeedleConf, essays: &str| {
             Haystack::new(&settings, &text, essays).err().unwrap().to_string()
         };
         assert!(refused(settings(&[230, 204]), "The .").contains("more than the 204 tokens"));
         assert!(refused(settings(&[230]), "").contains("the haystack is empty"));
-        let deep = Needle { depths: vec![101.0], ..settings(&[230]) };
+        let deep = NeedleConf { depths: vec![101.0], ..settings(&[230]) };
         assert!(refused(deep, "The .").contains("depth 101"));
     }
 }

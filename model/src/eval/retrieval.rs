@@ -37,6 +37,18 @@ impl Task {
         Task::CommonWords,
     ];
 
+    /// As in the conf.
+    pub fn name(self) -> &'static str {
+        match self {
+            Task::Single => "single",
+            Task::MultiKey => "multi-key",
+            Task::MultiValue => "multi-value",
+            Task::MultiQuery => "multi-query",
+            Task::Variables => "variables",
+            Task::CommonWords => "common-words",
+        }
+    }
+
     /// A reply has at most so many tokens.
     fn tokens(self) -> usize {
         match self {
@@ -176,7 +188,7 @@ impl<'a> Tasks<'a> {
 
     /// A task's question in a haystack of a size. What is asked does not depend on the size.
     fn sized(&self, task: Task, sample: usize, size: usize) -> Question {
-        let seed = blake3::hash(format!("{} {task:?} {sample}", self.seed).as_bytes());
+        let seed = blake3::hash(format!("{} {} {sample}", self.seed, task.name()).as_bytes());
         let seed = u64::from_le_bytes(seed.as_bytes()[..8].try_into().expect("8 of 32 bytes"));
         let mut draws = Draws { seed, made: 0 };
         match task {

@@ -1,6 +1,8 @@
 //! The command line: arguments, signals, exit codes. One file a subcommand; results go to stdout, the rest to stderr.
 
 #[cfg(feature = "train")]
+mod eval;
+#[cfg(feature = "train")]
 mod generate;
 mod plan;
 mod preview;
@@ -12,7 +14,7 @@ mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
@@ -52,7 +54,10 @@ enum Command {
     /// The same for a conf with a [train] table, under the name that a scheduler of training jobs knows
     #[cfg(feature = "train")]
     Train(run::TrainArguments),
-    /// Print the greedy continuation of a text by a checkpoint
+    /// Ask what a model makes of long texts: needle, loss, retrieval, bookqa, choices
+    #[cfg(feature = "train")]
+    Eval(eval::EvalArguments),
+    /// Print the continuation of a text by a checkpoint
     #[cfg(feature = "train")]
     Generate(generate::GenerateArguments),
     /// Say for every stage whether it is there already, and if not, why
@@ -140,7 +145,19 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Has the allocator keep what is freed up to a point, for the next part: fetched anew, page by page, it takes a twentieth of
+/// the time of tokenising.
+fn keep_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // Safety: sets numbers of the allocator's
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 20);
+    }
+}
+
 fn start(command: Command) -> Result<()> {
+    keep_memory();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -150,6 +167,8 @@ fn start(command: Command) -> Result<()> {
             Command::Run(arguments) => run::main(arguments).await,
             #[cfg(feature = "train")]
             Command::Train(arguments) => run::train(arguments).await,
+            #[cfg(feature = "train")]
+            Command::Eval(arguments) => eval::main(arguments).await,
             #[cfg(feature = "train")]
             Command::Generate(arguments) => generate::main(arguments).await,
             Command::Plan(arguments) => plan::main(arguments).await,
@@ -177,6 +196,15 @@ fn start(command: Command) -> Result<()> {
 /// Runs `work` until it ends or a signal says to stop. Training is given the time to finish its step and to write a
 /// checkpoint; a second signal ends it, too.
 async fn until_stopped<T>(run: &Run, work: impl Future<Output = Result<T>>) -> Result<T> {
+    until_told(&run.stop, &run.training, work).await
+}
+
+/// The same, where `finishes` says whether what is under way is given time.
+async fn until_told<T>(
+    stop: &AtomicBool,
+    finishes: &AtomicBool,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
     use tokio::signal::unix::{SignalKind, signal};
     let listen =
         |kind| signal(kind).map_err(|source| Error::Io { doing: "cannot listen for signals".into(), source });
@@ -188,8 +216,8 @@ async fn until_stopped<T>(run: &Run, work: impl Future<Output = Result<T>>) -> R
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        run.stop.store(true, Ordering::Relaxed);
-        if signals == 2 || !run.training.load(Ordering::Relaxed) {
+        stop.store(true, Ordering::Relaxed);
+        if signals == 2 || !finishes.load(Ordering::Relaxed) {
             break;
         }
         tracing::info!("stopping after this step, with a checkpoint; once more to stop now");

@@ -20,7 +20,7 @@ pub struct PlanArguments {
     json: bool,
 }
 
-const STAGES: [Stage; 9] = [
+const STAGES: [Stage; 10] = [
     Stage::Tokenizer,
     Stage::Tokens,
     Stage::Catalog,
@@ -30,6 +30,7 @@ const STAGES: [Stage; 9] = [
     Stage::Shuffle,
     Stage::Pack,
     Stage::Train,
+    Stage::Eval,
 ];
 
 pub async fn main(arguments: PlanArguments) -> Result<()> {
@@ -46,13 +47,14 @@ pub async fn main(arguments: PlanArguments) -> Result<()> {
     for stage in STAGES {
         let name = stage.name();
         let unused = (stage == Stage::Tokenizer && run.conf.tokenizer.train.is_none())
-            || (stage == Stage::Train && run.conf.train.is_none());
+            || (stage == Stage::Train && run.conf.train.is_none())
+            || (stage == Stage::Eval && run.conf.eval.is_none());
         let (state, why) = if unused {
             ("not asked for", String::new())
-        } else if let Some(step) = steps.iter().find(|step| step.stage == name) {
-            ("cached", step.key.clone())
         } else if let Some((_, ingredients)) = absent.as_ref().filter(|(absent, _)| *absent == name) {
             ("to compute", changes(name, ingredients, latest.as_ref()))
+        } else if let Some(step) = steps.iter().find(|step| step.stage.split(' ').next() == Some(name)) {
+            ("cached", step.key.clone())
         } else if stage == Stage::Shuffle && steps.iter().any(|step| step.stage == "pack") {
             ("not needed", "what it is for is packed".to_owned())
         } else {

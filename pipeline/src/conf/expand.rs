@@ -6,13 +6,18 @@ use crate::Result;
 
 /// The keys whose values are urls or paths. Nothing is expanded anywhere else: a recipe's parameter that
 /// contains `${` is text.
-const URLS: [&[&str]; 6] = [
+const URLS: [&[&str]; 11] = [
     &["run", "output"],
     &["source", "*", "url"],
     &["tokenizer", "url"],
     &["mixture", "recipe"],
     &["engine", "spill"],
     &["train", "checkpoint"],
+    &["eval", "needle", "haystack"],
+    &["eval", "retrieval", "haystack"],
+    &["eval", "bookqa", "file"],
+    &["eval", "choices", "file"],
+    &["eval", "choices", "examples"],
 ];
 
 /// Expands every url of the conf, and refuses those that are empty or carry credentials.

@@ -48,6 +48,10 @@ pub struct Conf {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train: Option<toml::Table>,
 
+    /// The evaluations' own table, which [`Conf::eval`] reads. Without it, the run ends at the checkpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval: Option<toml::Table>,
+
     #[serde(skip)]
     written: Written,
 }
@@ -322,6 +326,12 @@ impl Conf {
     pub fn train<T: DeserializeOwned>(&self) -> Result<Option<T>> {
         let tree = self.tree()?;
         tree.get(&["train"]).map(|table| read::read(&tree, table, &["train"])).transpose()
+    }
+
+    /// The `[eval]` table as the evaluations' own type.
+    pub fn eval<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        let tree = self.tree()?;
+        tree.get(&["eval"]).map(|table| read::read(&tree, table, &["eval"])).transpose()
     }
 
     /// An error that points at what stands at `path`, as in `["source", "0", "domain"]`, or at the nearest

@@ -74,6 +74,11 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("engine.memory", "memory = \"2GB\""),
     ("engine.spill", "spill = \"/mnt/scratch\""),
     ("train", "[train]\nsteps = 100\ndevices = [\"flex\"]"),
+    ("eval", "[eval]\nloss = true\nneedle = { haystack = \"essays/*.txt\" }"),
+    ("eval.needle.haystack", "needle = { haystack = \"essays/*.txt\" }"),
+    ("eval.retrieval.haystack", "retrieval = { haystack = \"essays/*.txt\" }"),
+    ("eval.bookqa.file", "bookqa = { file = \"longbook_qa_eng.jsonl\" }"),
+    ("eval.choices.file", "choices = { file = \"anatomy_test.csv\", examples = \"anatomy_dev.csv\" }"),
 ];
 
 /// Reads a node of the tree, which stands at the keys `path`.

@@ -3,10 +3,11 @@
 //! ```text
 //! head: what it is, did it keep its promises (promises), its numbers, what it was made by
 //! sections: lengths and domains before and after (charts) · domains · strata · what fell short · repeats
-//!           training · lineage · inputs, conf and SQL          a section without data isn't there
+//!           training · evaluations · lineage · inputs, conf and SQL          a section without data isn't there
 //! ```
 
 mod charts;
+mod evaluation;
 mod promises;
 #[cfg(test)]
 mod tests;
@@ -32,7 +33,7 @@ const STYLE: &str = include_str!("report.css");
 const FILES_LISTED: usize = 20;
 
 /// The report of a run, from its manifest, the attempt that made it, and the lines of its metrics.jsonl, of
-/// which there are none when nothing was trained.
+/// which there are none when nothing was trained. What its evaluations gave is in the manifest.
 pub fn html(manifest: &RunManifest, attempt: &Attempt, metrics: &[Value]) -> String {
     let mixture = &manifest.conf.mixture;
     let mut preview = Preview::new(
@@ -53,18 +54,41 @@ pub fn html(manifest: &RunManifest, attempt: &Attempt, metrics: &[Value]) -> Str
         section("What fell short", fell_short(manifest)),
         section("Documents repeated most", repeated(manifest, &preview)),
         section("Training", training(metrics)),
+        evaluations(manifest),
         section("Lineage", lineage(attempt)),
         section("Inputs, conf and SQL", sources(manifest)),
     ];
+    page(&manifest.run, &format!("{}{}", head(manifest, &preview), sections.concat()))
+}
+
+/// A page of its own for an evaluation of something.
+pub fn evaluation_page(name: &str, of: &str, notes: &Value) -> String {
+    let (heading, body) = evaluation::evaluation(name, notes, None);
+    let head = format!(
+        "<header>\n<p class=\"soft\">lengthwise eval {name}</p>\n<h1>{}</h1>\n</header>\n",
+        escape(of)
+    );
+    page(of, &(head + &section(&heading, body)))
+}
+
+fn page(title: &str, body: &str) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <meta name=\"color-scheme\" content=\"light dark\">\n<title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n\
-         <body>\n<main>\n{}{}</main>\n</body>\n</html>\n",
-        escape(&manifest.run),
-        head(manifest, &preview),
-        sections.concat(),
+         <body>\n<main>\n{body}</main>\n</body>\n</html>\n",
+        escape(title),
     )
+}
+
+/// A section an evaluation.
+fn evaluations(manifest: &RunManifest) -> String {
+    let trained = manifest.conf.pack.sequence_tokens.0;
+    let one = |(name, notes): (&String, &Value)| {
+        let (heading, body) = evaluation::evaluation(name, notes, Some(trained));
+        section(&heading, body)
+    };
+    manifest.summary.evaluations.iter().map(one).collect()
 }
 
 /// A section with its heading; nothing where there is nothing in it.

@@ -3,6 +3,8 @@
 pub mod catalog;
 pub mod domains;
 pub mod draw;
+#[cfg(feature = "train")]
+pub mod eval;
 pub mod mixture;
 pub mod pack;
 pub mod places;

@@ -1,0 +1,272 @@
+//! The conf's `[eval]` table.
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::needle::{ANSWER, NEEDLE, QUESTION};
+use super::retrieval::Task;
+use crate::conf::{Precision, parse_count};
+use crate::device::Name;
+use crate::{Error, Result};
+
+/// `[eval]`: which evaluations a run ends with.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvalConf {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub needle: Option<NeedleConf>,
+    /// Loss of the run's held-out documents.
+    #[serde(default)]
+    pub loss: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retrieval: Option<RetrievalConf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bookqa: Option<BookqaConf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub choices: Option<ChoicesConf>,
+    /// Those of `[train]` by default, `["flex"]` without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devices: Option<Vec<String>>,
+    /// As many as devices by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<usize>,
+    /// What matrices are multiplied in, and what keys and values are kept in; "f32" by default.
+    #[serde(default)]
+    pub precision: Precision,
+}
+
+/// `[eval.needle]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NeedleConf {
+    /// Texts that are put one after the other: a file, a folder or a glob.
+    pub haystack: String,
+    /// Tokens; the paper's forty from 1,000 to 128,000 by default.
+    #[serde(default = "paper_lengths", deserialize_with = "counts")]
+    pub lengths: Vec<usize>,
+    /// Percent; the paper's ten from 0 to 100 by default.
+    #[serde(default = "paper_depths")]
+    pub depths: Vec<f64>,
+    #[serde(default = "needle")]
+    pub needle: String,
+    #[serde(default = "question")]
+    pub question: String,
+    #[serde(default = "answer")]
+    pub answer: String,
+}
+
+/// `[eval.retrieval]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RetrievalConf {
+    /// Texts that are put one after the other: a file, a folder or a glob.
+    pub haystack: String,
+    /// Tokens, the reply's among them; RULER's from 4,096 to 131,072 by default.
+    #[serde(default = "ruler_lengths", deserialize_with = "counts")]
+    pub lengths: Vec<usize>,
+    #[serde(default = "all_tasks")]
+    pub tasks: Vec<Task>,
+    /// Questions a task and length.
+    #[serde(default = "ten")]
+    pub samples: usize,
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// `[eval.bookqa]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BookqaConf {
+    /// JSONL in InfiniteBench's format, `longbook_qa_eng.jsonl`.
+    pub file: String,
+    /// Tokens, the reply's among them; books lose their middle to fit. 128K by default, as in the paper.
+    #[serde(default = "paper_longest", deserialize_with = "one_count")]
+    pub length: usize,
+}
+
+/// `[eval.choices]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChoicesConf {
+    /// CSV in MMLU's format, `SUBJECT_test.csv`.
+    pub file: String,
+    /// Questions in the same format that are answered before each, `SUBJECT_dev.csv`: none without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub examples: Option<String>,
+    /// How many of them; 5 by default, as MMLU has it.
+    #[serde(default = "five")]
+    pub shots: usize,
+    /// What the questions are about, for the prompt.
+    #[serde(default)]
+    pub subject: String,
+}
+
+/// numpy's `round(linspace(1000, 128000, 40))`, as the authors' script has it.
+fn paper_lengths() -> Vec<usize> {
+    (0..40).map(|i| (1000.0 + 127_000.0 / 39.0 * f64::from(i)).round_ties_even() as usize).collect()
+}
+
+/// numpy's `round(linspace(0, 100, 10))`.
+fn paper_depths() -> Vec<f64> {
+    (0..10).map(|i| (100.0 / 9.0 * f64::from(i)).round_ties_even()).collect()
+}
+
+fn ruler_lengths() -> Vec<usize> {
+    (12..=17).map(|power| 1 << power).collect()
+}
+
+fn paper_longest() -> usize {
+    1 << 17
+}
+
+fn all_tasks() -> Vec<Task> {
+    Task::ALL.to_vec()
+}
+
+fn ten() -> usize {
+    10
+}
+
+fn five() -> usize {
+    5
+}
+
+fn needle() -> String {
+    NEEDLE.to_owned()
+}
+
+fn question() -> String {
+    QUESTION.to_owned()
+}
+
+fn answer() -> String {
+    ANSWER.to_owned()
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a number of tokens, such as 65536 or \"64K\"")]
+enum Written {
+    Number(usize),
+    Text(String),
+}
+
+impl Written {
+    fn count<E: serde::de::Error>(self) -> Result<usize, E> {
+        match self {
+            Written::Number(number) => Ok(number),
+            Written::Text(text) => parse_count(&text).map(|count| count as usize).map_err(E::custom),
+        }
+    }
+}
+
+fn counts<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<usize>, D::Error> {
+    Vec::<Written>::deserialize(from)?.into_iter().map(Written::count).collect()
+}
+
+fn one_count<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
+    Written::deserialize(from)?.count()
+}
+
+/// One evaluation that is asked for.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "evaluation", rename_all = "lowercase")]
+pub enum Evaluation {
+    Needle(NeedleConf),
+    Loss,
+    Retrieval(RetrievalConf),
+    Bookqa(BookqaConf),
+    Choices(ChoicesConf),
+}
+
+impl Evaluation {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Evaluation::Needle(_) => "needle",
+            Evaluation::Loss => "loss",
+            Evaluation::Retrieval(_) => "retrieval",
+            Evaluation::Bookqa(_) => "bookqa",
+            Evaluation::Choices(_) => "choices",
+        }
+    }
+
+    /// The files that it reads, by the conf's key.
+    pub fn urls(&mut self) -> Vec<(&'static str, &mut String)> {
+        match self {
+            Evaluation::Needle(conf) => vec![("haystack", &mut conf.haystack)],
+            Evaluation::Loss => vec![],
+            Evaluation::Retrieval(conf) => vec![("haystack", &mut conf.haystack)],
+            Evaluation::Bookqa(conf) => vec![("file", &mut conf.file)],
+            Evaluation::Choices(conf) => {
+                let examples = conf.examples.as_mut().map(|examples| ("examples", examples));
+                [("file", &mut conf.file)].into_iter().chain(examples).collect()
+            }
+        }
+    }
+}
+
+impl EvalConf {
+    /// Whether the table makes sense, before anything is computed.
+    pub fn check(&self) -> Result<()> {
+        let wrong = |message: &str| Err(Error::Conf(format!("eval.{message}")));
+        if let Some(needle) = &self.needle
+            && (needle.lengths.is_empty() || needle.depths.is_empty())
+        {
+            return wrong("needle: `lengths` and `depths` need at least one each");
+        }
+        if let Some(retrieval) = &self.retrieval
+            && (retrieval.lengths.is_empty() || retrieval.tasks.is_empty() || retrieval.samples == 0)
+        {
+            return wrong("retrieval: `lengths`, `tasks` and `samples` need at least one each");
+        }
+        for name in self.devices.iter().flatten() {
+            Name::parse(name)?;
+        }
+        Ok(())
+    }
+
+    /// What is asked for, in the order in which it is done: what takes least first.
+    pub fn evaluations(&self) -> Vec<Evaluation> {
+        let all = [
+            self.loss.then_some(Evaluation::Loss),
+            self.choices.clone().map(Evaluation::Choices),
+            self.needle.clone().map(Evaluation::Needle),
+            self.retrieval.clone().map(Evaluation::Retrieval),
+            self.bookqa.clone().map(Evaluation::Bookqa),
+        ];
+        all.into_iter().flatten().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_defaults_are_the_papers() {
+        let conf: EvalConf =
+            serde_json::from_value(json!({ "needle": { "haystack": "essays" }, "loss": true })).unwrap();
+        let needle = conf.needle.clone().unwrap();
+        assert_eq!((needle.lengths.len(), needle.depths.len()), (40, 10));
+        assert_eq!((needle.lengths[0], needle.lengths[1], needle.lengths[39]), (1000, 4256, 128_000));
+        assert_eq!(needle.depths, [0.0, 11.0, 22.0, 33.0, 44.0, 56.0, 67.0, 78.0, 89.0, 100.0]);
+        let names: Vec<_> = conf.evaluations().iter().map(Evaluation::name).collect();
+        assert_eq!(names, ["loss", "needle"]);
+        conf.check().unwrap();
+    }
+
+    #[test]
+    fn a_table_that_makes_no_sense_says_why() {
+        for (conf, message) in [
+            (json!({ "needle": { "haystack": "a", "lengths": [] } }), "eval.needle: `lengths`"),
+            (json!({ "retrieval": { "haystack": "a", "samples": 0 } }), "eval.retrieval: `lengths`"),
+            (json!({ "devices": ["gpu"] }), "there is no device `gpu`"),
+        ] {
+            let conf: EvalConf = serde_json::from_value(conf).unwrap();
+            let error = conf.check().unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        let lengths = json!({ "needle": { "haystack": "a", "lengths": ["8K", 500, "x"] } });
+        let error = serde_json::from_value::<EvalConf>(lengths).unwrap_err().to_string();
+        assert!(error.contains("`x` is not a number of tokens"), "{error}");
+    }
+}

@@ -1,0 +1,166 @@
+//! An evaluation as a list of cases: how they are named, asked, and summed up.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::conf::{BookqaConf, ChoicesConf, Evaluation, NeedleConf, RetrievalConf};
+use super::loss::{self, Document};
+use super::{Subject, Text, bookqa, choices, needle, retrieval};
+use crate::{Error, Result};
+
+/// An evaluation of questions, ready to be asked. The loss, which is of documents, is none.
+pub enum Suite<'a> {
+    Needle(needle::Haystack<'a>, &'a NeedleConf),
+    Retrieval(retrieval::Tasks<'a>, &'a RetrievalConf),
+    Bookqa(Vec<(usize, bookqa::Question)>, &'a Text, &'a BookqaConf),
+    Choices(Vec<choices::Question>, Vec<choices::Question>, &'a Text, &'a ChoicesConf),
+}
+
+impl<'a> Suite<'a> {
+    /// `files` are the texts of what [`Evaluation::urls`] names.
+    pub fn new(evaluation: &'a Evaluation, text: &'a Text, files: &[String]) -> Result<Self> {
+        let file = |i: usize| files.get(i).map(String::as_str).unwrap_or_default();
+        Ok(match evaluation {
+            Evaluation::Loss => return Err(Error::Conf("the loss is of documents, not of questions".into())),
+            Evaluation::Needle(conf) => Suite::Needle(needle::Haystack::new(conf, text, file(0))?, conf),
+            Evaluation::Retrieval(conf) => {
+                Suite::Retrieval(retrieval::Tasks::new(text, file(0), conf.seed)?, conf)
+            }
+            Evaluation::Bookqa(conf) => Suite::Bookqa(bookqa::questions(file(0))?, text, conf),
+            Evaluation::Choices(conf) => {
+                let mut examples = choices::questions(file(1))?;
+                examples.truncate(conf.shots);
+                Suite::Choices(choices::questions(file(0))?, examples, text, conf)
+            }
+        })
+    }
+
+    /// The names of its cases.
+    pub fn cases(&self) -> Vec<String> {
+        match self {
+            Suite::Needle(_, conf) => {
+                let one = |(length, depth): (usize, f64)| format!("length-{length}-depth-{depth}");
+                needles(conf).into_iter().map(one).collect()
+            }
+            Suite::Retrieval(_, conf) => {
+                let one = |(length, task, sample): (usize, retrieval::Task, usize)| {
+                    format!("length-{length}-{}-{sample}", task.name())
+                };
+                tasks(conf).into_iter().map(one).collect()
+            }
+            Suite::Bookqa(questions, ..) => {
+                questions.iter().map(|(line, _)| format!("line-{line}")).collect()
+            }
+            Suite::Choices(questions, ..) => (1..=questions.len()).map(|i| format!("question-{i}")).collect(),
+        }
+    }
+
+    /// Asks a case, by its place among [`cases`](Self::cases).
+    pub fn ask(&self, subject: &Subject, case: usize) -> Result<Value> {
+        Ok(match self {
+            Suite::Needle(haystack, conf) => {
+                let (length, depth) = needles(conf)[case];
+                json!(haystack.ask(subject, length, depth)?)
+            }
+            Suite::Retrieval(retrieval, conf) => {
+                let (length, task, sample) = tasks(conf)[case];
+                json!(retrieval.ask(subject, task, length, sample)?)
+            }
+            Suite::Bookqa(questions, text, conf) => {
+                let (line, question) = &questions[case];
+                json!(bookqa::ask(subject, text, *line, question, conf.length)?)
+            }
+            Suite::Choices(questions, examples, text, conf) => {
+                let question = &questions[case];
+                json!(choices::ask(subject, text, &conf.subject, examples, case + 1, question)?)
+            }
+        })
+    }
+}
+
+fn needles(conf: &NeedleConf) -> Vec<(usize, f64)> {
+    let depths = |length: &usize| conf.depths.iter().map(|depth| (*length, *depth)).collect::<Vec<_>>();
+    conf.lengths.iter().flat_map(depths).collect()
+}
+
+fn tasks(conf: &RetrievalConf) -> Vec<(usize, retrieval::Task, usize)> {
+    let mut all = vec![];
+    for length in &conf.lengths {
+        for task in &conf.tasks {
+            all.extend((0..conf.samples).map(|sample| (*length, *task, sample)));
+        }
+    }
+    all
+}
+
+/// Reads some documents; the cases of those that have something to predict.
+pub fn read(subject: &Subject, documents: &[Document]) -> Result<Vec<Value>> {
+    let ranges = loss::ranges();
+    let mut cases = vec![];
+    for document in documents {
+        cases.extend(loss::read(subject, document, &ranges)?.map(|case| json!(case)));
+    }
+    Ok(cases)
+}
+
+/// What an evaluation's cases come to.
+///
+/// # Errors
+/// They are not cases of this evaluation.
+pub fn summary(evaluation: &Evaluation, cases: &[Value]) -> Result<Value> {
+    fn all<T: DeserializeOwned>(cases: &[Value]) -> Result<Vec<T>> {
+        let cases = cases.iter().map(|case| serde_json::from_value(case.clone()));
+        cases.collect::<Result<_, _>>().map_err(|e| Error::Conf(format!("a case of an evaluation: {e}")))
+    }
+    let mean = |scores: Vec<f64>| scores.iter().sum::<f64>() / scores.len().max(1) as f64;
+    Ok(match evaluation {
+        Evaluation::Needle(_) => {
+            let cases: Vec<needle::Case> = all(cases)?;
+            json!({
+                "score": mean(cases.iter().map(|case| case.score).collect()),
+                "prompt_tokens": cases.iter().map(|case| case.prompt_tokens).sum::<usize>(),
+                "reused_tokens": cases.iter().map(|case| case.reused).sum::<usize>(),
+                "cells": cases.iter().map(|case| json!({
+                    "length": case.length, "depth": case.depth, "score": case.score,
+                })).collect::<Vec<_>>(),
+            })
+        }
+        Evaluation::Loss => {
+            let cases: Vec<loss::Case> = all(cases)?;
+            json!({ "documents": cases.len(), "cells": loss::table(&cases, &loss::ranges()) })
+        }
+        Evaluation::Retrieval(conf) => {
+            let cases: Vec<retrieval::Case> = all(cases)?;
+            let mut cells = vec![];
+            for length in &conf.lengths {
+                for task in &conf.tasks {
+                    let own = cases.iter().filter(|case| case.length == *length && case.task == *task);
+                    let scores: Vec<f64> = own.map(|case| case.score).collect();
+                    cells.push(json!({
+                        "length": length, "task": task, "samples": scores.len(), "score": mean(scores),
+                    }));
+                }
+            }
+            json!({ "score": mean(cases.iter().map(|case| case.score).collect()), "cells": cells })
+        }
+        Evaluation::Bookqa(_) => {
+            let cases: Vec<bookqa::Case> = all(cases)?;
+            json!({
+                "questions": cases.len(),
+                "f1": mean(cases.iter().map(|case| case.f1).collect()),
+                "cut": cases.iter().filter(|case| case.cut > 0).count(),
+            })
+        }
+        Evaluation::Choices(_) => {
+            let cases: Vec<choices::Case> = all(cases)?;
+            let right = cases.iter().filter(|case| case.chosen == case.answer).count();
+            let accuracy = right as f64 / cases.len().max(1) as f64;
+            json!({
+                "questions": cases.len(),
+                "right": right,
+                "accuracy": accuracy,
+                "error": (accuracy * (1.0 - accuracy) / cases.len().max(1) as f64).sqrt(),
+            })
+        }
+    })
+}

@@ -1,0 +1,303 @@
+//! eval: what the trained model makes of long texts. An evaluation is an output like any other, named by the checkpoint, the
+//! questions and the files it asks them of; a case is its unit of work.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use lengthwise_model::checkpoint::Checkpoint;
+use lengthwise_model::conf::{Precision, TrainConf};
+use lengthwise_model::dataset::Dataset;
+use lengthwise_model::device::Name;
+use lengthwise_model::eval::conf::{EvalConf, Evaluation};
+use lengthwise_model::eval::loss::{Document, Documents};
+use lengthwise_model::eval::suite::{self, Suite};
+use lengthwise_model::eval::{Subject, Text};
+use lengthwise_model::{Location as Folder, checkpoint_parts};
+use serde_json::{Value, json};
+
+use crate::hash::{Digest, RowDigest};
+use crate::progress::Progress;
+use crate::run::{Goal, Run, Stage, Step, ingredients};
+use crate::source::{self, Format};
+use crate::stage::{self, Draft, File, Manifest, Output, Published, Table};
+use crate::store::{Location, Stores};
+use crate::{Error, Result};
+
+const VERSION: u32 = 1;
+
+/// Documents are read in jobs of about so many tokens.
+const JOB_TOKENS: usize = 1 << 18;
+
+/// A model to evaluate, and with what.
+pub struct Model {
+    /// A Hugging Face Llama's folder, its tokenizer in it.
+    pub checkpoint: Location,
+    /// Packed documents that it has not seen, for the loss.
+    pub heldout: Option<Location>,
+    /// Where outputs are found and published.
+    pub output: Location,
+    pub devices: Vec<Name>,
+    pub ranks: usize,
+    pub precision: Precision,
+    /// RoPE, where it is not to be the checkpoint's.
+    pub rope_theta: Option<f64>,
+    pub rope_scaling: Option<Value>,
+}
+
+impl Model {
+    /// On the devices that a conf's `[eval]` names, or else its `[train]`.
+    pub fn of_conf(
+        checkpoint: Location,
+        heldout: Option<Location>,
+        output: Location,
+        conf: &EvalConf,
+        train: Option<&TrainConf>,
+    ) -> Result<Self> {
+        let (names, ranks) = match (&conf.devices, train) {
+            (Some(devices), _) => (devices.clone(), conf.ranks),
+            (None, Some(train)) => (train.devices.clone(), conf.ranks.or(train.ranks)),
+            (None, None) => (vec!["flex".to_owned()], conf.ranks),
+        };
+        let devices = names.iter().map(|name| Name::parse(name)).collect::<Result<Vec<_>, _>>()?;
+        let ranks = ranks.unwrap_or(devices.len());
+        let precision = conf.precision;
+        Ok(Self {
+            checkpoint,
+            heldout,
+            output,
+            devices,
+            ranks,
+            precision,
+            rope_theta: None,
+            rope_scaling: None,
+        })
+    }
+}
+
+/// What is around: stores, who is told of progress, and what says to stop.
+pub struct Around<'a> {
+    pub stores: &'a Stores,
+    pub progress: &'a Progress,
+    pub stop: &'a AtomicBool,
+}
+
+fn folder(at: &Location) -> Folder {
+    Folder { store: at.store.clone(), path: at.path.clone() }
+}
+
+/// The conf's `[eval]` table; wrong values point into the conf.
+pub fn conf(run: &Run) -> Result<Option<EvalConf>> {
+    let Some(conf) = run.conf.eval::<EvalConf>()? else { return Ok(None) };
+    conf.check().map_err(|e| run.conf.wrong(&["eval"], e.to_string(), "in this table", None))?;
+    Ok(Some(conf))
+}
+
+/// Every evaluation that the conf asks for, of its checkpoint.
+pub async fn all(
+    run: &Run,
+    trained: &Published,
+    heldout: Option<&Published>,
+) -> Result<Vec<(String, Published)>> {
+    let Some(conf) = conf(run)? else { return Ok(vec![]) };
+    let train = run.conf.train::<TrainConf>()?;
+    let heldout = heldout.map(|heldout| heldout.folder.clone());
+    let model = Model::of_conf(trained.folder.clone(), heldout, run.output.clone(), &conf, train.as_ref())?;
+    let around = Around { stores: &run.stores, progress: &run.progress, stop: &run.stop };
+    let mut all = vec![];
+    for evaluation in conf.evaluations() {
+        let goal = if run.goal == Goal::Look { Goal::Look } else { Goal::Compute { from: None } };
+        let done = obtain(&around, &model, &evaluation, goal).await?;
+        run.steps.lock().expect("no panic while held").push(Step {
+            stage: format!("eval {}", evaluation.name()),
+            key: done.manifest.key.clone(),
+            cached: done.cached,
+            seconds: done.seconds,
+            counts: done.manifest.counts.clone(),
+            ingredients: done.manifest.ingredients.clone(),
+        });
+        all.push((evaluation.name().to_owned(), done));
+    }
+    Ok(all)
+}
+
+/// The texts that an url names, one after the other, and their digest.
+async fn texts(stores: &Stores, url: &str) -> Result<(String, Digest)> {
+    let at = stores.open(url)?;
+    let mut all = String::new();
+    for file in source::list(&*at.store, &at.path, &at.url(), Format::Text).await? {
+        let bytes = stores.open(&file.url)?.read().await?;
+        let text = std::str::from_utf8(&bytes).map_err(|e| {
+            Error::data(format!("{} is not UTF-8: {e}", file.url), "name the texts alone, with a glob")
+        })?;
+        all += text;
+    }
+    let digest = Digest::of(all.as_bytes());
+    Ok((all, digest))
+}
+
+/// The digests of a checkpoint's files.
+async fn identity(checkpoint: &Location) -> Result<Value> {
+    let mut parts = vec![];
+    for name in checkpoint_parts(&folder(checkpoint)).await? {
+        parts.push(json!([name, checkpoint.join(&name).digest().await?]));
+    }
+    Ok(json!(parts))
+}
+
+/// Table `cases`: a line of JSON each; and what they come to, in the notes.
+pub async fn obtain(
+    around: &Around<'_>,
+    model: &Model,
+    evaluation: &Evaluation,
+    goal: Goal,
+) -> Result<Published> {
+    let started = Instant::now();
+    let json_at = model.checkpoint.join("tokenizer.json");
+    let tokenizer = json_at.get().await?.ok_or_else(|| {
+        let help = "copy the model's tokenizer.json beside its config.json";
+        Error::data(format!("there is no {}", json_at.url()), help)
+    })?;
+    let (mut files, mut digests) = (vec![], BTreeMap::new());
+    let mut settings = evaluation.clone();
+    for (key, url) in settings.urls() {
+        let (text, digest) = texts(around.stores, url).await?;
+        files.push(text);
+        digests.insert(key, json!(digest));
+        // where files are is not what they are
+        url.clear();
+    }
+    if *evaluation == Evaluation::Loss {
+        let heldout = model.heldout.as_ref().ok_or_else(|| {
+            let help = "set `mixture.holdout` in the run's conf, or name a folder of packed documents with --heldout";
+            Error::data("there are no held-out documents to measure the loss of", help)
+        })?;
+        let mut all = vec![];
+        for meta in heldout.list().await? {
+            let name = meta.location.filename().unwrap_or_default().to_owned();
+            if name.ends_with(".parquet") {
+                all.push(json!([name, heldout.join(&name).digest().await?]));
+            }
+        }
+        digests.insert("heldout", json!(all));
+    }
+    let list = ingredients([
+        ("version", json!(VERSION)),
+        ("checkpoint", identity(&model.checkpoint).await?),
+        ("tokenizer", json!(Digest::of(&tokenizer))),
+        ("settings", json!(settings)),
+        ("files", json!(digests)),
+        ("precision", json!(model.precision)),
+        ("rope", json!([model.rope_theta, model.rope_scaling])),
+    ]);
+    let key = stage::key(Stage::Eval.name(), &list);
+    let at = model.output.join("stages").join(Stage::Eval.name()).join(&key);
+    let (manifest, cached) = match stage::find(&at).await? {
+        Some(manifest) => (manifest, true),
+        None if goal == Goal::Look => {
+            return Err(Error::Absent { stage: Stage::Eval.name(), key, ingredients: list });
+        }
+        None => {
+            let draft = Draft { folder: at.clone(), again: false };
+            let cases = ask(around, model, evaluation, &tokenizer, files, &draft).await?;
+            let notes = suite::summary(evaluation, &cases)?;
+            let mut output = Output::default();
+            output.count("cases", cases.len() as u64);
+            let lines: String = cases.iter().map(|case| format!("{case}\n")).collect();
+            let name = "cases.jsonl".to_owned();
+            let blake3 = Digest::of(lines.as_bytes());
+            let file = File { name, bytes: lines.len() as u64, rows: cases.len() as u64, blake3 };
+            at.join(&file.name).put(lines.into_bytes()).await?;
+            // what is asked, and not how long an answer took, is what two computations have in common
+            output
+                .table("cases", Table { rows: cases.len() as u64, digest: RowDigest(0), files: vec![file] });
+            let Output { tables, counts, .. } = output;
+            let stage = Stage::Eval.name().to_owned();
+            let manifest = Manifest { stage, key, ingredients: list, tables, counts, notes };
+            stage::publish(&at, &manifest).await?;
+            (manifest, false)
+        }
+    };
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(Published { manifest: Arc::new(manifest), folder: at, cached, seconds })
+}
+
+/// Asks every case that was not asked before.
+async fn ask(
+    around: &Around<'_>,
+    model: &Model,
+    evaluation: &Evaluation,
+    tokenizer: &[u8],
+    files: Vec<String>,
+    draft: &Draft,
+) -> Result<Vec<Value>> {
+    let mut checkpoint = Checkpoint::open(&folder(&model.checkpoint)).await?;
+    if let Some(theta) = model.rope_theta {
+        checkpoint.config.set_theta(theta);
+    }
+    if let Some(scaling) = &model.rope_scaling {
+        checkpoint.config.set_scaling(scaling.clone());
+    }
+    checkpoint.config.check()?;
+    let vocab = checkpoint.config.vocab_size;
+    let wait = tokio::runtime::Handle::current();
+    let subject = tokio::task::block_in_place(|| {
+        Subject::open(&checkpoint, &model.devices, model.ranks, model.precision, &wait)
+    })?;
+    let text = Text::new(tokenizer)?;
+    let check_stop = || if around.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) };
+    let job = async |name: &str, work: &dyn Fn() -> lengthwise_model::Result<Vec<Value>>| {
+        check_stop()?;
+        let output = draft.job(name, async {
+            let cases = tokio::task::block_in_place(work)?;
+            Ok(Output { notes: json!(cases), ..Output::default() })
+        });
+        let notes = output.await?.notes;
+        Ok::<_, Error>(notes.as_array().cloned().unwrap_or_default())
+    };
+
+    let mut all = vec![];
+    if *evaluation == Evaluation::Loss {
+        let heldout = model.heldout.as_ref().expect("the key is made of them");
+        let mut documents = Documents::new(Dataset::open(&folder(heldout), vocab).await?);
+        let bar = around.progress.stage("loss", 0);
+        for number in 0.. {
+            let mut some: Vec<Document> = vec![];
+            while some.iter().map(|document| document.ids.len()).sum::<usize>() < JOB_TOKENS {
+                let Some(document) = documents.next().await? else { break };
+                some.push(document);
+            }
+            if some.is_empty() {
+                break;
+            }
+            let cases = job(&format!("documents-{number:06}"), &|| suite::read(&subject, &some)).await?;
+            let tokens = some.iter().map(|document| document.ids.len() as u64).sum();
+            bar.add(0, some.len() as u64, tokens, 0);
+            all.extend(cases);
+        }
+        return Ok(all);
+    }
+    let suite = Suite::new(evaluation, &text, &files)?;
+    let names = suite.cases();
+    let bar = around.progress.stage(evaluation.name(), names.len() as u64);
+    for (i, name) in names.iter().enumerate() {
+        let cases = job(name, &|| Ok(vec![suite.ask(&subject, i)?])).await?;
+        bar.say(i as u64 + 1, said(name, i + 1, names.len(), cases.first()));
+        all.extend(cases);
+    }
+    Ok(all)
+}
+
+/// What the progress line says of a case.
+fn said(name: &str, done: usize, cases: usize, case: Option<&Value>) -> String {
+    let number = |key: &str| case.and_then(|case| case[key].as_f64());
+    let mut line = format!("{done} of {cases}, {name}");
+    if let Some(score) = number("score").or(number("f1")) {
+        line += &format!(": {score:.2}");
+    }
+    if let (Some(tokens), Some(seconds)) = (number("prompt_tokens"), number("seconds")) {
+        line += &format!(", {:.0} tokens/s", (tokens - number("reused").unwrap_or(0.0)) / seconds.max(1e-6));
+    }
+    line
+}
