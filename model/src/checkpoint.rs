@@ -6,7 +6,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::config::Config;
+use crate::config::{Config, Scaling};
 use crate::shards::Unit;
 use crate::tensors::{Kind, Reader, Writer};
 use crate::{Error, Location, Result, Written};
@@ -163,6 +163,37 @@ fn normal(seed: u64, i: u64) -> f32 {
     (0.02 * radius * (std::f64::consts::TAU * uniform(seed, 2 * i + 1)).cos()) as f32
 }
 
+/// What else `transformers` looks for beside a model: how to generate, and which class its tokenizer is of.
+pub fn companions(config: &Config, tokenizer: Option<&[u8]>) -> Vec<(String, Bytes)> {
+    let file = |name: &str, value: Value| {
+        (name.to_owned(), Bytes::from(serde_json::to_vec_pretty(&value).unwrap_or_default()))
+    };
+    let mut generation = json!({ "do_sample": false });
+    for (key, id) in [("bos_token_id", &config.bos_token_id), ("eos_token_id", &config.eos_token_id)] {
+        if let Some(id) = id {
+            generation[key] = id.clone();
+        }
+    }
+    let mut files = vec![file("generation_config.json", generation)];
+    let Some(json) = tokenizer else { return files };
+    let mut settings = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": false,
+    });
+    if let Ok(tokenizer) = tokenizers::Tokenizer::from_bytes(json) {
+        for (key, id) in [("bos_token", &config.bos_token_id), ("eos_token", &config.eos_token_id)] {
+            let id = id.as_ref().and_then(|id| id.as_u64().or(id.get(0)?.as_u64()));
+            if let Some(token) = id.and_then(|id| tokenizer.id_to_token(u32::try_from(id).ok()?)) {
+                settings[key] = json!(token);
+            }
+        }
+    }
+    files.push(file("tokenizer_config.json", settings));
+    files.push(("tokenizer.json".to_owned(), Bytes::copy_from_slice(json)));
+    files
+}
+
 /// Writes a folder that `transformers` loads, the tokenizer's files beside it. `whole` gives each unit's numbers, in order.
 pub async fn write(
     folder: &Location,
@@ -218,6 +249,16 @@ pub async fn write(
     written["num_key_value_heads"] = json!(config.kv_heads());
     written["head_dim"] = json!(config.head_dim());
     written["rope_theta"] = json!(config.theta());
+    // transformers 4 reads the one, transformers 5 the other
+    let scaling = config.scaling_table().cloned().unwrap_or_else(|| json!({ "rope_type": "default" }));
+    written["rope_parameters"] = scaling.clone();
+    written["rope_parameters"]["rope_theta"] = json!(config.theta());
+    let mut older = scaling;
+    if let Some(keys) = older.as_object_mut() {
+        keys.remove("rope_theta");
+    }
+    let plain = matches!(config.scaling(), Ok(Scaling::None));
+    written["rope_scaling"] = if plain { Value::Null } else { older };
     files
         .push(folder.join("config.json").put(serde_json::to_vec_pretty(&written).unwrap_or_default()).await?);
     for (name, bytes) in beside {

@@ -118,16 +118,18 @@ impl Config {
         self.rope_scaling = Some(scaling);
     }
 
+    /// The table that says how RoPE is scaled, wherever the file has it.
+    pub fn scaling_table(&self) -> Option<&Value> {
+        self.rope_parameters.as_ref().or(self.rope_scaling.as_ref()).filter(|table| !table.is_null())
+    }
+
     /// RoPE's scaling.
     ///
     /// # Errors
     /// Names the key that is missing or wrong, or the type that is not computed.
     pub fn scaling(&self) -> Result<Scaling> {
-        let newer = self.rope_parameters.as_ref().map(|value| ("rope_parameters", value));
-        let older = self.rope_scaling.as_ref().map(|value| ("rope_scaling", value));
-        let Some((key, table)) = newer.or(older).filter(|(_, value)| !value.is_null()) else {
-            return Ok(Scaling::None);
-        };
+        let Some(table) = self.scaling_table() else { return Ok(Scaling::None) };
+        let key = if self.rope_parameters.is_some() { "rope_parameters" } else { "rope_scaling" };
         let wrong = |message: String| Error::Conf(format!("{key}: {message}"));
         let kind = table.get("rope_type").or_else(|| table.get("type")).and_then(Value::as_str);
         let optional = |name: &str| match table.get(name) {

@@ -474,7 +474,7 @@ impl<'a> Rank<'a> {
             ("metrics.jsonl".to_owned(), Bytes::from(self.lines.clone())),
             ("events.out.tfevents.0.lengthwise".to_owned(), Bytes::from(metrics::tensorboard(&self.done))),
         ];
-        beside.extend(self.job.tokenizer.clone().map(|json| ("tokenizer.json".to_owned(), json)));
+        beside.extend(checkpoint::companions(&config, self.job.tokenizer.as_deref()));
         self.wait.block_on(checkpoint::write(
             folder,
             &config,

@@ -144,6 +144,13 @@ impl Flow {
         Ok(())
     }
 
+    /// Where the run's directory is.
+    pub fn folder(&self, run: &Run) -> Location {
+        let last = [self.packed.as_ref(), self.heldout.as_ref(), self.trained.as_ref()];
+        let last: Vec<&Published> = last.into_iter().flatten().collect();
+        run.output.join("runs").join(&publish::id(&run.conf.run.name, &last))
+    }
+
     /// The run's directory, and its manifest; only for a flow that came to packed sequences.
     pub async fn publish(&self, run: &Run, started: jiff::Timestamp) -> Result<(Location, RunManifest)> {
         let (
@@ -166,10 +173,8 @@ impl Flow {
         else {
             unreachable!("publish is called after the pack stage");
         };
-        let last: Vec<&Published> =
-            [Some(packed), self.heldout.as_ref(), self.trained.as_ref()].into_iter().flatten().collect();
-        let id = publish::id(&run.conf.run.name, &last);
-        let folder = run.output.join("runs").join(&id);
+        let folder = self.folder(run);
+        let id = folder.path.filename().unwrap_or_default().to_owned();
 
         let mut files = publish::copy_table(packed, "train", &folder, "data").await?;
         if let Some(heldout) = &self.heldout {
@@ -248,6 +253,9 @@ impl Flow {
         };
         let name = format!("attempts/{}-{}.json", started.strftime("%Y%m%dT%H%M%S"), std::process::id());
         folder.join(&name).put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
+        for (name, card) in crate::cards::cards(&manifest) {
+            folder.join(name).put(card).await?;
+        }
         let metrics = self.metrics().await?;
         let html = crate::report::html(&manifest, &attempt, &metrics);
         folder.join("report.html").put(html).await?;

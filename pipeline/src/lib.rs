@@ -8,7 +8,9 @@
 //!                         └ everything is in object storage (store)
 //! ```
 
+mod cards;
 pub mod cli;
+pub mod compare;
 pub mod conf;
 pub mod engine;
 pub mod error;

@@ -127,7 +127,8 @@ pub fn summary(evaluation: &Evaluation, cases: &[Value]) -> Result<Value> {
         }
         Evaluation::Loss => {
             let cases: Vec<loss::Case> = all(cases)?;
-            json!({ "documents": cases.len(), "cells": loss::table(&cases, &loss::ranges()) })
+            let ranges = loss::ranges();
+            json!({ "documents": cases.len(), "ranges": ranges, "cells": loss::table(&cases, &ranges) })
         }
         Evaluation::Retrieval(conf) => {
             let cases: Vec<retrieval::Case> = all(cases)?;

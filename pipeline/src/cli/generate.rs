@@ -9,6 +9,7 @@ use lengthwise_model::device::Name;
 use lengthwise_model::generate::{Choice, GenerateJob, generate};
 
 use super::run_folder;
+use crate::error::Doing;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
@@ -20,8 +21,11 @@ pub struct GenerateArguments {
     /// The folder of a Hugging Face Llama with its tokenizer.json, such as a run's `checkpoint`
     checkpoint: String,
     /// The text to continue
-    #[arg(long)]
-    prompt: String,
+    #[arg(long, required_unless_present = "prompt_file", conflicts_with = "prompt_file")]
+    prompt: Option<String>,
+    /// … or the file that it is in
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<std::path::PathBuf>,
     /// How many tokens to add at most
     #[arg(long)]
     tokens: usize,
@@ -31,6 +35,9 @@ pub struct GenerateArguments {
     /// What the draws of --temperature depend on
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Print ids, one a line, rather than text
+    #[arg(long)]
+    ids: bool,
     /// "f32" or "bf16"
     #[arg(long, default_value = "f32")]
     precision: Precision,
@@ -41,6 +48,9 @@ pub struct GenerateArguments {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     ranks: u16,
 }
+
+/// So many of the prompt's last tokens are looked at for the text of the first new one.
+const AROUND: usize = 16;
 
 fn choice(arguments: &GenerateArguments) -> Result<Choice> {
     match arguments.temperature {
@@ -63,8 +73,15 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
         return Err(Error::data(format!("there is no {}", json.url()), help));
     };
     let tokenizer = Tokenizer::from_json(&bytes, &json.url())?;
+    let prompt = match (&arguments.prompt, &arguments.prompt_file) {
+        (Some(prompt), _) => prompt.clone(),
+        (None, Some(path)) => {
+            std::fs::read_to_string(path).doing(|| format!("cannot read {}", path.display()))?
+        }
+        (None, None) => unreachable!("one of them is required"),
+    };
     let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
-    ids.extend(tokenizer.encode_plain(&arguments.prompt)?);
+    ids.extend(tokenizer.encode_plain(&prompt)?);
     let job = GenerateJob {
         checkpoint: Location { store: at.store.clone(), path: at.path.clone() },
         device: Name::parse(&arguments.device)?,
@@ -74,12 +91,17 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
         ids: ids.iter().map(|id| *id as i32).collect(),
         tokens: arguments.tokens,
     };
-    // a token's text depends on those around it: what is new is what all of them say more
-    let mut said = tokenizer.decode(&ids)?.len();
+    // a token's text depends on those around it: what is new is what they say more with it than without
+    let mut around = ids.split_off(ids.len().saturating_sub(AROUND));
+    let mut said = tokenizer.decode(&around)?.len();
     let mut failed = None;
     let new = generate(&job, &mut |id| {
-        ids.push(id);
-        match tokenizer.decode(&ids) {
+        if arguments.ids {
+            println!("{id}");
+            return;
+        }
+        around.push(id);
+        match tokenizer.decode(&around) {
             // half a character waits for the rest of it
             Ok(text) if !text.ends_with('\u{FFFD}') => {
                 print!("{}", text.get(said..).unwrap_or_default());
@@ -94,7 +116,9 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
     if let Some(error) = failed {
         return Err(error.into());
     }
-    println!();
+    if !arguments.ids {
+        println!();
+    }
     tracing::info!("{} tokens", new.len());
     Ok(())
 }

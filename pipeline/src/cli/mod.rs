@@ -1,5 +1,6 @@
 //! The command line: arguments, signals, exit codes. One file a subcommand; results go to stdout, the rest to stderr.
 
+mod compare;
 #[cfg(feature = "train")]
 mod eval;
 #[cfg(feature = "train")]
@@ -10,6 +11,7 @@ mod report;
 mod reproduce;
 mod run;
 mod sql;
+mod sweep;
 mod verify;
 
 use std::path::PathBuf;
@@ -60,6 +62,10 @@ enum Command {
     /// Print the continuation of a text by a checkpoint
     #[cfg(feature = "train")]
     Generate(generate::GenerateArguments),
+    /// Run a conf with several recipes, trained and evaluated alike, and compare them
+    Sweep(sweep::SweepArguments),
+    /// Say what differs between runs, in what was asked and in what came of it
+    Compare(compare::CompareArguments),
     /// Say for every stage whether it is there already, and if not, why
     Plan(plan::PlanArguments),
     /// Show the mixture that a recipe gives, before anything is drawn
@@ -171,6 +177,8 @@ fn start(command: Command) -> Result<()> {
             Command::Eval(arguments) => eval::main(arguments).await,
             #[cfg(feature = "train")]
             Command::Generate(arguments) => generate::main(arguments).await,
+            Command::Sweep(arguments) => sweep::main(arguments).await,
+            Command::Compare(arguments) => compare::main(arguments).await,
             Command::Plan(arguments) => plan::main(arguments).await,
             Command::Preview(arguments) => preview::main(arguments).await,
             Command::Sql(arguments) => sql::main(arguments).await,

@@ -322,6 +322,11 @@ impl Conf {
         toml::to_string(self).expect("all that a conf holds has a form in TOML")
     }
 
+    /// The conf after some of it was changed, as if it had been written so.
+    pub fn resolved(&self) -> Result<Self> {
+        Self::parse(&self.to_toml(), "the changed conf", &[], &|_| None)
+    }
+
     /// The `[train]` table as the trainer's own type. What is wrong in it is shown where it was written.
     pub fn train<T: DeserializeOwned>(&self) -> Result<Option<T>> {
         let tree = self.tree()?;

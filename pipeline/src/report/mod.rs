@@ -7,6 +7,7 @@
 //! ```
 
 mod charts;
+pub mod comparison;
 mod evaluation;
 mod promises;
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::stage::{self, File, Output, Published, Table};
 use crate::store::Location;
 use crate::{Error, Result};
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 fn folder(at: &Location) -> Folder {
     Folder { store: at.store.clone(), path: at.path.clone() }

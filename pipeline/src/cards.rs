@@ -1,0 +1,98 @@
+//! What the ecosystem looks for beside data and models: a dataset card, and a model card. They say what they are of.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use crate::publish::RunManifest;
+
+/// Cards of a run's directory, by file name.
+pub fn cards(manifest: &RunManifest) -> Vec<(&'static str, String)> {
+    let has = |folder: &str| manifest.files.iter().any(|file| file.name.starts_with(folder));
+    let mut cards = vec![("README.md", dataset(manifest, has("heldout/")))];
+    if has("checkpoint/") {
+        cards.push(("checkpoint/README.md", model(manifest)));
+    }
+    cards
+}
+
+fn recipe(manifest: &RunManifest) -> String {
+    Path::new(&manifest.conf.mixture.recipe).file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// "commit 1234567", or what there is instead.
+fn commit(manifest: &RunManifest) -> String {
+    match (&manifest.commit, manifest.dirty) {
+        (Some(commit), false) => format!("commit `{commit}`"),
+        (Some(commit), true) => format!("commit `{commit}`, with changes that are not in it"),
+        (None, _) => "no commit: its folder is no git repository".to_owned(),
+    }
+}
+
+/// What both cards say of where it all comes from.
+fn made_of(manifest: &RunManifest) -> String {
+    let mixture = &manifest.conf.mixture;
+    format!(
+        "- run `{}` of lengthwise {}\n- {}\n- conf `{}`, recipe `{}`: {} tokens drawn\n",
+        manifest.run,
+        manifest.lengthwise,
+        commit(manifest),
+        manifest.conf_file,
+        mixture.recipe,
+        manifest.summary.counts.get("drawn_tokens").copied().unwrap_or(0),
+    )
+}
+
+/// For Hugging Face's `datasets`, which finds the files by it.
+fn dataset(manifest: &RunManifest, heldout: bool) -> String {
+    let mut card =
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n"
+            .to_owned();
+    if heldout {
+        card += "  - split: heldout\n    path: heldout/*.parquet\n";
+    }
+    card += "---\n\n";
+    let pack = &manifest.conf.pack;
+    let _ = write!(
+        card,
+        "# {}\n\nPacked sequences of {} tokens, length-engineered with the recipe `{}`.\n\n{}\n\
+         `input_ids` are the tokens, `labels` the one after them, `source` the documents: each with its domain, `doc_id`, and\n\
+         where it starts and ends in the sequence.\n\n| domain | documents | tokens | share of the corpus |\n|---|---|---|---|\n",
+        manifest.run,
+        pack.sequence_tokens.0,
+        recipe(manifest),
+        made_of(manifest),
+    );
+    for domain in &manifest.summary.domains {
+        let _ = writeln!(
+            card,
+            "| {} | {} | {} | {:.4} |",
+            domain.domain, domain.documents, domain.tokens, domain.share
+        );
+    }
+    card
+}
+
+/// For whoever loads the checkpoint.
+fn model(manifest: &RunManifest) -> String {
+    let base = manifest
+        .conf
+        .train
+        .as_ref()
+        .and_then(|train| train.get("checkpoint")?.as_str())
+        .map_or("a fresh model".to_owned(), |checkpoint| format!("`{checkpoint}`"));
+    let mut card = format!(
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- llama\n- long-context\n---\n\n\
+         # {}\n\nA Llama trained from {base} on sequences of {} tokens, length-engineered with the recipe `{}`.\n\n{}\n",
+        manifest.run,
+        manifest.conf.pack.sequence_tokens.0,
+        recipe(manifest),
+        made_of(manifest),
+    );
+    for (name, notes) in &manifest.summary.evaluations {
+        let score = ["score", "f1", "accuracy"].iter().find_map(|key| notes[*key].as_f64());
+        if let Some(score) = score {
+            let _ = writeln!(card, "- {name}: {:.1} %", 100.0 * score);
+        }
+    }
+    card
+}

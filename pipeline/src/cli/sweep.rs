@@ -1,0 +1,82 @@
+//! `lengthwise sweep`
+
+use clap::Args;
+
+use super::compare::OutputArguments;
+use super::{ConfArguments, run, run_folder, until_stopped};
+use crate::compare::Side;
+use crate::recipe::Recipe;
+use crate::run::{Goal, Run};
+use crate::{Error, Result};
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  lengthwise sweep conf/quickstart.toml --recipes cut_128k,per_source,global --html sweep.html
+  lengthwise sweep conf/corpus.toml --recipes cut_128k,upsample_domain:domain=RedPajamaBook --seeds 3")]
+pub struct SweepArguments {
+    #[command(flatten)]
+    conf: ConfArguments,
+    /// Recipes by name or file, each with parameters if need be: cut_128k,upsample_domain:domain=Book:weight=0.6. The first is
+    /// what the others are compared with
+    #[arg(long, value_name = "RECIPE,…", value_delimiter = ',', required = true)]
+    recipes: Vec<String>,
+    /// Do all with so many seeds, to see how much of a difference is chance
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    seeds: u16,
+    #[command(flatten)]
+    output: OutputArguments,
+}
+
+pub async fn main(arguments: SweepArguments) -> Result<()> {
+    let mut sides = vec![];
+    let all = arguments.recipes.len() * usize::from(arguments.seeds);
+    for seed in 0..arguments.seeds {
+        for recipe in &arguments.recipes {
+            let (name, run) = open(&arguments, recipe, seed)?;
+            tracing::info!("sweep: {name}, {} of {all}", sides.len() + 1);
+            let done = until_stopped(&run, run::go(&run, None, jiff::Timestamp::now())).await?;
+            let Some(folder) = done else { unreachable!("the run goes to its end") };
+            sides.push(Side::read(name, &run_folder(&folder)?).await?);
+        }
+    }
+    arguments.output.print(&sides)
+}
+
+/// The run of a recipe with a seed, and what it is called.
+fn open(arguments: &SweepArguments, recipe: &str, seed: u16) -> Result<(String, Run)> {
+    let mut parts = recipe.split(':');
+    let file = parts.next().unwrap_or_default();
+    let path = if file.ends_with(".sql") { file.to_owned() } else { format!("sql/mixtures/{file}.sql") };
+    let stem = std::path::Path::new(&path).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let mut name = stem;
+    let mut conf = arguments.conf.clone();
+    conf.sets.push(format!("mixture.recipe={path}"));
+    let mut given = vec![];
+    for part in parts {
+        let Some((key, value)) = part.split_once('=') else {
+            let message = format!("`{part}` of --recipes {recipe} is not PARAMETER=VALUE");
+            return Err(Error::data(message, "write --recipes upsample_domain:domain=Book"));
+        };
+        conf.sets.push(format!("mixture.params.{key}={value}"));
+        given.push(key);
+        name += &format!("-{value}");
+    }
+    let mut run = conf.open(Goal::Compute { from: None })?;
+    if arguments.seeds > 1 {
+        name += &format!("-{}", seed + 1);
+        run.conf.run.seed += u64::from(seed);
+        if let Some(train) = &mut run.conf.train {
+            let before = train.get("seed").and_then(toml::Value::as_integer).unwrap_or(0);
+            train.insert("seed".into(), (before + i64::from(seed)).into());
+        }
+    }
+    run.conf.run.name = format!("{}-{name}", run.conf.run.name);
+    // parameters of the conf are for its own recipe; another one takes those that it knows
+    let parsed = Recipe::parse(&path, &run.files.read(&path)?)?;
+    run.conf
+        .mixture
+        .params
+        .retain(|key, _| given.contains(&key.as_str()) || parsed.parameters.iter().any(|p| p.name == *key));
+    run.conf = run.conf.resolved()?;
+    Ok((name, run))
+}

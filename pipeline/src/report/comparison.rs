@@ -1,0 +1,220 @@
+//! A comparison as a page: what was asked, the mixtures (paper, Figure 2), losses (Table 5), and what evaluations gave.
+
+use serde_json::{Value, json};
+
+use super::evaluation::{evaluation, positions};
+use super::text::{Cell, code, escape, figure, percent, table, words};
+use super::{curve, page, section};
+use crate::compare::{COUNTS, Comparison, Shares, Side};
+
+/// The page.
+pub fn comparison(sides: &[Side], comparison: &Comparison) -> String {
+    let head = format!(
+        "<header>\n<p class=\"soft\">lengthwise compare</p>\n<h1>{}</h1>\n<p class=\"lead\">Compared with {}.</p>\n</header>\n",
+        escape(&comparison.names.join(", ")),
+        escape(comparison.names.first().map_or("", String::as_str)),
+    );
+    let sections = [
+        section("What was asked", asked(comparison)),
+        section("Shares of tokens by domain", shares(comparison, &comparison.domains, "domain")),
+        section(
+            "Shares of tokens by length of their document",
+            shares(comparison, &comparison.lengths, "tokens"),
+        ),
+        section(
+            "Shares of a domain's tokens in long documents",
+            shares(comparison, &comparison.long, "domain"),
+        ),
+        section("Loss of held-out documents", loss(comparison)),
+        section("Other evaluations", scores(comparison)),
+        section("Training", training(sides)),
+        evaluations(sides),
+        section("SQL", sql(comparison)),
+    ];
+    page(&comparison.names.join(", "), &(head + &sections.concat()))
+}
+
+fn headings<'a>(first: &[&'a str], names: &'a [String]) -> Vec<&'a str> {
+    first.iter().copied().chain(names.iter().map(String::as_str)).collect()
+}
+
+fn asked(comparison: &Comparison) -> String {
+    let runs = |values: Vec<&str>| values.into_iter().map(code).collect::<Vec<_>>();
+    let mut rows: Vec<Vec<Cell>> = vec![
+        [vec![words("run")], runs(comparison.runs.iter().map(String::as_str).collect())].concat(),
+        [
+            vec![words("commit")],
+            runs(
+                comparison
+                    .commits
+                    .iter()
+                    .map(|c| c.as_deref().map_or("", |c| &c[..c.len().min(12)]))
+                    .collect(),
+            ),
+        ]
+        .concat(),
+    ];
+    for (key, values) in &comparison.conf {
+        rows.push([vec![code(key)], values.iter().map(|value| code(value)).collect()].concat());
+    }
+    table("Keys of the conf that differ", &headings(&["key"], &comparison.names), &rows, None)
+}
+
+/// A share as a number on a bar of its length.
+fn bar(share: f64, most: f64) -> Cell {
+    let length = share / most.max(1e-9) * 100.0;
+    figure(format!("<span class=\"bar\" style=\"--length:{length:.1}%\">{}</span>", percent(share)))
+}
+
+fn shares(comparison: &Comparison, all: &[Shares], what: &str) -> String {
+    let most = all.iter().flat_map(|s| s.sides.iter().chain([&s.corpus])).copied().fold(0.0, f64::max);
+    let row = |shares: &Shares| {
+        let sides = shares.sides.iter().map(|share| bar(*share, most));
+        [words(&shares.name), bar(shares.corpus, most)].into_iter().chain(sides).collect()
+    };
+    let rows: Vec<Vec<Cell>> = all.iter().map(row).collect();
+    table("Shares, in percent", &headings(&[what, "corpus"], &comparison.names), &rows, None)
+}
+
+fn loss(comparison: &Comparison) -> String {
+    if comparison.loss.is_empty() {
+        return String::new();
+    }
+    let number = |number: f64| format!("{number:+.3}").replace('-', "\u{2212}");
+    let rows: Vec<Vec<Cell>> = comparison
+        .loss
+        .iter()
+        .map(|row| {
+            let of = json!({ "positions": row.positions });
+            let differences = row.differences.iter().map(|difference| match difference {
+                None => figure(""),
+                Some(difference) => {
+                    let error = difference
+                        .error
+                        .map_or(String::new(), |e| format!(" <span class=\"soft\">±{e:.3}</span>"));
+                    let class = match (difference.counts(), difference.mean > 0.0) {
+                        (false, _) => "",
+                        (true, false) => "better",
+                        (true, true) => "worse",
+                    };
+                    figure(format!("<span class=\"{class}\">{}</span>{error}", number(difference.mean)))
+                }
+            });
+            [
+                words(row.domain.as_deref().unwrap_or("all")),
+                words(&positions(&of)),
+                figure(row.documents.to_string()),
+                figure(format!("{:.3}", row.loss)),
+            ]
+            .into_iter()
+            .chain(differences)
+            .collect()
+        })
+        .collect();
+    format!(
+        "<p>The first run's loss, and what the others' differ from it over the same documents, with the standard error of the \
+         difference (paper §5.3, Table 5). Coloured: beyond ±{COUNTS} and beyond twice its error; <span class=\"better\">better</span>, \
+         <span class=\"worse\">worse</span>.</p>\n{}",
+        table(
+            "Loss by domain and position",
+            &headings(&["domain", "positions", "documents"], &comparison.names),
+            &rows,
+            None
+        )
+    )
+}
+
+fn scores(comparison: &Comparison) -> String {
+    let score = |score: &Option<f64>| figure(score.map_or(String::new(), |score| percent(score) + " %"));
+    let rows: Vec<Vec<Cell>> = comparison
+        .scores
+        .iter()
+        .map(|(name, scores)| [words(name)].into_iter().chain(scores.iter().map(score)).collect())
+        .collect();
+    table("Scores", &headings(&["evaluation"], &comparison.names), &rows, None)
+}
+
+fn training(sides: &[Side]) -> String {
+    let curves = sides.iter().map(|side| {
+        let points = |line: &Value| Some((line["tokens"].as_f64()?, line["loss"].as_f64()?));
+        let points: Vec<(f64, f64)> = side.metrics.iter().filter_map(points).collect();
+        curve(&format!("{}: loss by tokens trained", side.name), "small", &points)
+    });
+    let curves: String = curves.collect();
+    if curves.is_empty() { curves } else { format!("<div class=\"panels\">\n{curves}</div>\n") }
+}
+
+/// What each run's evaluations gave, one beside the other; the losses are above.
+fn evaluations(sides: &[Side]) -> String {
+    let mut all = String::new();
+    for name in ["needle", "retrieval"] {
+        let panels: String = sides
+            .iter()
+            .filter_map(|side| {
+                let notes = side.manifest.summary.evaluations.get(name)?;
+                let trained = side.manifest.conf.pack.sequence_tokens.0;
+                let (_, body) = evaluation(name, notes, Some(trained));
+                Some(format!("<figure><figcaption>{}</figcaption>{body}</figure>\n", escape(&side.name)))
+            })
+            .collect();
+        if !panels.is_empty() {
+            let heading = if name == "needle" { "Needle in a haystack" } else { "Retrieval" };
+            all += &section(heading, format!("<div class=\"panels\">\n{panels}</div>\n"));
+        }
+    }
+    all
+}
+
+fn sql(comparison: &Comparison) -> String {
+    let diff = |sql: &crate::compare::SqlDiff| {
+        format!(
+            "<details><summary>{}: {}</summary><pre>{}</pre></details>\n",
+            escape(&sql.name),
+            escape(&sql.file),
+            escape(&sql.diff)
+        )
+    };
+    comparison.sql.iter().map(diff).collect()
+}
+
+/// For a terminal.
+pub fn text(comparison: &Comparison) -> String {
+    let mut lines = vec![];
+    let width = comparison.names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(9) + 2;
+    let row = |name: &str, values: Vec<String>| {
+        let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
+        format!("{name:<34}{values}")
+    };
+    lines.push(row("", comparison.names.clone()));
+    for (key, values) in &comparison.conf {
+        lines.push(row(key, values.clone()));
+    }
+    for (what, all) in [("", &comparison.domains), ("long of ", &comparison.long), ("", &comparison.lengths)]
+    {
+        lines.push(String::new());
+        for shares in all {
+            let values = shares.sides.iter().map(|share| format!("{} %", percent(*share))).collect();
+            lines.push(row(&format!("{what}{}", shares.name), values));
+        }
+    }
+    if !comparison.loss.is_empty() {
+        lines.push(String::new());
+    }
+    for of in &comparison.loss {
+        let name = format!(
+            "loss {} {}",
+            of.domain.as_deref().unwrap_or("all"),
+            positions(&json!({ "positions": of.positions }))
+        );
+        let differences = of.differences.iter().map(|difference| match difference {
+            None => String::new(),
+            Some(d) => format!("{:+.3}{}", d.mean, if d.counts() { "*" } else { " " }),
+        });
+        lines.push(row(&name, [format!("{:.3}", of.loss)].into_iter().chain(differences).collect()));
+    }
+    for (name, scores) in &comparison.scores {
+        let score = |score: &Option<f64>| score.map_or(String::new(), |score| percent(score) + " %");
+        lines.push(row(name, scores.iter().map(score).collect()));
+    }
+    lines.join("\n")
+}
