@@ -195,7 +195,11 @@ async fn remove(folder: &Location) -> Result<()> {
     }
     let listed: Vec<_> = folder.store.list(Some(&folder.path)).try_collect().await.map_err(failed)?;
     for meta in listed {
-        folder.store.delete(&meta.location).await.map_err(failed)?;
+        // two trainings at once remove the same
+        match folder.store.delete(&meta.location).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+            Err(source) => return Err(failed(source)),
+        }
     }
     Ok(())
 }

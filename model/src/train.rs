@@ -35,6 +35,9 @@ pub struct TrainJob {
     pub checkpoint: Option<Location>,
     /// Where the model's folder is written.
     pub output: Location,
+    /// Where metrics.jsonl and TensorBoard's file are written: no two attempts have the same times, so each has a place of its
+    /// own.
+    pub logs: Location,
     /// Where `step-N/` are, which a training that was stopped goes on from.
     pub checkpoints: Location,
     /// The tokenizer's: a fresh model gets it.
@@ -53,8 +56,10 @@ pub struct Summary {
     pub tokens: u64,
     pub steps: u64,
     pub loss: f64,
-    /// The files of the model's folder that this rank wrote, with `metrics.jsonl` and TensorBoard's among them.
+    /// The files of the model's folder that this rank wrote.
     pub files: Vec<Written>,
+    /// `metrics.jsonl` and TensorBoard's.
+    pub logs: Vec<Written>,
 }
 
 /// The metrics of a training that diverged, beside its checkpoints.
@@ -268,6 +273,7 @@ impl<'a> Rank<'a> {
             }
         }
         let files = self.write(&self.job.output)?;
+        let logs = self.write_logs(&self.job.logs)?;
         let last = self.done.last();
         Ok(Summary {
             parameters: self.config.parameter_count(),
@@ -275,6 +281,7 @@ impl<'a> Rank<'a> {
             steps,
             loss: last.map_or(f64::NAN, |step| step.loss),
             files,
+            logs,
         })
     }
 
@@ -429,6 +436,8 @@ impl<'a> Rank<'a> {
             &self.name.open()?,
         )?;
         let mut files = self.write(&folder)?;
+        // with times in them, they are none of what the manifest answers for
+        self.write_logs(&folder)?;
         if self.world.rank() == 0 {
             files.extend(sizes.into_iter().enumerate().map(|(rank, bytes)| Written {
                 name: resume::ranks_file(rank, self.world.size()),
@@ -447,7 +456,19 @@ impl<'a> Rank<'a> {
         self.world.barrier()
     }
 
-    /// The model as Hugging Face's, with the metrics beside it; rank 0 writes, and returns what it wrote.
+    /// What one watches; rank 0 writes.
+    fn write_logs(&self, folder: &Location) -> Result<Vec<Written>> {
+        if self.world.rank() > 0 {
+            return Ok(vec![]);
+        }
+        let files = [
+            ("metrics.jsonl", self.lines.clone()),
+            ("events.out.tfevents.0.lengthwise", metrics::tensorboard(&self.done)),
+        ];
+        files.into_iter().map(|(name, bytes)| self.wait.block_on(folder.join(name).put(bytes))).collect()
+    }
+
+    /// The model as Hugging Face's; rank 0 writes, and returns what it wrote.
     fn write(&self, folder: &Location) -> Result<Vec<Written>> {
         let kind = match self.job.conf.precision {
             Precision::F32 => Kind::F32,
@@ -470,11 +491,7 @@ impl<'a> Rank<'a> {
         }
         let mut config = self.config.clone();
         config.max_position_embeddings = self.positions();
-        let mut beside = vec![
-            ("metrics.jsonl".to_owned(), Bytes::from(self.lines.clone())),
-            ("events.out.tfevents.0.lengthwise".to_owned(), Bytes::from(metrics::tensorboard(&self.done))),
-        ];
-        beside.extend(checkpoint::companions(&config, self.job.tokenizer.as_deref()));
+        let beside = checkpoint::companions(&config, self.job.tokenizer.as_deref());
         self.wait.block_on(checkpoint::write(
             folder,
             &config,
@@ -539,6 +556,7 @@ mod tests {
             checkpoint: None,
             output: out.join("model"),
             checkpoints: out.join("checkpoints"),
+            logs: out.join("logs"),
             vocab_size: 11,
             sequence_tokens: 37,
             bos: Some(0),
@@ -626,7 +644,7 @@ mod tests {
             assert_eq!(losses, want[steps..]);
             let summary = trained.unwrap();
             assert_eq!((summary.steps, summary.tokens), (12, 12 * 37));
-            let lines = job.output.join("metrics.jsonl").get().await.unwrap().unwrap();
+            let lines = job.logs.join("metrics.jsonl").get().await.unwrap().unwrap();
             let loss =
                 |line: &str| line.split("\"loss\":").nth(1).unwrap().split(',').next().unwrap().to_owned();
             let all: Vec<String> = std::str::from_utf8(&lines).unwrap().lines().map(loss).collect();

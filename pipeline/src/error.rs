@@ -22,6 +22,14 @@ pub enum Error {
         help: Option<String>,
     },
 
+    /// The command line asks for something that can't be.
+    #[error("{message}")]
+    Usage {
+        message: String,
+        #[help]
+        help: Option<String>,
+    },
+
     /// Object storage or a file system refused, failed or timed out.
     #[error("cannot {doing} {url}")]
     #[diagnostic(help("{}", storage_help(url)))]
@@ -74,9 +82,9 @@ pub enum Error {
     #[error(transparent)]
     Tokenizer(#[from] crate::tokenizer::TokenizerError),
 
-    /// The trainer failed.
+    /// The model can't be trained or asked.
     #[cfg(feature = "train")]
-    #[error("training failed")]
+    #[error("{}", model_failed(.0))]
     Train(#[from] lengthwise_model::Error),
 
     /// SIGTERM or SIGINT: nothing half-done was published, the same command goes on from here.
@@ -130,10 +138,15 @@ impl Error {
         Error::Data { message: message.into(), help: Some(help.into()) }
     }
 
+    /// A wrong command line.
+    pub fn usage(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Error::Usage { message: message.into(), help: Some(help.into()) }
+    }
+
     /// The exit code of the process, as documented in the README.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Written(_) | Error::Absent { .. } => 2,
+            Error::Written(_) | Error::Usage { .. } | Error::Absent { .. } => 2,
             Error::Data { .. } | Error::Query { .. } | Error::Tokenizer(_) => 3,
             Error::Storage { .. } | Error::Io { .. } => 4,
             Error::Corrupt { .. }
@@ -148,6 +161,18 @@ impl Error {
             },
             Error::Stopped => 75,
         }
+    }
+}
+
+/// The headline over a failure of the model crate.
+#[cfg(feature = "train")]
+fn model_failed(error: &lengthwise_model::Error) -> &'static str {
+    match error {
+        lengthwise_model::Error::Conf(_) => "the model can't do what is asked",
+        lengthwise_model::Error::Checkpoint { .. } => "a checkpoint can't be used",
+        lengthwise_model::Error::Dataset { .. } => "a dataset can't be used",
+        lengthwise_model::Error::Storage { .. } => "storage refused",
+        _ => "training failed",
     }
 }
 

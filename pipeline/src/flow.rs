@@ -183,6 +183,14 @@ impl Flow {
         if let Some(trained) = &self.trained {
             files.extend(publish::copy_table(trained, "checkpoint", &folder, "checkpoint").await?);
         }
+        if let Some(trained) = &self.trained {
+            // beside the model, as one looks for them there; with times in them, they are none of what the manifest answers for
+            for file in trained.table("logs").files {
+                let name = file.name.rsplit('/').next().unwrap_or_default();
+                let bytes = trained.folder.join(&file.name).read().await?;
+                folder.join("checkpoint").join(name).put(bytes).await?;
+            }
+        }
         for (name, evaluated) in &self.evaluated {
             files.extend(publish::copy_table(evaluated, "cases", &folder, &format!("eval/{name}")).await?);
         }
@@ -274,7 +282,11 @@ impl Flow {
     /// The lines of the checkpoint's metrics.jsonl.
     async fn metrics(&self) -> Result<Vec<serde_json::Value>> {
         let Some(trained) = &self.trained else { return Ok(vec![]) };
-        let Some(bytes) = trained.folder.join("metrics.jsonl").get().await? else { return Ok(vec![]) };
+        let logs = trained.table("logs").files;
+        let Some(file) = logs.iter().find(|file| file.name.ends_with("metrics.jsonl")) else {
+            return Ok(vec![]);
+        };
+        let Some(bytes) = trained.folder.join(&file.name).get().await? else { return Ok(vec![]) };
         let lines = bytes.split(|b| *b == b'\n').filter(|line| !line.is_empty());
         Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
     }

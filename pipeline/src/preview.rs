@@ -109,9 +109,10 @@ impl Preview {
             self.domains.iter().fold((0, 0), |(d, t), domain| (d + domain.documents, t + domain.tokens));
         let _ = writeln!(
             out,
-            "{}: {} tokens from {} documents of {} tokens\n",
+            "{}: {} tokens asked, {} drawn, from {} documents of {} tokens\n",
             self.recipe,
             HumanCount(self.budget),
+            HumanCount(self.domains.iter().map(|domain| domain.drawn).sum()),
             HumanCount(documents),
             HumanCount(tokens)
         );

@@ -148,7 +148,7 @@ fn parse(folder: &Location, bytes: &[u8]) -> Result<RunManifest> {
 pub async fn read(folder: &Location) -> Result<RunManifest> {
     match folder.join("manifest.json").get().await? {
         Some(bytes) => parse(folder, &bytes),
-        None => Err(Error::data(
+        None => Err(Error::usage(
             format!("{} is not the directory of a finished run: it has no manifest.json", folder.url()),
             "`lengthwise run CONF` prints the directory as its last line",
         )),

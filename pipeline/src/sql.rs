@@ -58,7 +58,7 @@ impl Files {
         self.find(path)?.ok_or_else(|| {
             let place =
                 self.commit.as_ref().map_or(self.root.display().to_string(), |c| format!("commit {c}"));
-            Error::data(
+            Error::usage(
                 format!("there is no file `{path}` in {place}"),
                 "paths are relative to the folder where the command runs; with --at, to the commit's root",
             )

@@ -124,7 +124,7 @@ impl Bench {
         arguments.extend(more);
         let said = self.say(&arguments);
         assert_eq!(said.code, 0, "{}", said.err);
-        PathBuf::from(said.out.lines().last().unwrap())
+        PathBuf::from(said.out.lines().last().unwrap_or_default())
     }
 
     /// `lengthwise sql … --json`, with the `--set`s of the run that is asked about.

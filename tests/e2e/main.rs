@@ -3,6 +3,7 @@
 mod bench;
 mod broken;
 mod caching;
+mod evaluation;
 mod faults;
 mod packed;
 mod rejects;

@@ -72,13 +72,39 @@ fn a_killed_training_goes_on_from_its_last_checkpoint_with_the_same_losses() {
 }
 
 #[test]
+fn two_trainings_at_once_leave_a_run_that_is_whole() {
+    let bench = Bench::new(3);
+    bench.run(&[]);
+    let train = train("steps = 12, checkpoint_every = 5");
+    for _ in 0..3 {
+        let both = [(); 2].map(|()| bench.command(&["run", "conf.toml", "--set", &train]).spawn().unwrap());
+        let both = both.map(|child| said(child.wait_with_output().unwrap()));
+        assert!(both.iter().all(|said| said.code == 0), "{both:?}");
+        assert_eq!(both[0].out, both[1].out);
+        let verified = bench.say(&["verify", both[0].out.trim()]);
+        assert_eq!(verified.code, 0, "{verified:?}");
+        std::fs::remove_dir_all(bench.path("out/stages/train")).unwrap();
+        std::fs::remove_dir_all(bench.path("out/runs")).unwrap();
+    }
+}
+
+#[test]
+fn a_reader_of_the_log_may_go_away() {
+    let bench = Bench::new(3);
+    let mut child = bench.command(&["run", "conf.toml"]).spawn().unwrap();
+    drop(child.stderr.take());
+    let said = said(child.wait_with_output().unwrap());
+    assert!(said.code == 0 && said.out.contains("/runs/"), "{said:?}");
+}
+
+#[test]
 fn processes_without_libtorch_say_what_they_need() {
     let bench = Bench::new(3);
     let train = train("steps = 3");
     let said = bench.say(&["train", "conf.toml", "--set", &train, "--nproc", "2"]);
     assert!(said.code == 6 && said.err.contains("build with --features libtorch"), "{said:?}");
     let said = bench.say(&["train", "conf.toml"]);
-    assert!(said.code == 3 && said.err.contains("the conf has no [train] table"), "{said:?}");
+    assert!(said.code == 2 && said.err.contains("the conf has no [train] table"), "{said:?}");
 }
 
 #[test]
@@ -122,7 +148,7 @@ fn from_is_for_one_process() {
     let environment =
         [("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")];
     let said = said(command.envs(environment).output().unwrap());
-    assert!(said.code == 3 && said.err.contains("--from is for one process"), "{said:?}");
+    assert!(said.code == 2 && said.err.contains("--from is for one process"), "{said:?}");
 }
 
 /// Ranks as processes, in builds that have them.

@@ -572,6 +572,7 @@ mod tests {
             checkpoint: None,
             output: at(&out).join("model"),
             checkpoints: at(&out).join("checkpoints"),
+            logs: at(&out).join("logs"),
             vocab_size: 11,
             sequence_tokens: 53,
             bos: None,

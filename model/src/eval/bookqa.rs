@@ -31,6 +31,7 @@ pub struct Case {
     pub reply: String,
     pub answers: Vec<String>,
     pub f1: f64,
+    #[serde(default)]
     pub seconds: f64,
 }
 

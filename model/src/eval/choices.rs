@@ -24,6 +24,7 @@ pub struct Case {
     pub likelihoods: Vec<f64>,
     pub chosen: usize,
     pub answer: usize,
+    #[serde(default)]
     pub seconds: f64,
 }
 

@@ -19,13 +19,16 @@ pub struct Positions {
     pub until: usize,
 }
 
-/// Table 5 of the paper, then Figure 3 (Loss@nK: the 1,024 positions before nK), then the curve between them.
+/// Those of the paper's Table 5, of Figure 3 (Loss@nK: the 1,024 positions before nK), and the curve between them.
 pub fn ranges() -> Vec<Positions> {
     let table = [(0, 4), (4, 128)];
     let at = [1, 16, 32, 64, 128].map(|n| (n - 1, n));
     let curve = [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 128)];
     let all = table.into_iter().chain(at).chain(curve);
-    all.map(|(from, until)| Positions { from: from << 10, until: until << 10 }).collect()
+    let mut all: Vec<_> =
+        all.map(|(from, until)| Positions { from: from << 10, until: until << 10 }).collect();
+    all.sort();
+    all
 }
 
 impl std::fmt::Display for Positions {
@@ -91,6 +94,7 @@ pub struct Case {
     pub positions: usize,
     /// Sum and count, in the order of the ranges.
     pub sums: Vec<(f64, u64)>,
+    #[serde(default)]
     pub seconds: f64,
 }
 

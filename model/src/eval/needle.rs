@@ -31,12 +31,14 @@ pub struct Case {
     pub depth: f64,
     /// Tokens of the prompt, and how many of them had been read for a case before.
     pub prompt_tokens: usize,
+    #[serde(default)]
     pub reused: usize,
     /// BLAKE3 of the prompt's text.
     pub prompt: String,
     pub reply: String,
     /// From 0 to the share of different words in the answer.
     pub score: f64,
+    #[serde(default)]
     pub seconds: f64,
 }
 

@@ -79,6 +79,7 @@ pub struct Case {
     pub answers: Vec<String>,
     /// The share of the answers that are in the reply.
     pub score: f64,
+    #[serde(default)]
     pub seconds: f64,
 }
 

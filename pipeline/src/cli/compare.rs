@@ -45,7 +45,7 @@ pub async fn main(arguments: CompareArguments) -> Result<()> {
     let mut folders = vec![];
     match &arguments.at {
         None if arguments.targets.len() < 2 => {
-            return Err(Error::data(
+            return Err(Error::usage(
                 "there is nothing to compare with",
                 "name two runs or confs, or use --at A..B",
             ));
@@ -57,10 +57,10 @@ pub async fn main(arguments: CompareArguments) -> Result<()> {
         }
         Some(commits) => {
             let wrong =
-                || Error::data(format!("--at {commits} is not COMMIT..COMMIT"), "write --at main..HEAD");
+                || Error::usage(format!("--at {commits} is not COMMIT..COMMIT"), "write --at main..HEAD");
             let (before, after) = commits.split_once("..").ok_or_else(wrong)?;
             let [conf] = &arguments.targets[..] else {
-                return Err(Error::data("--at compares one conf", "name one conf, and two commits"));
+                return Err(Error::usage("--at compares one conf", "name one conf, and two commits"));
             };
             for commit in [before, after] {
                 let at = folder(conf, &arguments.sets, Some(commit)).await?;

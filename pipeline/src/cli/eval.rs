@@ -162,7 +162,7 @@ async fn of_conf(run: &Run) -> Result<Target> {
     let mut flow = Flow::default();
     flow.go(run, Some(crate::run::Stage::Train)).await?;
     let trained = flow.trained.ok_or_else(|| {
-        Error::data("the conf has no [train] table: there is no model to evaluate", "name a checkpoint")
+        Error::usage("the conf has no [train] table: there is no model to evaluate", "name a checkpoint")
     })?;
     let (conf, train) = tables(&run.conf)?;
     let heldout = flow.heldout.map(|heldout| heldout.folder);
@@ -176,10 +176,10 @@ fn evaluation(arguments: &EvalArguments, conf: &EvalConf) -> Result<Evaluation> 
         .iter()
         .map(|text| parse_count(text).map(|count| count as usize))
         .collect::<Result<_, String>>()
-        .map_err(|e| Error::data(format!("--lengths: {e}"), "write --lengths 1K,8K,128K"))?;
+        .map_err(|e| Error::usage(format!("--lengths: {e}"), "write --lengths 1K,8K,128K"))?;
     let needed = |flag: &str, value: Option<&String>| {
         value.cloned().ok_or_else(|| {
-            Error::data(
+            Error::usage(
                 format!("{flag} is needed, or the conf's [eval] table"),
                 "see `lengthwise eval --help`",
             )
@@ -187,7 +187,7 @@ fn evaluation(arguments: &EvalArguments, conf: &EvalConf) -> Result<Evaluation> 
     };
     let default = |key: &str, url: &str| json!({ key: url });
     fn read<T: serde::de::DeserializeOwned>(value: Value) -> Result<T> {
-        serde_json::from_value(value).map_err(|e| Error::data(e.to_string(), "see `lengthwise eval --help`"))
+        serde_json::from_value(value).map_err(|e| Error::usage(e.to_string(), "see `lengthwise eval --help`"))
     }
     Ok(match arguments.evaluation {
         Which::Loss => Evaluation::Loss,
@@ -243,7 +243,7 @@ fn model(arguments: &EvalArguments, target: Target) -> Result<Model> {
     let rope_scaling = arguments.rope_scaling.as_ref().map(|text| {
         serde_json::from_str(text).map_err(|e| {
             let help = "write it as in config.json: '{\"rope_type\": \"yarn\", \"factor\": 4.0}'";
-            Error::data(format!("--rope-scaling is not JSON: {e}"), help)
+            Error::usage(format!("--rope-scaling is not JSON: {e}"), help)
         })
     });
     let mut conf = conf;
@@ -292,6 +292,7 @@ fn text(evaluation: &Evaluation, notes: &Value) -> String {
                     cell["error"].as_f64().map_or("".to_owned(), |error| format!("{error:.4}")),
                 ));
             }
+            lines.push("nats a token; ±: standard error over documents, where there are several".into());
             lines.join("\n")
         }
         Evaluation::Retrieval(conf) => {

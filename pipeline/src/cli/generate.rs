@@ -58,7 +58,7 @@ fn choice(arguments: &GenerateArguments) -> Result<Choice> {
         Some(temperature) if temperature.is_finite() && temperature > 0.0 => {
             Ok(Choice::Sampled { temperature, seed: arguments.seed })
         }
-        Some(temperature) => Err(Error::data(
+        Some(temperature) => Err(Error::usage(
             format!("--temperature {temperature} is not a positive number"),
             "leave it out to take the likeliest token each time",
         )),
@@ -70,7 +70,7 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
     let json = at.join("tokenizer.json");
     let Some(bytes) = json.get().await? else {
         let help = "copy the model's tokenizer.json beside its config.json";
-        return Err(Error::data(format!("there is no {}", json.url()), help));
+        return Err(Error::usage(format!("there is no {}", json.url()), help));
     };
     let tokenizer = Tokenizer::from_json(&bytes, &json.url())?;
     let prompt = match (&arguments.prompt, &arguments.prompt_file) {

@@ -102,7 +102,7 @@ impl ConfArguments {
             Some(commit) => {
                 let top = git(".".as_ref(), &["rev-parse", "--show-toplevel"])?;
                 if !top.status.success() {
-                    return Err(Error::data(
+                    return Err(Error::usage(
                         "--at needs a git repository around this folder",
                         "run it inside one",
                     ));
@@ -110,7 +110,7 @@ impl ConfArguments {
                 let root = PathBuf::from(String::from_utf8_lossy(&top.stdout).trim());
                 let found = git(&root, &["rev-parse", "--verify", &format!("{commit}^{{commit}}")])?;
                 if !found.status.success() {
-                    return Err(Error::data(
+                    return Err(Error::usage(
                         format!("there is no commit `{commit}`"),
                         "`git log` lists them",
                     ));
@@ -139,13 +139,16 @@ pub fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(terminal)
         .with_target(false)
+        // whoever reads the log may go away: that costs nothing
+        .log_internal_errors(false)
         .compact()
         .init();
     match start(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.exit_code();
-            eprintln!("{:?}", miette::Report::new(error));
+            use std::io::Write;
+            let _ = writeln!(std::io::stderr(), "{:?}", miette::Report::new(error));
             ExitCode::from(code)
         }
     }

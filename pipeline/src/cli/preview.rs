@@ -7,7 +7,7 @@ use super::{ConfArguments, print, until_stopped};
 use crate::flow::{self, Flow};
 use crate::preview::{Preview, against};
 use crate::run::{Goal, Run, Stage};
-use crate::stages::mixture::{Sums, recipe, weaver};
+use crate::stages::mixture::{Sums, check_budget, recipe, weaver};
 use crate::{Result, flow::remember};
 
 #[derive(Args)]
@@ -56,5 +56,10 @@ pub async fn of(run: &Run) -> Result<Preview> {
         })
         .await?
     {}
-    Ok(flow::preview(run, domains, &sums.asked()))
+    let asked = sums.asked();
+    let mut preview = flow::preview(run, domains, &asked);
+    if let Err(refused) = check_budget(run, &asked, domains) {
+        preview.shortfalls.push(format!("`lengthwise run` will refuse this: {refused}"));
+    }
+    Ok(preview)
 }

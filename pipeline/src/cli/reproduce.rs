@@ -35,7 +35,7 @@ pub async fn main(arguments: ReproduceArguments) -> Result<()> {
     let files = Files { root, commit: None, texts: manifest.sql.clone() };
     let again = Run::new(conf, &manifest.conf_file, files, Goal::Compute { from: None })?;
     if again.output.url() == output_of(&folder).url() {
-        return Err(Error::data(
+        return Err(Error::usage(
             "--into names the output that the run itself is in",
             "name another place: nothing would be computed",
         ));

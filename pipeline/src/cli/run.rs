@@ -38,7 +38,7 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
     {
         let message =
             format!("--from {} comes after --until {}: nothing would be computed", from.name(), until.name());
-        return Err(Error::data(
+        return Err(Error::usage(
             message,
             "stages are, in order: tokenizer, tokens, catalog, domains, mixture, draw, shuffle, pack, train",
         ));
@@ -46,7 +46,7 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
     #[cfg(feature = "train")]
     if arguments.from.is_some() && Place::of_this_process()?.is_some() {
         let help = "compute again with one process, `--until pack`; then train with all of them";
-        return Err(Error::data("--from is for one process, and this is one of several", help));
+        return Err(Error::usage("--from is for one process, and this is one of several", help));
     }
     #[cfg(feature = "train")]
     if crate::stages::train::follows()? {
@@ -57,7 +57,11 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
     let started = jiff::Timestamp::now();
     let folder = until_stopped(&run, go(&run, arguments.until, started)).await?;
     let steps = run.steps.lock().expect("no panic while held").clone();
-    print(arguments.json, &json!({ "run": folder, "stages": steps }), || folder.clone().unwrap_or_default());
+    if arguments.json || folder.is_some() {
+        print(arguments.json, &json!({ "run": folder, "stages": steps }), || {
+            folder.clone().unwrap_or_default()
+        });
+    }
     Ok(())
 }
 
@@ -76,7 +80,7 @@ pub struct TrainArguments {
 pub async fn train(arguments: TrainArguments) -> Result<()> {
     let run = arguments.run.conf.open(Goal::Look)?;
     if run.conf.train.is_none() {
-        return Err(Error::data("the conf has no [train] table", "add one, or use `lengthwise run`"));
+        return Err(Error::usage("the conf has no [train] table", "add one, or use `lengthwise run`"));
     }
     match arguments.nproc {
         // what it starts is this same command, which then knows its place

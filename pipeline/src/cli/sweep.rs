@@ -55,7 +55,7 @@ fn open(arguments: &SweepArguments, recipe: &str, seed: u16) -> Result<(String, 
     for part in parts {
         let Some((key, value)) = part.split_once('=') else {
             let message = format!("`{part}` of --recipes {recipe} is not PARAMETER=VALUE");
-            return Err(Error::data(message, "write --recipes upsample_domain:domain=Book"));
+            return Err(Error::usage(message, "write --recipes upsample_domain:domain=Book"));
         };
         conf.sets.push(format!("mixture.params.{key}={value}"));
         given.push(key);

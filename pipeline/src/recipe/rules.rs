@@ -353,8 +353,9 @@ fn adding<'e>(
 ) -> Option<(String, String)> {
     let name = function.name();
     let of_type = args.first().and_then(|arg| arg.get_type(input.schema().as_ref()).ok());
-    let float_cure =
-        format!("round it to an integer first: sum(cast(round({argument} * 4294967296) as decimal(38, 0)))");
+    let float_cure = format!(
+        "round it to an integer first: cast(sum(cast(round({argument} * 4294967296) as decimal(38, 0))) as double) / 4294967296"
+    );
     match name {
         "count" | "min" | "max" | "bool_and" | "bool_or" | "bit_and" | "bit_or" | "bit_xor" | "grouping"
         | "median" | "percentile_cont" => None,
@@ -373,7 +374,7 @@ fn adding<'e>(
         "avg" => Some((
             format!("avg({argument}) adds up floats: its last bits depend on the order of the rows"),
             match of_type? {
-                float if float.is_floating() => float_cure,
+                float if float.is_floating() => format!("{float_cure} / count({argument})"),
                 _ => format!(
                     "write cast(sum(cast({argument} as decimal(38, 0))) as double) / count({argument})"
                 ),

@@ -180,7 +180,9 @@ fn sql(comparison: &Comparison) -> String {
 /// For a terminal.
 pub fn text(comparison: &Comparison) -> String {
     let mut lines = vec![];
-    let width = comparison.names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(9) + 2;
+    let values = comparison.conf.iter().flat_map(|(_, values)| values);
+    let width = comparison.names.iter().chain(values).map(|text| text.chars().count()).max().unwrap_or(0);
+    let width = width.max(9) + 2;
     let row = |name: &str, values: Vec<String>| {
         let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
         format!("{name:<34}{values}")

@@ -84,6 +84,7 @@ fn manifest() -> RunManifest {
             domains: vec![domain(MARKUP, 16_000, 0.8), domain("web", 4_000, 0.2)],
             asked: mixture.clone(),
             drawn: mixture,
+            evaluations: Default::default(),
             planned: Planned {
                 sequences: 49,
                 files: 1,

@@ -15,7 +15,7 @@ use crate::stage::{self, File, Output, Published, Table};
 use crate::store::Location;
 use crate::{Error, Result};
 
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 fn folder(at: &Location) -> Folder {
     Folder { store: at.store.clone(), path: at.path.clone() }
@@ -62,6 +62,8 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         ("checkpoint", start),
         ("tokenizer", json!(tokenizer.fingerprint)),
     ]);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let attempt = format!("attempt-{}-{}", now.as_millis(), std::process::id());
     let job_in = |at: &Location| TrainJob {
         conf: conf.clone(),
         dataset: folder(&packed.folder),
@@ -69,6 +71,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         checkpoint: checkpoint.as_ref().map(folder),
         output: folder(at),
         checkpoints: folder(&at.join("checkpoints")),
+        logs: folder(&at.join(&attempt)),
         vocab_size: tokenizer.loaded.vocab_size(),
         sequence_tokens: run.conf.pack.sequence_tokens.0 as usize,
         bos,
@@ -96,11 +99,15 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
             output.count("tokens", trained.tokens);
             for written in trained.files {
                 let blake3 = Digest(written.blake3);
-                // metrics say how fast it went, which is no content
-                let timed = written.name == "metrics.jsonl" || written.name.contains(".tfevents.");
-                let digest = RowDigest(if timed { 0 } else { first_16(&blake3) });
+                let digest = RowDigest(first_16(&blake3));
                 let file = File { name: written.name, bytes: written.bytes, rows: 0, blake3 };
                 output.table("checkpoint", Table { rows: 0, digest, files: vec![file] });
+            }
+            // what says how fast it went is no content
+            for written in trained.logs {
+                let name = format!("{attempt}/{}", written.name);
+                let file = File { name, bytes: written.bytes, rows: 0, blake3: Digest(written.blake3) };
+                output.table("logs", Table { rows: 0, digest: RowDigest(0), files: vec![file] });
             }
             Ok(output)
         })

@@ -1,0 +1,234 @@
+//! Evaluations, sweeps and comparisons.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::bench::{Bench, recipe, tree};
+
+const TRAIN: &str =
+    "train={ shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }, steps = 4 }";
+
+/// Essays, and questions with choices.
+fn texts(bench: &Bench) {
+    let sentence = |i: usize| format!("The sea was calm and wide, dawn {i} until all primes run again. ");
+    // words enough for keys
+    let letter = |i: usize| char::from(b'a' + (i % 26) as u8);
+    let word = |i: usize| format!("{}{}{}a", letter(i), letter(i / 26), letter(i * 7));
+    let words: Vec<String> = (0..90).map(word).collect();
+    let essay = (0..60).map(sentence).chain([words.join(" ") + ". "]).collect::<String>();
+    bench.write("essays/a.txt", essay);
+    bench.write("essays/b.txt", (60..90).map(sentence).collect::<String>());
+    bench.write("questions.csv", "Was the sea calm?,no,yes,B\nIs 7 prime?,\"yes, it is\",no,A\n");
+}
+
+const EVAL: &str = "eval={ loss = true, choices = { file = \"questions.csv\" }, \
+                    needle = { haystack = \"essays/*.txt\", lengths = [400, \"0.6K\"], depths = [0, 100] } }";
+
+fn cases(run: &Path, evaluation: &str) -> Vec<Value> {
+    let lines = std::fs::read_to_string(run.join(format!("eval/{evaluation}/cases.jsonl"))).unwrap();
+    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// What was stored of each answer, times and all.
+fn answers(bench: &Bench) -> Vec<String> {
+    let files = tree(&bench.path("out/stages/eval"));
+    let jobs = files.iter().filter(|path| path.to_string_lossy().contains("/jobs/"));
+    jobs.map(|path| std::fs::read_to_string(path).unwrap()).collect()
+}
+
+#[test]
+fn a_run_ends_with_its_evaluations_and_asks_them_once() {
+    let bench = Bench::new(3);
+    texts(&bench);
+    let run = bench.run(&["--set", TRAIN, "--set", EVAL]);
+    let needles = cases(&run, "needle");
+    let asked: Vec<(u64, f64)> =
+        needles.iter().map(|c| (c["length"].as_u64().unwrap(), c["depth"].as_f64().unwrap())).collect();
+    assert_eq!(asked, [(400, 0.0), (400, 100.0), (600, 0.0), (600, 100.0)]);
+    assert_eq!(cases(&run, "choices").len(), 2);
+    // each held-out document, once
+    let heldout = bench.sql("select doc_id from heldout", &[]);
+    let ids = |rows: &[Value]| {
+        let mut ids: Vec<String> =
+            rows.iter().map(|row| row["doc_id"].as_str().unwrap().to_owned()).collect();
+        ids.sort();
+        ids
+    };
+    let read = ids(&cases(&run, "loss"));
+    assert!(read.windows(2).all(|pair| pair[0] != pair[1]) && read.len() > 3);
+    assert!(read.len() <= heldout.len());
+    let report = std::fs::read_to_string(run.join("report.html")).unwrap();
+    for heading in ["Needle in a haystack", "Loss of held-out documents", "Questions with choices"] {
+        assert!(report.contains(heading), "{heading}");
+    }
+    let plan = bench.say(&["plan", "conf.toml", "--set", TRAIN, "--set", EVAL]);
+    assert!(
+        plan.out.lines().any(|line| line.starts_with("eval ") && line.contains("cached")),
+        "{}",
+        plan.out
+    );
+    // how long each answer took is what it was: they were not asked again
+    let before = answers(&bench);
+    assert!(before.iter().any(|answer| answer.contains("seconds")));
+    assert_eq!(bench.run(&["--set", TRAIN, "--set", EVAL]), run);
+    assert_eq!(answers(&bench), before);
+    assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+}
+
+#[test]
+fn a_case_that_was_asked_is_not_asked_again() {
+    let bench = Bench::new(3);
+    texts(&bench);
+    let run = bench.run(&["--set", TRAIN]);
+    let run = run.to_str().unwrap();
+    let ask = || {
+        let arguments = ["eval", "needle", run, "--haystack", "essays/*.txt", "--lengths", "400,500"];
+        let said = bench.say(&[&arguments[..], &["--depths", "0,50", "--json"]].concat());
+        assert_eq!(said.code, 0, "{}", said.err);
+        let value: Value = serde_json::from_str(&said.out).unwrap();
+        (value, answers(&bench))
+    };
+    let (first, before) = ask();
+    // as a kill leaves it: without a manifest, and without the third answer
+    let stage = Path::new(first["cases"].as_str().unwrap()).parent().unwrap();
+    std::fs::remove_file(stage.join("manifest.json")).unwrap();
+    std::fs::remove_file(stage.join("jobs/length-500-depth-0.json")).unwrap();
+    let (second, after) = ask();
+    assert_eq!(first["result"]["score"], second["result"]["score"]);
+    let same: Vec<bool> = before.iter().zip(&after).map(|(a, b)| a == b).collect();
+    // 400 at 0 and 50, 500 at 0 and 50
+    assert_eq!(same, [true, true, false, true]);
+}
+
+#[test]
+fn a_conf_a_run_and_a_checkpoint_are_evaluated_alike() {
+    let bench = Bench::new(3);
+    texts(&bench);
+    bench.write(
+        "conf.toml",
+        std::fs::read_to_string(bench.path("conf.toml")).unwrap()
+            + "[train]\nsteps = 4\nshape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }\n\
+               [eval.retrieval]\nhaystack = \"essays/*.txt\"\nlengths = [900]\ntasks = [\"single\", \"variables\"]\nsamples = 2\n",
+    );
+    let run = bench.run(&[]);
+    let checkpoint = run.join("checkpoint");
+    let ask = |target: &str, more: &[&str]| {
+        let said = bench.say(&[&["eval", "retrieval", target, "--json"], more].concat());
+        assert_eq!(said.code, 0, "{}", said.err);
+        serde_json::from_str::<Value>(&said.out).unwrap()["result"].clone()
+    };
+    let of_conf = ask("conf.toml", &[]);
+    assert_eq!(of_conf["cells"].as_array().unwrap().len(), 2);
+    assert_eq!(ask(run.to_str().unwrap(), &[]), of_conf);
+    let more = ["--haystack", "essays/*.txt", "--lengths", "900", "--samples", "2"];
+    let all = ask(checkpoint.to_str().unwrap(), &more);
+    let single = |result: &Value| {
+        result["cells"].as_array().unwrap().iter().find(|cell| cell["task"] == "single").cloned()
+    };
+    assert_eq!(single(&all), single(&of_conf));
+    // the loss needs documents, which a checkpoint doesn't have
+    let said = bench.say(&["eval", "loss", checkpoint.to_str().unwrap()]);
+    assert!(said.code == 3 && said.err.contains("--heldout"), "{said:?}");
+    let heldout = run.join("heldout");
+    let given =
+        bench.say(&["eval", "loss", checkpoint.to_str().unwrap(), "--heldout", heldout.to_str().unwrap()]);
+    let own = bench.say(&["eval", "loss", run.to_str().unwrap()]);
+    assert_eq!((given.code, own.code), (0, 0), "{given:?} {own:?}");
+    let numbers = |out: &str| out.lines().rev().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(numbers(&given.out), numbers(&own.out));
+}
+
+#[test]
+fn what_an_evaluation_can_not_be_asked_of_is_said() {
+    let bench = Bench::new(3);
+    texts(&bench);
+    let run = bench.run(&["--set", TRAIN]);
+    let run = run.to_str().unwrap();
+    bench.write("bad.csv", "q,a,b,A\nq,a,b,X\n");
+    bench.write("latin.txt", b"caf\xe9");
+    for (arguments, code, message) in [
+        (&["eval", "needle", run][..], 2, "--haystack is needed"),
+        (
+            &["eval", "needle", run, "--haystack", "essays", "--lengths", "100"],
+            2,
+            "need more than the 100 tokens",
+        ),
+        (
+            &["eval", "needle", run, "--haystack", "essays", "--lengths", "1x"],
+            2,
+            "`1x` is not a number of tokens",
+        ),
+        (&["eval", "needle", run, "--haystack", "nowhere"], 3, "has no files"),
+        (&["eval", "needle", run, "--haystack", "latin.txt"], 3, "is not UTF-8"),
+        (&["eval", "choices", run, "--file", "bad.csv"], 2, "line 2: the answer `X`"),
+        (&["eval", "loss", "conf.toml"], 2, "there is no model to evaluate"),
+        (&["eval", "loss", run, "--device", "gpu"], 2, "there is no device `gpu`"),
+        (&["eval", "loss", run, "--rope-scaling", "{"], 2, "--rope-scaling is not JSON"),
+        (&["eval", "loss", run, "--rope-scaling", "{\"type\": \"yarn\"}"], 2, "needs `factor`"),
+    ] {
+        let said = bench.say(arguments);
+        assert!(said.code == code && said.err.contains(message), "{arguments:?} {said:?}");
+    }
+    let wrong = bench.say(&["run", "conf.toml", "--set", "eval={ needel = { haystack = \"essays\" } }"]);
+    assert!(wrong.code == 2 && wrong.err.contains("needel"), "{wrong:?}");
+}
+
+#[test]
+fn a_sweep_trains_each_recipe_on_the_same_tokens_and_compares_them() {
+    let bench = Bench::new(3);
+    texts(&bench);
+    let recipes = format!("{},{}:long_share=0.9", recipe("cut_128k"), recipe("per_source"));
+    let shortfall = "mixture.shortfall=allow";
+    let arguments =
+        ["sweep", "conf.toml", "--recipes", &recipes, "--set", TRAIN, "--set", EVAL, "--set", shortfall];
+    let said = bench.say(&[&arguments[..], &["--html", "sweep.html", "--json"]].concat());
+    assert_eq!(said.code, 0, "{}", said.err);
+    let compared: Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!(compared["names"], serde_json::json!(["cut_128k", "per_source-0.9"]));
+    let long = |side: usize| -> f64 {
+        let rows = compared["long"].as_array().unwrap();
+        rows.iter().map(|row| row["sides"][side].as_f64().unwrap()).sum()
+    };
+    assert!(long(1) > long(0), "{compared}");
+    let keys: Vec<&str> =
+        compared["conf"].as_array().unwrap().iter().map(|row| row[0].as_str().unwrap()).collect();
+    assert_eq!(keys, ["mixture.params.long_share", "mixture.recipe", "run.name"]);
+    assert!(compared["loss"].as_array().unwrap().iter().any(|row| row["differences"][0]["mean"].is_number()));
+    let tokens = tree(&bench.path("out/stages/tokens"));
+    let manifests = tokens.iter().filter(|path| path.ends_with("manifest.json")).count();
+    assert_eq!(manifests, 1, "the tokens stage is one for all");
+    let page = std::fs::read_to_string(bench.path("sweep.html")).unwrap();
+    assert!(page.contains("per_source-0.9") && page.contains("Loss of held-out documents"));
+
+    let runs: Vec<String> = compared["runs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|run| format!("out/runs/{}", run.as_str().unwrap()))
+        .collect();
+    let again = bench.say(&["compare", &runs[0], &runs[1], "--json"]);
+    assert_eq!(again.code, 0, "{again:?}");
+    let again: Value = serde_json::from_str(&again.out).unwrap();
+    assert_eq!(again["loss"], compared["loss"]);
+    assert_eq!(again["sql"][0]["diff"], compared["sql"][0]["diff"]);
+    let alone = bench.say(&["compare", &runs[0]]);
+    assert!(alone.code == 2 && alone.err.contains("nothing to compare with"), "{alone:?}");
+}
+
+#[test]
+fn the_cards_say_what_run_and_recipe_they_are_of() {
+    let bench = Bench::new(3);
+    let run = bench.run(&["--set", TRAIN]);
+    let name = run.file_name().unwrap().to_str().unwrap();
+    for card in ["README.md", "checkpoint/README.md"] {
+        let card = std::fs::read_to_string(run.join(card)).unwrap();
+        assert!(card.starts_with("---\n") && card.contains(name) && card.contains("per_source"), "{card}");
+    }
+    let json = |file: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(run.join("checkpoint").join(file)).unwrap()).unwrap()
+    };
+    assert_eq!(json("tokenizer_config.json")["tokenizer_class"], "PreTrainedTokenizerFast");
+    assert_eq!(json("generation_config.json")["do_sample"], false);
+    assert_eq!(json("config.json")["rope_parameters"]["rope_type"], "default");
+}
