@@ -108,7 +108,7 @@ impl Side {
             let bytes = folder.join(file).get().await?.unwrap_or_default();
             let lines = bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
             lines
-                .map(|line| serde_json::from_slice(line))
+                .map(serde_json::from_slice)
                 .collect::<Result<_, _>>()
                 .map_err(|e| Error::Corrupt { url: folder.join(file).url(), message: e.to_string() })
         };

@@ -1,6 +1,6 @@
 //! Training by the program: stops, kills, processes, and what comes of it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use crate::bench::{Bench, said, tree};
@@ -12,7 +12,7 @@ fn train(settings: &str) -> String {
 }
 
 /// Whether a file is of a checkpoint that training goes on from.
-fn saved(path: &PathBuf) -> bool {
+fn saved(path: &Path) -> bool {
     path.to_string_lossy().contains("/checkpoints/step-")
 }
 
@@ -43,12 +43,15 @@ fn sigterm_is_a_stop_that_goes_on() {
     assert_eq!(said.code, 75, "{said:?}");
     assert!(said.err.contains("stopped by a signal") && said.out.is_empty(), "{said:?}");
     if said.err.contains("stopping after this step") {
-        assert!(tree(&bench.path("out/stages/train")).iter().any(saved));
+        assert!(tree(&bench.path("out/stages/train")).iter().any(|path| saved(path)));
     }
 
     let run = bench.run(&["--set", &train]);
     assert_eq!(losses(&run), want);
-    assert!(!tree(&bench.path("out/stages/train")).iter().any(saved), "a finished training leaves none");
+    assert!(
+        !tree(&bench.path("out/stages/train")).iter().any(|path| saved(path)),
+        "a finished training leaves none"
+    );
     assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
 }
 
@@ -159,7 +162,7 @@ mod processes {
     /// A training of two processes that has come to its first checkpoint, and the pid of rank 1.
     fn started(bench: &Bench, train: &str) -> (std::process::Child, u32) {
         let child = bench.command(&["train", "conf.toml", "--nproc", "2", "--set", train]).spawn().unwrap();
-        while !tree(&bench.path("out/stages/train")).iter().any(saved) {
+        while !tree(&bench.path("out/stages/train")).iter().any(|path| saved(path)) {
             std::thread::sleep(Duration::from_millis(20));
         }
         let rank_1 = std::fs::read_dir("/proc").unwrap().find_map(|entry| {

@@ -58,7 +58,7 @@ enum Command {
     Train(run::TrainArguments),
     /// Ask what a model makes of long texts: needle, loss, retrieval, bookqa, choices
     #[cfg(feature = "train")]
-    Eval(eval::EvalArguments),
+    Eval(Box<eval::EvalArguments>),
     /// Print the continuation of a text by a checkpoint
     #[cfg(feature = "train")]
     Generate(generate::GenerateArguments),
@@ -177,7 +177,7 @@ fn start(command: Command) -> Result<()> {
             #[cfg(feature = "train")]
             Command::Train(arguments) => run::train(arguments).await,
             #[cfg(feature = "train")]
-            Command::Eval(arguments) => eval::main(arguments).await,
+            Command::Eval(arguments) => eval::main(*arguments).await,
             #[cfg(feature = "train")]
             Command::Generate(arguments) => generate::main(arguments).await,
             Command::Sweep(arguments) => sweep::main(arguments).await,
