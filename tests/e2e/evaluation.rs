@@ -109,7 +109,7 @@ fn a_conf_a_run_and_a_checkpoint_are_evaluated_alike() {
         "conf.toml",
         std::fs::read_to_string(bench.path("conf.toml")).unwrap()
             + "[train]\nsteps = 4\nshape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }\n\
-               [eval.retrieval]\nhaystack = \"essays/*.txt\"\nlengths = [900]\ntasks = [\"single\", \"variables\"]\nsamples = 2\n",
+               [eval.retrieval]\nhaystack = \"essays/*.txt\"\nlengths = [4000]\ntasks = [\"single\", \"variables\"]\nsamples = 2\n",
     );
     let run = bench.run(&[]);
     let checkpoint = run.join("checkpoint");
@@ -121,7 +121,7 @@ fn a_conf_a_run_and_a_checkpoint_are_evaluated_alike() {
     let of_conf = ask("conf.toml", &[]);
     assert_eq!(of_conf["cells"].as_array().unwrap().len(), 2);
     assert_eq!(ask(run.to_str().unwrap(), &[]), of_conf);
-    let more = ["--haystack", "essays/*.txt", "--lengths", "900", "--samples", "2"];
+    let more = ["--haystack", "essays/*.txt", "--lengths", "4000", "--samples", "2"];
     let all = ask(checkpoint.to_str().unwrap(), &more);
     let single = |result: &Value| {
         result["cells"].as_array().unwrap().iter().find(|cell| cell["task"] == "single").cloned()
