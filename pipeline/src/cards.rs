@@ -88,9 +88,8 @@ fn model(manifest: &RunManifest) -> String {
         recipe(manifest),
         made_of(manifest),
     );
-    for (name, notes) in &manifest.summary.evaluations {
-        let score = ["score", "f1", "accuracy"].iter().find_map(|key| notes[*key].as_f64());
-        if let Some(score) = score {
+    for name in manifest.summary.evaluations.keys() {
+        if let Some(score) = manifest.summary.score(name) {
             let _ = writeln!(card, "- {name}: {:.1} %", 100.0 * score);
         }
     }

@@ -9,7 +9,7 @@ use similar::TextDiff;
 
 use crate::preview::Preview;
 use crate::publish::{self, RunManifest};
-use crate::store::Location;
+use crate::store::{Location, json_lines};
 use crate::tables::LENGTH_BUCKET_NAMES;
 use crate::{Error, Result};
 
@@ -105,12 +105,9 @@ impl Side {
     pub async fn read(name: String, folder: &Location) -> Result<Self> {
         let manifest = publish::read(folder).await?;
         let lines = async |file: &str| -> Result<Vec<Value>> {
-            let bytes = folder.join(file).get().await?.unwrap_or_default();
-            let lines = bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-            lines
-                .map(serde_json::from_slice)
-                .collect::<Result<_, _>>()
-                .map_err(|e| Error::Corrupt { url: folder.join(file).url(), message: e.to_string() })
+            let at = folder.join(file);
+            let lines = json_lines(&at.get().await?.unwrap_or_default()).collect::<Result<_, _>>();
+            lines.map_err(|e| Error::Corrupt { url: at.url(), message: e.to_string() })
         };
         let metrics = lines("checkpoint/metrics.jsonl").await?;
         let losses = lines("eval/loss/cases.jsonl").await?;
@@ -131,10 +128,6 @@ pub fn compare(sides: &[Side]) -> Comparison {
     let previews: Vec<Preview> = sides.iter().map(Side::preview).collect();
     let scores = sides.iter().flat_map(|side| side.manifest.summary.evaluations.keys());
     let scores: BTreeSet<&String> = scores.collect();
-    let score = |side: &Side, name: &String| {
-        let notes = side.manifest.summary.evaluations.get(name)?;
-        ["score", "f1", "accuracy"].iter().find_map(|key| notes[*key].as_f64())
-    };
     Comparison {
         names: sides.iter().map(|side| side.name.clone()).collect(),
         runs: sides.iter().map(|side| side.manifest.run.clone()).collect(),
@@ -156,7 +149,7 @@ pub fn compare(sides: &[Side]) -> Comparison {
         scores: scores
             .into_iter()
             .filter(|name| *name != "loss")
-            .map(|name| (name.clone(), sides.iter().map(|side| score(side, name)).collect()))
+            .map(|name| (name.clone(), sides.iter().map(|side| side.manifest.summary.score(name)).collect()))
             .collect(),
         training: sides.iter().map(|side| side.metrics.last()?["loss"].as_f64()).collect(),
     }
@@ -238,51 +231,45 @@ fn sql(sides: &[Side]) -> Vec<SqlDiff> {
     all
 }
 
-/// Sum of losses and their count, by document.
-type Sums<'a> = BTreeMap<(&'a str, &'a str), (f64, u64)>;
+impl Side {
+    /// Sum and count of the losses in a range of each document of a domain that reaches there, by domain and id.
+    fn sums(&self, domain: Option<&str>, range: usize) -> BTreeMap<(&str, &str), (f64, u64)> {
+        let of = self.losses.iter().filter(|losses| domain.is_none_or(|domain| losses.domain == domain));
+        of.filter_map(|losses| {
+            let (sum, count) = *losses.sums.get(range).filter(|(_, count)| *count > 0)?;
+            Some(((losses.domain.as_str(), losses.doc_id.as_str()), (sum, count)))
+        })
+        .collect()
+    }
+}
 
 fn losses(sides: &[Side]) -> Vec<LossRow> {
     let Some((first, others)) = sides.split_first() else { return vec![] };
     let Some(notes) = first.manifest.summary.evaluations.get("loss") else { return vec![] };
-    let ranges = notes["ranges"].as_array().cloned().unwrap_or_default();
+    let ranges = notes["ranges"].as_array().map(Vec::as_slice).unwrap_or_default();
     let domains: BTreeSet<Option<&str>> =
-        first.losses.iter().map(|l| Some(l.domain.as_str())).chain([None]).collect();
+        first.losses.iter().map(|losses| Some(losses.domain.as_str())).chain([None]).collect();
     let mut rows = vec![];
     for domain in domains {
-        for (i, positions) in ranges.iter().enumerate() {
-            let sums = |side: &'_ Side| -> Vec<(String, String, f64, u64)> {
-                side.losses
-                    .iter()
-                    .filter(|l| domain.is_none_or(|domain| l.domain == domain))
-                    .filter_map(|l| {
-                        let (sum, count) = *l.sums.get(i)?;
-                        (count > 0).then(|| (l.domain.clone(), l.doc_id.clone(), sum, count))
-                    })
-                    .collect()
-            };
-            let own = sums(first);
-            let by_document: Sums<'_> =
-                own.iter().map(|(d, id, sum, n)| ((d.as_str(), id.as_str()), (*sum, *n))).collect();
-            let count: u64 = by_document.values().map(|(_, n)| n).sum();
-            if count == 0 {
+        for (range, positions) in ranges.iter().enumerate() {
+            let own = first.sums(domain, range);
+            if own.is_empty() {
                 continue;
             }
             let difference = |side: &Side| {
-                let theirs = sums(side);
-                let pairs: Vec<(f64, f64)> = theirs
-                    .iter()
-                    .filter_map(|(d, id, sum, n)| {
-                        let (before, m) = by_document.get(&(d.as_str(), id.as_str()))?;
-                        (m == n).then_some((sum - before, *n as f64))
-                    })
-                    .collect();
-                paired(&pairs)
+                let theirs = side.sums(domain, range);
+                let pair = |(document, (sum, n)): (_, &(f64, u64))| {
+                    let (before, _) = own.get(document).filter(|(_, m)| m == n)?;
+                    Some((sum - before, *n as f64))
+                };
+                paired(&theirs.iter().filter_map(pair).collect::<Vec<_>>())
             };
+            let (sum, count) = own.values().fold((0.0, 0), |(s, c), (sum, count)| (s + sum, c + count));
             rows.push(LossRow {
                 domain: domain.map(str::to_owned),
                 positions: positions.clone(),
-                documents: by_document.len(),
-                loss: by_document.values().map(|(sum, _)| sum).sum::<f64>() / count as f64,
+                documents: own.len(),
+                loss: sum / count as f64,
                 differences: others.iter().map(difference).collect(),
             });
         }

@@ -11,7 +11,7 @@ use crate::stages::shuffle::Drawn;
 use crate::stages::tokenizer::Tokenizer;
 use crate::stages::tokens::Tokens;
 use crate::stages::{self, catalog, domains, draw, mixture, pack};
-use crate::store::Location;
+use crate::store::{Location, json_lines};
 use crate::{Error, Result};
 
 /// What the stages gave, as far as the run went.
@@ -187,8 +187,7 @@ impl Flow {
             // beside the model, as one looks for them there; with times in them, they are none of what the manifest answers for
             for file in trained.table("logs").files {
                 let name = file.name.rsplit('/').next().unwrap_or_default();
-                let bytes = trained.folder.join(&file.name).read().await?;
-                folder.join("checkpoint").join(name).put(bytes).await?;
+                trained.folder.join(&file.name).copy_to(&folder.join("checkpoint").join(name)).await?;
             }
         }
         for (name, evaluated) in &self.evaluated {
@@ -287,8 +286,7 @@ impl Flow {
             return Ok(vec![]);
         };
         let Some(bytes) = trained.folder.join(&file.name).get().await? else { return Ok(vec![]) };
-        let lines = bytes.split(|b| *b == b'\n').filter(|line| !line.is_empty());
-        Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
+        Ok(json_lines(&bytes).flatten().collect())
     }
 }
 

@@ -75,6 +75,14 @@ pub struct Summary {
     pub evaluations: BTreeMap<String, serde_json::Value>,
 }
 
+impl Summary {
+    /// The one number that an evaluation comes to, if it comes to one.
+    pub fn score(&self, evaluation: &str) -> Option<f64> {
+        let notes = self.evaluations.get(evaluation)?;
+        ["score", "f1", "accuracy"].iter().find_map(|key| notes[*key].as_f64())
+    }
+}
+
 /// One attempt at a run, successful or not.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Attempt {

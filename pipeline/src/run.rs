@@ -131,7 +131,7 @@ impl Run {
 
     /// Ends a computation at the next good place.
     pub fn check_stop(&self) -> Result<()> {
-        if self.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
+        check_stop(&self.stop)
     }
 
     /// A stage's SQL file.
@@ -198,37 +198,58 @@ impl Run {
         mut ingredients: Ingredients,
         compute: impl AsyncFnOnce(&Draft) -> Result<Output>,
     ) -> Result<Published> {
-        let started = Instant::now();
-        let (key, folder) = self.place(stage, &mut ingredients)?;
-        let again = matches!(self.goal, Goal::Compute { from: Some(from) } if stage >= from);
-        let found = stage::find(&folder).await?;
-        let (manifest, cached) = match (found, self.goal) {
-            (Some(manifest), _) if !again => (manifest, true),
-            (_, Goal::Look) => return Err(Error::Absent { stage: stage.name(), key, ingredients }),
-            _ => {
-                self.check_stop()?;
-                tracing::info!("{}: computing {key}", stage.name());
-                let draft = Draft { folder: folder.clone(), again };
-                let Output { tables, counts, notes } = compute(&draft).await?;
-                let manifest = Manifest {
-                    stage: stage.name().into(),
-                    key: key.clone(),
-                    ingredients,
-                    tables,
-                    counts,
-                    notes,
-                };
-                stage::publish(&folder, &manifest).await?;
-                (manifest, false)
-            }
-        };
-        let seconds = started.elapsed().as_secs_f64();
-        let counts = manifest.counts.clone();
-        let ingredients = manifest.ingredients.clone();
-        let step = Step { stage: stage.name().into(), key, cached, seconds, counts, ingredients };
-        self.steps.lock().expect("no panic while held").push(step);
-        Ok(Published { manifest: Arc::new(manifest), folder, cached, seconds })
+        let place = self.place(stage, &mut ingredients)?;
+        let published = obtain(stage, self.goal, &self.stop, place, ingredients, compute).await?;
+        self.did(stage.name(), &published);
+        Ok(published)
     }
+
+    /// Notes what came of a stage.
+    pub fn did(&self, name: &str, published: &Published) {
+        let Published { manifest, cached, seconds, .. } = published;
+        self.steps.lock().expect("no panic while held").push(Step {
+            stage: name.to_owned(),
+            key: manifest.key.clone(),
+            cached: *cached,
+            seconds: *seconds,
+            counts: manifest.counts.clone(),
+            ingredients: manifest.ingredients.clone(),
+        });
+    }
+}
+
+/// The output of a stage with a key and a folder: found, or else computed and published.
+pub async fn obtain(
+    stage: Stage,
+    goal: Goal,
+    stop: &AtomicBool,
+    (key, folder): (String, Location),
+    ingredients: Ingredients,
+    compute: impl AsyncFnOnce(&Draft) -> Result<Output>,
+) -> Result<Published> {
+    let started = Instant::now();
+    let again = matches!(goal, Goal::Compute { from: Some(from) } if stage >= from);
+    let found = stage::find(&folder).await?;
+    let (manifest, cached) = match (found, goal) {
+        (Some(manifest), _) if !again => (manifest, true),
+        (_, Goal::Look) => return Err(Error::Absent { stage: stage.name(), key, ingredients }),
+        _ => {
+            check_stop(stop)?;
+            tracing::info!("{}: computing {key}", stage.name());
+            let draft = Draft { folder: folder.clone(), again };
+            let Output { tables, counts, notes } = compute(&draft).await?;
+            let manifest = Manifest { stage: stage.name().into(), key, ingredients, tables, counts, notes };
+            stage::publish(&folder, &manifest).await?;
+            (manifest, false)
+        }
+    };
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(Published { manifest: Arc::new(manifest), folder, cached, seconds })
+}
+
+/// Ends a computation at the next good place.
+pub fn check_stop(stop: &AtomicBool) -> Result<()> {
+    if stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
 }
 
 /// Ingredients as a list of names and values.

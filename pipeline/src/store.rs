@@ -24,6 +24,13 @@ pub struct Location {
     base: String,
 }
 
+#[cfg(feature = "train")]
+impl From<&Location> for lengthwise_model::Location {
+    fn from(at: &Location) -> Self {
+        Self { store: at.store.clone(), path: at.path.clone() }
+    }
+}
+
 impl Location {
     /// The URL a person can paste; an absolute path when the location is local.
     pub fn url(&self) -> String {
@@ -124,6 +131,11 @@ impl Location {
             Err(source) => Err(self.failed("delete")(source)),
         }
     }
+}
+
+/// The values of a file of JSON lines.
+pub fn json_lines(bytes: &[u8]) -> impl Iterator<Item = serde_json::Result<serde_json::Value>> {
+    bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(serde_json::from_slice)
 }
 
 /// Opens object stores, each bucket once.

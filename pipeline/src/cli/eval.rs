@@ -4,13 +4,15 @@ use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
 use lengthwise_model::conf::{Precision, TrainConf, parse_count};
-use lengthwise_model::eval::conf::{
-    BookqaConf, ChoicesConf, EvalConf, Evaluation, NeedleConf, RetrievalConf,
-};
+use lengthwise_model::eval::conf::{EvalConf, Evaluation};
+use lengthwise_model::eval::loss::Cell;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{ConfArguments, print, run_folder, until_told};
+use super::{ConfArguments, print, run_folder, stores, until_told};
 use crate::conf::Conf;
+use crate::error::Doing;
 use crate::flow::Flow;
 use crate::progress::Progress;
 use crate::publish;
@@ -107,15 +109,13 @@ struct Target {
 }
 
 pub async fn main(arguments: EvalArguments) -> Result<()> {
-    let here = std::env::current_dir()
-        .map_err(|source| Error::Io { doing: "cannot tell the current folder".into(), source })?;
-    let stores = Stores::new(here);
+    let stores = stores()?;
     let mut target = target(&arguments, &stores).await?;
     if let Some(heldout) = &arguments.heldout {
         target.heldout = Some(stores.open(heldout)?);
     }
     let evaluation = evaluation(&arguments, &target.conf)?;
-    let model = model(&arguments, target)?;
+    let model = model(&arguments, target).await?;
     let progress = Progress::stderr();
     // a case that is under way is asked again: it takes minutes at most
     let (stop, finishes) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -126,8 +126,7 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
     let notes = &done.manifest.notes;
     if let Some(path) = &arguments.html {
         let html = report::evaluation_page(evaluation.name(), &arguments.target, notes);
-        std::fs::write(path, html)
-            .map_err(|source| Error::Io { doing: format!("cannot write {}", path.display()), source })?;
+        std::fs::write(path, html).doing(|| format!("cannot write {}", path.display()))?;
     }
     let cases = done.folder.join("cases.jsonl").url();
     let value = json!({ "evaluation": evaluation.name(), "result": notes, "cases": cases });
@@ -177,82 +176,57 @@ fn evaluation(arguments: &EvalArguments, conf: &EvalConf) -> Result<Evaluation> 
         .map(|text| parse_count(text).map(|count| count as usize))
         .collect::<Result<_, String>>()
         .map_err(|e| Error::usage(format!("--lengths: {e}"), "write --lengths 1K,8K,128K"))?;
-    let needed = |flag: &str, value: Option<&String>| {
-        value.cloned().ok_or_else(|| {
-            Error::usage(
-                format!("{flag} is needed, or the conf's [eval] table"),
-                "see `lengthwise eval --help`",
-            )
-        })
-    };
-    let default = |key: &str, url: &str| json!({ key: url });
-    fn read<T: serde::de::DeserializeOwned>(value: Value) -> Result<T> {
-        serde_json::from_value(value).map_err(|e| Error::usage(e.to_string(), "see `lengthwise eval --help`"))
-    }
+    let length = lengths.first().copied();
+    let lengths = (!lengths.is_empty()).then_some(lengths);
+    let depths = (!arguments.depths.is_empty()).then_some(&arguments.depths);
+    let EvalArguments { haystack, samples, file, examples, shots, subject, .. } = arguments;
     Ok(match arguments.evaluation {
         Which::Loss => Evaluation::Loss,
         Which::Needle => {
-            let given = conf.needle.clone();
-            let haystack = arguments.haystack.as_ref().or(given.as_ref().map(|conf| &conf.haystack));
-            let haystack = needed("--haystack", haystack)?;
-            let mut conf: NeedleConf = given.map_or_else(|| read(default("haystack", &haystack)), Ok)?;
-            conf.haystack = haystack;
-            if !lengths.is_empty() {
-                conf.lengths = lengths;
-            }
-            if !arguments.depths.is_empty() {
-                conf.depths = arguments.depths.clone();
-            }
-            Evaluation::Needle(conf)
+            let flags = json!({ "haystack": haystack, "lengths": lengths, "depths": depths });
+            Evaluation::Needle(laid_over(&conf.needle, "haystack", flags)?)
         }
         Which::Retrieval => {
-            let given = conf.retrieval.clone();
-            let haystack = arguments.haystack.as_ref().or(given.as_ref().map(|conf| &conf.haystack));
-            let haystack = needed("--haystack", haystack)?;
-            let mut conf: RetrievalConf = given.map_or_else(|| read(default("haystack", &haystack)), Ok)?;
-            conf.haystack = haystack;
-            if !lengths.is_empty() {
-                conf.lengths = lengths;
-            }
-            conf.samples = arguments.samples.unwrap_or(conf.samples);
-            Evaluation::Retrieval(conf)
+            let flags = json!({ "haystack": haystack, "lengths": lengths, "samples": samples });
+            Evaluation::Retrieval(laid_over(&conf.retrieval, "haystack", flags)?)
         }
         Which::Bookqa => {
-            let given = conf.bookqa.clone();
-            let file = needed("--file", arguments.file.as_ref().or(given.as_ref().map(|conf| &conf.file)))?;
-            let mut conf: BookqaConf = given.map_or_else(|| read(default("file", &file)), Ok)?;
-            conf.file = file;
-            conf.length = lengths.first().copied().unwrap_or(conf.length);
-            Evaluation::Bookqa(conf)
+            Evaluation::Bookqa(laid_over(&conf.bookqa, "file", json!({ "file": file, "length": length }))?)
         }
         Which::Choices => {
-            let given = conf.choices.clone();
-            let file = needed("--file", arguments.file.as_ref().or(given.as_ref().map(|conf| &conf.file)))?;
-            let mut conf: ChoicesConf = given.map_or_else(|| read(default("file", &file)), Ok)?;
-            conf.file = file;
-            conf.examples = arguments.examples.clone().or(conf.examples);
-            conf.shots = arguments.shots.unwrap_or(conf.shots);
-            conf.subject = arguments.subject.clone().unwrap_or(conf.subject);
-            Evaluation::Choices(conf)
+            let flags = json!({ "file": file, "examples": examples, "shots": shots, "subject": subject });
+            Evaluation::Choices(laid_over(&conf.choices, "file", flags)?)
         }
     })
 }
 
-fn model(arguments: &EvalArguments, target: Target) -> Result<Model> {
-    let Target { checkpoint, heldout, output, conf, train } = target;
+/// A table of the conf, if it has one, with the flags that are given in place of its keys; `needed` has to be there then.
+fn laid_over<T: Serialize + DeserializeOwned>(table: &Option<T>, needed: &str, flags: Value) -> Result<T> {
+    let help = "see `lengthwise eval --help`";
+    let mut table = if table.is_some() { json!(table) } else { json!({}) };
+    for (key, value) in flags.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
+        table[key] = value.clone();
+    }
+    if table[needed].is_null() {
+        return Err(Error::usage(format!("--{needed} is needed, or the conf's [eval] table"), help));
+    }
+    serde_json::from_value(table).map_err(|e| Error::usage(e.to_string(), help))
+}
+
+async fn model(arguments: &EvalArguments, target: Target) -> Result<Model> {
+    let Target { checkpoint, heldout, output, mut conf, train } = target;
     let rope_scaling = arguments.rope_scaling.as_ref().map(|text| {
         serde_json::from_str(text).map_err(|e| {
             let help = "write it as in config.json: '{\"rope_type\": \"yarn\", \"factor\": 4.0}'";
             Error::usage(format!("--rope-scaling is not JSON: {e}"), help)
         })
     });
-    let mut conf = conf;
     if !arguments.devices.is_empty() {
         (conf.devices, conf.ranks) = (Some(arguments.devices.clone()), None);
     }
     conf.ranks = arguments.ranks.or(conf.ranks);
     conf.precision = arguments.precision.unwrap_or(conf.precision);
-    let mut model = Model::of_conf(checkpoint, heldout, output, &conf, train.as_ref())?;
+    let mut model = Model::of_conf(checkpoint, heldout, output, &conf, train.as_ref()).await?;
     model.rope_theta = arguments.rope_theta;
     model.rope_scaling = rope_scaling.transpose()?;
     Ok(model)
@@ -260,56 +234,20 @@ fn model(arguments: &EvalArguments, target: Target) -> Result<Model> {
 
 /// For a person.
 fn text(evaluation: &Evaluation, notes: &Value) -> String {
-    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-    let cells = || notes["cells"].as_array().into_iter().flatten();
+    let percent = |key: &str| 100.0 * notes[key].as_f64().unwrap_or(f64::NAN);
     match evaluation {
         Evaluation::Needle(conf) => {
-            let mut lines = vec![format!("score {:.1} %", 100.0 * number(&notes["score"]))];
-            let head: String = conf.depths.iter().map(|depth| format!("{depth:>6}%")).collect();
-            lines.push(format!("{:>10}{head}", "tokens"));
-            for length in &conf.lengths {
-                let own = cells().filter(|cell| cell["length"] == json!(length));
-                let scores: String =
-                    own.map(|cell| format!("{:>7.1}", 100.0 * number(&cell["score"]))).collect();
-                lines.push(format!("{length:>10}{scores}"));
-            }
-            lines.join("\n")
-        }
-        Evaluation::Loss => {
-            let mut lines = vec![format!(
-                "{:<24} {:>10} {:>10} {:>8} {:>8}",
-                "domain", "positions", "losses", "loss", "±"
-            )];
-            for cell in cells() {
-                let positions = &cell["positions"];
-                let kilo = |key: &str| positions[key].as_u64().unwrap_or(0) >> 10;
-                lines.push(format!(
-                    "{:<24} {:>10} {:>10} {:>8.4} {:>8}",
-                    cell["domain"].as_str().unwrap_or("all"),
-                    format!("{}K-{}K", kilo("from"), kilo("until")),
-                    cell["count"].as_u64().unwrap_or(0),
-                    number(&cell["loss"]),
-                    cell["error"].as_f64().map_or("".to_owned(), |error| format!("{error:.4}")),
-                ));
-            }
-            lines.push("nats a token; ±: standard error over documents, where there are several".into());
-            lines.join("\n")
+            let depths = conf.depths.iter().map(|depth| format!("{depth}%")).collect();
+            grid(notes, &conf.lengths, depths, 7)
         }
         Evaluation::Retrieval(conf) => {
-            let mut lines = vec![format!("score {:.1} %", 100.0 * number(&notes["score"]))];
-            let head: String = conf.tasks.iter().map(|task| format!("{:>14}", task.name())).collect();
-            lines.push(format!("{:>10}{head}", "tokens"));
-            for length in &conf.lengths {
-                let own = cells().filter(|cell| cell["length"] == json!(length));
-                let scores: String =
-                    own.map(|cell| format!("{:>14.1}", 100.0 * number(&cell["score"]))).collect();
-                lines.push(format!("{length:>10}{scores}"));
-            }
-            lines.join("\n")
+            let tasks = conf.tasks.iter().map(|task| task.name().to_owned()).collect();
+            grid(notes, &conf.lengths, tasks, 14)
         }
+        Evaluation::Loss => losses(notes),
         Evaluation::Bookqa(_) => format!(
             "F1 {:.1} % of {} questions, {} books cut",
-            100.0 * number(&notes["f1"]),
+            percent("f1"),
             notes["questions"],
             notes["cut"]
         ),
@@ -317,8 +255,38 @@ fn text(evaluation: &Evaluation, notes: &Value) -> String {
             "{} of {} right: {:.1} ± {:.1} %",
             notes["right"],
             notes["questions"],
-            100.0 * number(&notes["accuracy"]),
-            100.0 * number(&notes["error"])
+            percent("accuracy"),
+            percent("error")
         ),
     }
+}
+
+/// Scores in percent: a line a length, a column of so many characters for each of what was asked.
+fn grid(notes: &Value, lengths: &[usize], columns: Vec<String>, width: usize) -> String {
+    let percent = |value: &Value| 100.0 * value.as_f64().unwrap_or(f64::NAN);
+    let line = |name: &str, cells: &mut dyn Iterator<Item = String>| {
+        format!("{name:>10}{}", cells.map(|cell| format!("{cell:>width$}")).collect::<String>())
+    };
+    let mut lines = vec![format!("score {:.1} %", percent(&notes["score"]))];
+    lines.push(line("tokens", &mut columns.into_iter()));
+    for length in lengths {
+        let cells = notes["cells"].as_array().into_iter().flatten();
+        let own = cells.filter(|cell| cell["length"] == json!(length));
+        let mut scores = own.map(|cell| format!("{:.1}", percent(&cell["score"])));
+        lines.push(line(&length.to_string(), &mut scores));
+    }
+    lines.join("\n")
+}
+
+fn losses(notes: &Value) -> String {
+    let cells: Vec<Cell> = serde_json::from_value(notes["cells"].clone()).unwrap_or_default();
+    let mut lines =
+        vec![format!("{:<24} {:>10} {:>10} {:>8} {:>8}", "domain", "positions", "losses", "loss", "±")];
+    for Cell { domain, positions, count, loss, error, .. } in cells {
+        let (domain, positions) = (domain.as_deref().unwrap_or("all"), positions.to_string());
+        let error = error.map_or(String::new(), |error| format!("{error:.4}"));
+        lines.push(format!("{domain:<24} {positions:>10} {count:>10} {loss:>8.4} {error:>8}"));
+    }
+    lines.push("nats a token; ±: standard error over documents, where there are several".into());
+    lines.join("\n")
 }

@@ -3,7 +3,6 @@
 use std::io::Write;
 
 use clap::Args;
-use lengthwise_model::Location;
 use lengthwise_model::conf::Precision;
 use lengthwise_model::device::Name;
 use lengthwise_model::generate::{Choice, GenerateJob, generate};
@@ -83,7 +82,7 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
     let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
     ids.extend(tokenizer.encode_plain(&prompt)?);
     let job = GenerateJob {
-        checkpoint: Location { store: at.store.clone(), path: at.path.clone() },
+        checkpoint: (&at).into(),
         device: Name::parse(&arguments.device)?,
         precision: arguments.precision,
         choice: choice(&arguments)?,

@@ -21,8 +21,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::conf::Conf;
+use crate::error::Doing;
 use crate::run::{Goal, Run};
 use crate::sql::{Files, git};
+use crate::store::Stores;
 use crate::{Error, Result};
 
 /// Make a language model's context long by engineering its data: exact document lengths, SQL mixture recipes,
@@ -246,7 +248,10 @@ fn print(json: bool, value: &impl serde::Serialize, text: impl FnOnce() -> Strin
 
 /// The directory of a run, by URL or path.
 fn run_folder(url: &str) -> Result<crate::store::Location> {
-    let here = std::env::current_dir()
-        .map_err(|source| Error::Io { doing: "cannot tell the current folder".into(), source })?;
-    crate::store::Stores::new(here).open(url)
+    stores()?.open(url)
+}
+
+/// Stores whose relative paths start where the command runs.
+fn stores() -> Result<Stores> {
+    std::env::current_dir().doing(|| "cannot tell the current folder".into()).map(Stores::new)
 }

@@ -5,6 +5,7 @@ use clap::Args;
 use super::run_folder;
 use crate::error::Doing;
 use crate::publish::{self, Attempt};
+use crate::store::json_lines;
 use crate::{Result, report};
 
 #[derive(Args)]
@@ -41,8 +42,7 @@ pub async fn main(arguments: ReportArguments) -> Result<()> {
         steps: vec![],
     });
     let metrics = folder.join("checkpoint/metrics.jsonl").get().await?.unwrap_or_default();
-    let metrics: Vec<serde_json::Value> =
-        metrics.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
+    let metrics: Vec<serde_json::Value> = json_lines(&metrics).flatten().collect();
     let html = report::html(&manifest, &attempt, &metrics);
     match arguments.output {
         Some(path) => std::fs::write(&path, html).doing(|| format!("cannot write {}", path.display())),

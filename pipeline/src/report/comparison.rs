@@ -148,18 +148,19 @@ fn training(sides: &[Side]) -> String {
 fn evaluations(sides: &[Side]) -> String {
     let mut all = String::new();
     for name in ["needle", "retrieval"] {
+        let mut heading = String::new();
         let panels: String = sides
             .iter()
             .filter_map(|side| {
                 let notes = side.manifest.summary.evaluations.get(name)?;
                 let trained = side.manifest.conf.pack.sequence_tokens.0;
-                let (_, body) = evaluation(name, notes, Some(trained));
+                let body;
+                (heading, body) = evaluation(name, notes, Some(trained));
                 Some(format!("<figure><figcaption>{}</figcaption>{body}</figure>\n", escape(&side.name)))
             })
             .collect();
         if !panels.is_empty() {
-            let heading = if name == "needle" { "Needle in a haystack" } else { "Retrieval" };
-            all += &section(heading, format!("<div class=\"panels\">\n{panels}</div>\n"));
+            all += &section(&heading, format!("<div class=\"panels\">\n{panels}</div>\n"));
         }
     }
     all

@@ -38,6 +38,12 @@ fn real(value: &Value) -> f64 {
     value.as_f64().unwrap_or(f64::NAN)
 }
 
+/// The lengths of all cells, in ascending order.
+fn lengths(notes: &Value) -> Vec<u64> {
+    let lengths: BTreeSet<u64> = cells(notes).iter().filter_map(|cell| cell["length"].as_u64()).collect();
+    lengths.into_iter().collect()
+}
+
 fn cells(notes: &Value) -> &[Value] {
     notes["cells"].as_array().map(Vec::as_slice).unwrap_or_default()
 }
@@ -95,8 +101,7 @@ fn grid(
 }
 
 fn needle(notes: &Value, trained: Option<u64>) -> String {
-    let lengths: BTreeSet<u64> = cells(notes).iter().filter_map(|cell| cell["length"].as_u64()).collect();
-    let lengths: Vec<u64> = lengths.into_iter().collect();
+    let lengths = lengths(notes);
     let mut depths: Vec<f64> = cells(notes).iter().map(|cell| real(&cell["depth"])).collect();
     depths.sort_by(f64::total_cmp);
     depths.dedup();
@@ -118,8 +123,7 @@ fn needle(notes: &Value, trained: Option<u64>) -> String {
 }
 
 fn retrieval(notes: &Value, trained: Option<u64>) -> String {
-    let lengths: BTreeSet<u64> = cells(notes).iter().filter_map(|cell| cell["length"].as_u64()).collect();
-    let lengths: Vec<u64> = lengths.into_iter().collect();
+    let lengths = lengths(notes);
     let mut tasks: Vec<&str> = vec![];
     for task in cells(notes).iter().filter_map(|cell| cell["task"].as_str()) {
         if !tasks.contains(&task) {

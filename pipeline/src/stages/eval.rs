@@ -2,10 +2,9 @@
 //! questions and the files it asks them of; a case is its unit of work.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::sync::atomic::AtomicBool;
 
+use bytes::Bytes;
 use lengthwise_model::checkpoint::Checkpoint;
 use lengthwise_model::conf::{Precision, TrainConf};
 use lengthwise_model::dataset::Dataset;
@@ -14,14 +13,15 @@ use lengthwise_model::eval::conf::{EvalConf, Evaluation};
 use lengthwise_model::eval::loss::{Document, Documents};
 use lengthwise_model::eval::suite::{self, Suite};
 use lengthwise_model::eval::{Subject, Text};
-use lengthwise_model::{Location as Folder, checkpoint_parts};
 use serde_json::{Value, json};
+use tokio::sync::OnceCell;
 
 use crate::hash::{Digest, RowDigest};
 use crate::progress::Progress;
-use crate::run::{Goal, Run, Stage, Step, ingredients};
+use crate::run::{self, Goal, Run, Stage, check_stop, ingredients};
 use crate::source::{self, Format};
-use crate::stage::{self, Draft, File, Manifest, Output, Published, Table};
+use crate::stage::{self, Draft, File, Output, Published, Table};
+use crate::stages::train::identity;
 use crate::store::{Location, Stores};
 use crate::{Error, Result};
 
@@ -33,22 +33,27 @@ const JOB_TOKENS: usize = 1 << 18;
 /// A model to evaluate, and with what.
 pub struct Model {
     /// A Hugging Face Llama's folder, its tokenizer in it.
-    pub checkpoint: Location,
+    checkpoint: Location,
+    /// The digests of its files.
+    identity: Value,
+    tokenizer: Bytes,
     /// Packed documents that it has not seen, for the loss.
-    pub heldout: Option<Location>,
+    heldout: Option<Location>,
     /// Where outputs are found and published.
-    pub output: Location,
-    pub devices: Vec<Name>,
-    pub ranks: usize,
-    pub precision: Precision,
+    output: Location,
+    devices: Vec<Name>,
+    ranks: usize,
+    precision: Precision,
     /// RoPE, where it is not to be the checkpoint's.
     pub rope_theta: Option<f64>,
     pub rope_scaling: Option<Value>,
+    /// Read when the first question is asked, for all.
+    subject: OnceCell<Subject>,
 }
 
 impl Model {
     /// On the devices that a conf's `[eval]` names, or else its `[train]`.
-    pub fn of_conf(
+    pub async fn of_conf(
         checkpoint: Location,
         heldout: Option<Location>,
         output: Location,
@@ -61,18 +66,42 @@ impl Model {
             (None, None) => (vec!["flex".to_owned()], conf.ranks),
         };
         let devices = names.iter().map(|name| Name::parse(name)).collect::<Result<Vec<_>, _>>()?;
-        let ranks = ranks.unwrap_or(devices.len());
-        let precision = conf.precision;
+        let json_at = checkpoint.join("tokenizer.json");
+        let tokenizer = json_at.get().await?.ok_or_else(|| {
+            let help = "copy the model's tokenizer.json beside its config.json";
+            Error::data(format!("there is no {}", json_at.url()), help)
+        })?;
         Ok(Self {
+            identity: identity(&checkpoint).await?,
+            tokenizer,
+            ranks: ranks.unwrap_or(devices.len()),
             checkpoint,
             heldout,
             output,
             devices,
-            ranks,
-            precision,
+            precision: conf.precision,
             rope_theta: None,
             rope_scaling: None,
+            subject: OnceCell::new(),
         })
+    }
+
+    async fn subject(&self) -> Result<&Subject> {
+        let open = async || {
+            let mut checkpoint = Checkpoint::open(&(&self.checkpoint).into()).await?;
+            if let Some(theta) = self.rope_theta {
+                checkpoint.config.set_theta(theta);
+            }
+            if let Some(scaling) = &self.rope_scaling {
+                checkpoint.config.set_scaling(scaling.clone());
+            }
+            checkpoint.config.check()?;
+            let wait = tokio::runtime::Handle::current();
+            tokio::task::block_in_place(|| {
+                Subject::open(&checkpoint, &self.devices, self.ranks, self.precision, &wait)
+            })
+        };
+        Ok(self.subject.get_or_try_init(open).await?)
     }
 }
 
@@ -81,10 +110,6 @@ pub struct Around<'a> {
     pub stores: &'a Stores,
     pub progress: &'a Progress,
     pub stop: &'a AtomicBool,
-}
-
-fn folder(at: &Location) -> Folder {
-    Folder { store: at.store.clone(), path: at.path.clone() }
 }
 
 /// The conf's `[eval]` table; wrong values point into the conf.
@@ -103,20 +128,13 @@ pub async fn all(
     let Some(conf) = conf(run)? else { return Ok(vec![]) };
     let train = run.conf.train::<TrainConf>()?;
     let heldout = heldout.map(|heldout| heldout.folder.clone());
-    let model = Model::of_conf(trained.folder.clone(), heldout, run.output.clone(), &conf, train.as_ref())?;
+    let (checkpoint, output) = (trained.folder.clone(), run.output.clone());
+    let model = Model::of_conf(checkpoint, heldout, output, &conf, train.as_ref()).await?;
     let around = Around { stores: &run.stores, progress: &run.progress, stop: &run.stop };
     let mut all = vec![];
     for evaluation in conf.evaluations() {
-        let goal = if run.goal == Goal::Look { Goal::Look } else { Goal::Compute { from: None } };
-        let done = obtain(&around, &model, &evaluation, goal).await?;
-        run.steps.lock().expect("no panic while held").push(Step {
-            stage: format!("eval {}", evaluation.name()),
-            key: done.manifest.key.clone(),
-            cached: done.cached,
-            seconds: done.seconds,
-            counts: done.manifest.counts.clone(),
-            ingredients: done.manifest.ingredients.clone(),
-        });
+        let done = obtain(&around, &model, &evaluation, run.goal).await?;
+        run.did(&format!("eval {}", evaluation.name()), &done);
         all.push((evaluation.name().to_owned(), done));
     }
     Ok(all)
@@ -137,15 +155,6 @@ async fn texts(stores: &Stores, url: &str) -> Result<(String, Digest)> {
     Ok((all, digest))
 }
 
-/// The digests of a checkpoint's files.
-async fn identity(checkpoint: &Location) -> Result<Value> {
-    let mut parts = vec![];
-    for name in checkpoint_parts(&folder(checkpoint)).await? {
-        parts.push(json!([name, checkpoint.join(&name).digest().await?]));
-    }
-    Ok(json!(parts))
-}
-
 /// Table `cases`: a line of JSON each; and what they come to, in the notes.
 pub async fn obtain(
     around: &Around<'_>,
@@ -153,12 +162,6 @@ pub async fn obtain(
     evaluation: &Evaluation,
     goal: Goal,
 ) -> Result<Published> {
-    let started = Instant::now();
-    let json_at = model.checkpoint.join("tokenizer.json");
-    let tokenizer = json_at.get().await?.ok_or_else(|| {
-        let help = "copy the model's tokenizer.json beside its config.json";
-        Error::data(format!("there is no {}", json_at.url()), help)
-    })?;
     let (mut files, mut digests) = (vec![], BTreeMap::new());
     let mut settings = evaluation.clone();
     for (key, url) in settings.urls() {
@@ -184,8 +187,8 @@ pub async fn obtain(
     }
     let list = ingredients([
         ("version", json!(VERSION)),
-        ("checkpoint", identity(&model.checkpoint).await?),
-        ("tokenizer", json!(Digest::of(&tokenizer))),
+        ("checkpoint", model.identity.clone()),
+        ("tokenizer", json!(Digest::of(&model.tokenizer))),
         ("settings", json!(settings)),
         ("files", json!(digests)),
         ("precision", json!(model.precision)),
@@ -193,34 +196,20 @@ pub async fn obtain(
     ]);
     let key = stage::key(Stage::Eval.name(), &list);
     let at = model.output.join("stages").join(Stage::Eval.name()).join(&key);
-    let (manifest, cached) = match stage::find(&at).await? {
-        Some(manifest) => (manifest, true),
-        None if goal == Goal::Look => {
-            return Err(Error::Absent { stage: Stage::Eval.name(), key, ingredients: list });
-        }
-        None => {
-            let draft = Draft { folder: at.clone(), again: false };
-            let cases = ask(around, model, evaluation, &tokenizer, files, &draft).await?;
-            let notes = suite::summary(evaluation, &cases)?;
-            let mut output = Output::default();
-            output.count("cases", cases.len() as u64);
-            let lines: String = cases.iter().map(|case| format!("{}\n", content(case))).collect();
-            let name = "cases.jsonl".to_owned();
-            let blake3 = Digest::of(lines.as_bytes());
-            let file = File { name, bytes: lines.len() as u64, rows: cases.len() as u64, blake3 };
-            at.join(&file.name).put(lines.into_bytes()).await?;
-            // on another device an answer may be another one: that is no reason to refuse it
-            output
-                .table("cases", Table { rows: cases.len() as u64, digest: RowDigest(0), files: vec![file] });
-            let Output { tables, counts, .. } = output;
-            let stage = Stage::Eval.name().to_owned();
-            let manifest = Manifest { stage, key, ingredients: list, tables, counts, notes };
-            stage::publish(&at, &manifest).await?;
-            (manifest, false)
-        }
-    };
-    let seconds = started.elapsed().as_secs_f64();
-    Ok(Published { manifest: Arc::new(manifest), folder: at, cached, seconds })
+    run::obtain(Stage::Eval, goal, around.stop, (key, at), list, async |draft| {
+        let cases = ask(around, model, evaluation, &files, draft).await?;
+        let lines: String = cases.iter().map(|case| format!("{}\n", content(case))).collect();
+        let (name, rows, blake3) =
+            ("cases.jsonl".to_owned(), cases.len() as u64, Digest::of(lines.as_bytes()));
+        let file = File { name, bytes: lines.len() as u64, rows, blake3 };
+        draft.folder.join(&file.name).put(lines.into_bytes()).await?;
+        let mut output = Output { notes: suite::summary(evaluation, &cases)?, ..Output::default() };
+        output.count("cases", rows);
+        // on another device an answer may be another one: that is no reason to refuse it
+        output.table("cases", Table { rows, digest: RowDigest(0), files: vec![file] });
+        Ok(output)
+    })
+    .await
 }
 
 /// A case without what only says how it was answered: how fast, and what had been read before.
@@ -238,27 +227,13 @@ async fn ask(
     around: &Around<'_>,
     model: &Model,
     evaluation: &Evaluation,
-    tokenizer: &[u8],
-    files: Vec<String>,
+    files: &[String],
     draft: &Draft,
 ) -> Result<Vec<Value>> {
-    let mut checkpoint = Checkpoint::open(&folder(&model.checkpoint)).await?;
-    if let Some(theta) = model.rope_theta {
-        checkpoint.config.set_theta(theta);
-    }
-    if let Some(scaling) = &model.rope_scaling {
-        checkpoint.config.set_scaling(scaling.clone());
-    }
-    checkpoint.config.check()?;
-    let vocab = checkpoint.config.vocab_size;
-    let wait = tokio::runtime::Handle::current();
-    let subject = tokio::task::block_in_place(|| {
-        Subject::open(&checkpoint, &model.devices, model.ranks, model.precision, &wait)
-    })?;
-    let text = Text::new(tokenizer)?;
-    let check_stop = || if around.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) };
+    let subject = model.subject().await?;
+    let text = Text::new(&model.tokenizer)?;
     let job = async |name: &str, work: &dyn Fn() -> lengthwise_model::Result<Vec<Value>>| {
-        check_stop()?;
+        check_stop(around.stop)?;
         let output = draft.job(name, async {
             let cases = tokio::task::block_in_place(work)?;
             Ok(Output { notes: json!(cases), ..Output::default() })
@@ -270,7 +245,8 @@ async fn ask(
     let mut all = vec![];
     if *evaluation == Evaluation::Loss {
         let heldout = model.heldout.as_ref().expect("the key is made of them");
-        let mut documents = Documents::new(Dataset::open(&folder(heldout), vocab).await?);
+        let mut documents =
+            Documents::new(Dataset::open(&heldout.into(), subject.config().vocab_size).await?);
         let bar = around.progress.stage("loss", 0);
         for number in 0.. {
             let mut some: Vec<Document> = vec![];
@@ -281,18 +257,18 @@ async fn ask(
             if some.is_empty() {
                 break;
             }
-            let cases = job(&format!("documents-{number:06}"), &|| suite::read(&subject, &some)).await?;
+            let cases = job(&format!("documents-{number:06}"), &|| suite::read(subject, &some)).await?;
             let tokens = some.iter().map(|document| document.ids.len() as u64).sum();
             bar.add(0, some.len() as u64, tokens, 0);
             all.extend(cases);
         }
         return Ok(all);
     }
-    let suite = Suite::new(evaluation, &text, &files)?;
+    let suite = Suite::new(evaluation, &text, files)?;
     let names = suite.cases();
     let bar = around.progress.stage(evaluation.name(), names.len() as u64);
     for (i, name) in names.iter().enumerate() {
-        let cases = job(name, &|| Ok(vec![suite.ask(&subject, i)?])).await?;
+        let cases = job(name, &|| Ok(vec![suite.ask(subject, i)?])).await?;
         bar.say(i as u64 + 1, said(name, i + 1, names.len(), cases.first()));
         all.extend(cases);
     }

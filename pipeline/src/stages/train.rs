@@ -6,7 +6,7 @@ use lengthwise_model::comm::Place;
 use lengthwise_model::plan::Plan;
 use lengthwise_model::train::config_of;
 use lengthwise_model::{Location as Folder, Step as Metrics, TrainConf, TrainJob, checkpoint_parts};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::tokenizer::Tokenizer;
 use crate::hash::{Digest, RowDigest};
@@ -16,10 +16,6 @@ use crate::store::Location;
 use crate::{Error, Result};
 
 const VERSION: u32 = 4;
-
-fn folder(at: &Location) -> Folder {
-    Folder { store: at.store.clone(), path: at.path.clone() }
-}
 
 /// The conf's `[train]` table; wrong values point into the conf.
 pub fn conf(run: &Run) -> Result<Option<TrainConf>> {
@@ -37,6 +33,15 @@ pub fn check_devices(run: &Run) -> Result<()> {
     })
 }
 
+/// The digests of the files of a Hugging Face folder, by name.
+pub async fn identity(checkpoint: &Location) -> Result<Value> {
+    let mut parts = vec![];
+    for name in checkpoint_parts(&checkpoint.into()).await? {
+        parts.push(json!([name, checkpoint.join(&name).digest().await?]));
+    }
+    Ok(json!(parts))
+}
+
 /// Table `checkpoint`: a Hugging Face folder with `metrics.jsonl`; `None` where the conf doesn't train.
 ///
 /// Devices are not in its key: what comes out should not depend on them.
@@ -44,13 +49,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     let Some(conf) = conf(run)? else { return Ok(None) };
     let checkpoint = conf.checkpoint.as_ref().map(|url| run.stores.open(url)).transpose()?;
     let start = match &checkpoint {
-        Some(at) => {
-            let mut parts = vec![];
-            for name in checkpoint_parts(&folder(at)).await? {
-                parts.push(json!([name, at.join(&name).digest().await?]));
-            }
-            json!(parts)
-        }
+        Some(at) => identity(at).await?,
         None => json!(null),
     };
     let (bos, eos) = tokenizer.specials(run)?;
@@ -66,12 +65,12 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     let attempt = format!("attempt-{}-{}", now.as_millis(), std::process::id());
     let job_in = |at: &Location| TrainJob {
         conf: conf.clone(),
-        dataset: folder(&packed.folder),
+        dataset: (&packed.folder).into(),
         dataset_digest: packed.digest("train").to_string(),
-        checkpoint: checkpoint.as_ref().map(folder),
-        output: folder(at),
-        checkpoints: folder(&at.join("checkpoints")),
-        logs: folder(&at.join(&attempt)),
+        checkpoint: checkpoint.as_ref().map(Folder::from),
+        output: at.into(),
+        checkpoints: (&at.join("checkpoints")).into(),
+        logs: (&at.join(&attempt)).into(),
         vocab_size: tokenizer.loaded.vocab_size(),
         sequence_tokens: run.conf.pack.sequence_tokens.0 as usize,
         bos,
@@ -113,7 +112,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         })
         .await?;
     // what a stop would have gone on from
-    lengthwise_model::resume::clear(&folder(&published.folder.join("checkpoints"))).await?;
+    lengthwise_model::resume::clear(&(&published.folder.join("checkpoints")).into()).await?;
     Ok(Some(published))
 }
 
@@ -146,7 +145,7 @@ pub async fn plan(run: &Run) -> Result<Option<Plan>> {
         (None, _) => super::tokenizer::obtain(run).await?.loaded.vocab_size(),
     };
     let sequence_tokens = run.conf.pack.sequence_tokens.0 as usize;
-    let checkpoint = checkpoint.as_ref().map(folder);
+    let checkpoint = checkpoint.as_ref().map(Folder::from);
     let config = config_of(&conf, checkpoint.as_ref(), vocab_size, sequence_tokens).await?;
     Ok(Some(Plan::new(&conf, &config, sequence_tokens)))
 }
