@@ -180,17 +180,24 @@ fn bytes<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
 }
 
 /// A number, or a text such as "4M".
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a number of tokens, such as 65536 or \"4M\"")]
+pub(crate) enum Count {
+    Number(u64),
+    Text(String),
+}
+
+impl Count {
+    pub(crate) fn number<E: serde::de::Error>(self) -> Result<u64, E> {
+        match self {
+            Count::Number(number) => Ok(number),
+            Count::Text(text) => parse_count(&text).map_err(E::custom),
+        }
+    }
+}
+
 fn count<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "a number of tokens, such as 65536 or \"4M\"")]
-    enum Count {
-        Number(u64),
-        Text(String),
-    }
-    match Count::deserialize(from)? {
-        Count::Number(number) => Ok(Some(number)),
-        Count::Text(text) => parse_count(&text).map(Some).map_err(serde::de::Error::custom),
-    }
+    Count::deserialize(from)?.number().map(Some)
 }
 
 /// A text such as "4M" as a number: K, M, B are decimal.

@@ -10,7 +10,9 @@
 //! Here queries go to where keys are, and not, as in training's ring, keys to where queries are: a token that is added has
 //! one query, and may have a hundred thousand keys before it. A rank has the whole model; ranks on one device share it.
 
-use burn::tensor::{Device, FloatDType, Tensor};
+use std::ops::Range;
+
+use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use tokio::runtime::Handle;
 
 use crate::Result;
@@ -115,7 +117,7 @@ impl Model {
         let mut units = vec![];
         for unit in Unit::all(&config) {
             let numbers = wait.block_on(checkpoint.read(&unit, 0..unit.length))?;
-            let flat = Tensor::<1>::from_data(burn::tensor::TensorData::new(numbers, [unit.length]), &device);
+            let flat = Tensor::<1>::from_data(TensorData::new(numbers, [unit.length]), &device);
             units.push(unit.parameters(flat.cast(precision)));
         }
         let mut last = units.pop().unwrap_or_default().into_iter();
@@ -135,8 +137,7 @@ impl Model {
             // with it a key depends on how long its text is
             return Cache::default();
         }
-        let alike = cache.ids.iter().zip(ids).take_while(|(a, b)| a == b).count();
-        cache.first(alike.min(ids.len().saturating_sub(1)))
+        cache.first(alike(&cache.ids, ids).min(ids.len().saturating_sub(1)))
     }
 
     /// Reads `ids` after what is in the cache.
@@ -204,10 +205,9 @@ impl Model {
         let length = cache.ids.len() + ids.len();
         for (i, chunk) in ids.chunks(CHUNK).enumerate() {
             let x = self.chunk(comm, cache, chunk, length)?;
-            let share = chunk.len().div_ceil(comm.size());
-            let own = (comm.rank() * share).min(chunk.len())..((comm.rank() + 1) * share).min(chunk.len());
-            if !own.is_empty() {
-                each(i * CHUNK + own.start, own.len(), &x)?;
+            let places = places(comm, chunk.len());
+            if places.start < chunk.len() {
+                each(i * CHUNK + places.start, places.end.min(chunk.len()) - places.start, &x)?;
             }
         }
         Ok(())
@@ -216,18 +216,15 @@ impl Model {
     /// Reads a chunk of a text that will have `length` tokens in all; the last layer's output at this rank's rows, those
     /// beyond the chunk's end among them.
     fn chunk(&self, comm: &dyn Comm, cache: &mut Cache, chunk: &[i32], length: usize) -> Result<Tensor<2>> {
-        let (rank, ranks) = (comm.rank(), comm.size());
-        // each rank has as many rows; what there are too many are at the end, where nothing attends to them
-        let share = chunk.len().div_ceil(ranks);
-        let before = cache.ids.len();
-        let places = rank * share..(rank + 1) * share;
+        // rows beyond the chunk's end are at the end of all, where nothing attends to them
+        let places = places(comm, chunk.len());
+        let (share, before) = (places.len(), cache.ids.len());
         let own: Vec<i32> = places.clone().map(|place| chunk.get(place).copied().unwrap_or(0)).collect();
         let positions: Vec<usize> = places.clone().map(|place| before + place).collect();
         let rope = Rope::new(&self.config, &positions, length, &self.device, self.precision)?;
 
-        let all = ranks * share;
-        let to =
-            |queries: std::ops::Range<usize>, keys: usize, causal| Block { queries, keys: 0..keys, causal };
+        let all = comm.size() * share;
+        let to = |queries: Range<usize>, keys: usize, causal| Block { queries, keys: 0..keys, causal };
         let mut x = self.embedding.clone().select(0, ids(&own, &self.device));
         let mut layers = vec![];
         for (i, layer) in self.layers.iter().enumerate() {
@@ -254,6 +251,17 @@ impl Model {
         cache.ids.extend(chunk);
         Ok(x)
     }
+}
+
+/// How many ids two texts begin with alike.
+pub fn alike(a: &[i32], b: &[i32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// Which places of a chunk of so many are a rank's: as many for each, so that the last ones have some beyond its end.
+fn places(comm: &dyn Comm, chunk: usize) -> Range<usize> {
+    let share = chunk.div_ceil(comm.size());
+    comm.rank() * share..(comm.rank() + 1) * share
 }
 
 /// The queries of all ranks, those of the first rank first.
@@ -304,6 +312,15 @@ pub mod tests {
         let expected = Reader::open(at.join("expected.safetensors")).await.unwrap();
         let ids = expected.read("ids", 0..80).await.unwrap().into_iter().map(|id| id as i32).collect();
         (ids, expected.read("logits", 0..16 * 64).await.unwrap())
+    }
+
+    /// Transformers' losses of the last 15 ids, each after those before it.
+    pub fn expected_losses(ids: &[i32], logits: &[f32]) -> Vec<f32> {
+        let loss = |(row, id): (&[f32], &i32)| {
+            let sum: f64 = row.iter().map(|l| f64::from(*l).exp()).sum();
+            (sum.ln() - f64::from(row[*id as usize])) as f32
+        };
+        logits.chunks(VOCAB).zip(&ids[65..]).map(loss).collect()
     }
 
     fn close(got: &[f32], want: &[f32], all: &[f32], what: &str) {
@@ -395,13 +412,8 @@ pub mod tests {
     async fn losses_are_those_of_the_logits() {
         let at = fixture("default");
         let (ids, logits) = expected(&at).await;
-        let want: Vec<f32> = (0..15)
-            .map(|i| {
-                let row = &logits[i * VOCAB..(i + 1) * VOCAB];
-                let sum: f64 = row.iter().map(|l| f64::from(*l).exp()).sum();
-                (sum.ln() - f64::from(row[ids[64 + i + 1] as usize])) as f32
-            })
-            .collect();
+        let want = expected_losses(&ids, &logits);
+        assert_eq!(want.len(), 15);
         let checkpoint = Checkpoint::open(&at).await.unwrap();
         let wait = Handle::current();
         for ranks in [1, 3] {

@@ -56,6 +56,7 @@ pub async fn generate(job: &GenerateJob, on_token: &mut (dyn FnMut(u32) + Send))
             let sender = (comm.rank() == 0).then(|| sender.clone());
             let mut said = |id| {
                 if let Some(sender) = &sender {
+                    // the continuation is returned whole, too: nobody has to listen
                     let _ = sender.send(id as u32);
                 }
             };

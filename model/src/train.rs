@@ -262,6 +262,7 @@ impl<'a> Rank<'a> {
             let stopped = self.step(&machine, steps, stop)?;
             let step = self.done.len() as u64;
             if let (Some(on_step), Some(done)) = (&on_step, self.done.last()) {
+                // steps are in metrics.jsonl, too: nobody has to listen
                 let _ = on_step.blocking_send(done.clone());
             }
             let due = conf.checkpoint_every.is_some_and(|every| step.is_multiple_of(every));
@@ -312,7 +313,7 @@ impl<'a> Rank<'a> {
         let targets = total(self.world, &[targets as f64], &machine.device)?[0].max(1.0);
 
         let mut sums: Vec<Option<Tensor<1>>> = self.shards.units.iter().map(|_| None).collect();
-        // sums and counts by range of positions, and whether any rank was told to stop
+        // sums and counts by range of positions, whether any rank was told to stop, and the memory of each
         let mut seen = vec![0.0; 2 * POSITIONS.len() + 1];
         for Share { ids, targets: wanted, sharding } in mine {
             let (positions, longest) = (sharding.positions(), sharding.longest());
@@ -327,7 +328,9 @@ impl<'a> Rank<'a> {
             }
         }
         seen[2 * POSITIONS.len()] = f64::from(stop.load(Ordering::Relaxed));
+        seen.extend(self.of_this_rank(device::peak().unwrap_or(0) as f64));
         let seen = total(self.world, &seen, &machine.device)?;
+        let memory = seen[2 * POSITIONS.len() + 1..].iter().copied().fold(0.0, f64::max);
         let gradients: Vec<Tensor<1>> = sums.into_iter().flatten().collect();
         let grad_norm = norm(self.world, &gradients)?;
         let loss = seen[..POSITIONS.len()].iter().sum::<f64>() / targets;
@@ -352,7 +355,7 @@ impl<'a> Rank<'a> {
             tokens: step * batch * tokens as u64,
             tokens_per_second,
             peak_fraction: peak.map(|peak| tokens_per_second * operations(&self.config, tokens) / peak),
-            memory_bytes: self.memory(&machine.device)?,
+            memory_bytes: Some(memory as u64).filter(|bytes| *bytes > 0),
             seconds: epoch.as_secs_f64(),
         };
         self.lines.extend(metrics::line(&done));
@@ -360,12 +363,11 @@ impl<'a> Rank<'a> {
         Ok(seen[2 * POSITIONS.len()] > 0.0)
     }
 
-    /// The most memory that any rank's process has had.
-    fn memory(&self, device: &burn::tensor::Device) -> Result<Option<u64>> {
+    /// A number of each rank, as far as this one knows: their sum over ranks has all.
+    fn of_this_rank(&self, number: f64) -> Vec<f64> {
         let mut of_ranks = vec![0.0; self.world.size()];
-        of_ranks[self.world.rank()] = device::peak().unwrap_or(0) as f64;
-        let most = total(self.world, &of_ranks, device)?.into_iter().fold(0.0, f64::max);
-        Ok((most > 0.0).then_some(most as u64))
+        of_ranks[self.world.rank()] = number;
+        of_ranks
     }
 
     /// # Errors
@@ -428,13 +430,7 @@ impl<'a> Rank<'a> {
         let own = resume::write_rank(&folder, self.world, &self.shards, &self.optimizer);
         let own = self.wait.block_on(own)?;
         // every rank's file has the name of its rank; sizes differ by what they own
-        let sizes = total(
-            self.world,
-            &(0..self.world.size())
-                .map(|rank| if rank == self.world.rank() { own.bytes as f64 } else { 0.0 })
-                .collect::<Vec<_>>(),
-            &self.name.open()?,
-        )?;
+        let sizes = total(self.world, &self.of_this_rank(own.bytes as f64), &self.name.open()?)?;
         let mut files = self.write(&folder)?;
         // with times in them, they are none of what the manifest answers for
         self.write_logs(&folder)?;

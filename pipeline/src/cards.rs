@@ -1,6 +1,5 @@
 //! What the ecosystem looks for beside data and models: a dataset card, and a model card. They say what they are of.
 
-use std::fmt::Write;
 use std::path::Path;
 
 use crate::publish::RunManifest;
@@ -52,8 +51,7 @@ fn dataset(manifest: &RunManifest, heldout: bool) -> String {
     }
     card += "---\n\n";
     let pack = &manifest.conf.pack;
-    let _ = write!(
-        card,
+    card += &format!(
         "# {}\n\nPacked sequences of {} tokens, length-engineered with the recipe `{}`.\n\n{}\n\
          `input_ids` are the tokens, `labels` the one after them, `source` the documents: each with its domain, `doc_id`, and\n\
          where it starts and ends in the sequence.\n\n| domain | documents | tokens | share of the corpus |\n|---|---|---|---|\n",
@@ -63,9 +61,8 @@ fn dataset(manifest: &RunManifest, heldout: bool) -> String {
         made_of(manifest),
     );
     for domain in &manifest.summary.domains {
-        let _ = writeln!(
-            card,
-            "| {} | {} | {} | {:.4} |",
+        card += &format!(
+            "| {} | {} | {} | {:.4} |\n",
             domain.domain, domain.documents, domain.tokens, domain.share
         );
     }
@@ -90,7 +87,7 @@ fn model(manifest: &RunManifest) -> String {
     );
     for name in manifest.summary.evaluations.keys() {
         if let Some(score) = manifest.summary.score(name) {
-            let _ = writeln!(card, "- {name}: {:.1} %", 100.0 * score);
+            card += &format!("- {name}: {:.1} %\n", 100.0 * score);
         }
     }
     card

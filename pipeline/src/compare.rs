@@ -18,7 +18,7 @@ pub const COUNTS: f64 = 0.01;
 
 /// One of the runs.
 pub struct Side {
-    /// What it is called among the others.
+    /// What it is called among the others; runs of one name are the same with other seeds.
     pub name: String,
     pub manifest: RunManifest,
     losses: Vec<Losses>,
@@ -37,7 +37,8 @@ struct Losses {
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
     pub names: Vec<String>,
-    pub runs: Vec<String>,
+    /// One of each, or one a seed.
+    pub runs: Vec<Vec<String>>,
     pub commits: Vec<Option<String>>,
     /// Keys of the conf that differ, with the value of each side; empty where it has none.
     pub conf: Vec<(String, Vec<String>)>,
@@ -89,7 +90,8 @@ pub struct LossRow {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Difference {
     pub mean: f64,
-    /// Its standard error over documents, each compared with itself; `None` of one document.
+    /// Its standard error over documents, each compared with itself, and over seeds, where there are several; `None` of one
+    /// document.
     pub error: Option<f64>,
 }
 
@@ -123,52 +125,90 @@ impl Side {
     }
 }
 
+/// The runs by name, in the order in which names come.
+fn groups(sides: &[Side]) -> Vec<Vec<&Side>> {
+    let mut groups: Vec<Vec<&Side>> = vec![];
+    for side in sides {
+        match groups.iter_mut().find(|group| group[0].name == side.name) {
+            Some(group) => group.push(side),
+            None => groups.push(vec![side]),
+        }
+    }
+    groups
+}
+
+/// The first run of each name.
+pub fn firsts(sides: &[Side]) -> Vec<&Side> {
+    groups(sides).into_iter().map(|group| group[0]).collect()
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0.0), |(sum, count), value| (sum + value, count + 1.0));
+    sum / count
+}
+
 /// Compares the first with the others.
 pub fn compare(sides: &[Side]) -> Comparison {
-    let previews: Vec<Preview> = sides.iter().map(Side::preview).collect();
+    let (groups, firsts) = (groups(sides), firsts(sides));
+    let previews: Vec<Vec<Preview>> =
+        groups.iter().map(|group| group.iter().map(|side| side.preview()).collect()).collect();
     let scores = sides.iter().flat_map(|side| side.manifest.summary.evaluations.keys());
     let scores: BTreeSet<&String> = scores.collect();
+    // of all seeds, if all have it
+    let over_seeds = |group: &Vec<&Side>, value: &dyn Fn(&Side) -> Option<f64>| {
+        let values: Option<Vec<f64>> = group.iter().map(|side| value(side)).collect();
+        values.map(|values| mean(values.into_iter()))
+    };
     Comparison {
-        names: sides.iter().map(|side| side.name.clone()).collect(),
-        runs: sides.iter().map(|side| side.manifest.run.clone()).collect(),
-        commits: sides.iter().map(|side| side.manifest.commit.clone()).collect(),
-        conf: confs(sides),
-        sql: sql(sides),
+        names: firsts.iter().map(|side| side.name.clone()).collect(),
+        runs: groups.iter().map(|group| group.iter().map(|s| s.manifest.run.clone()).collect()).collect(),
+        commits: firsts.iter().map(|side| side.manifest.commit.clone()).collect(),
+        conf: confs(&firsts),
+        sql: sql(&firsts),
         domains: by_domain(&previews, |mixed| mixed.share, |mixed| mixed.mixture_share),
         lengths: LENGTH_BUCKET_NAMES
             .iter()
             .enumerate()
             .map(|(i, bucket)| Shares {
                 name: (*bucket).to_owned(),
-                corpus: previews.first().map_or(0.0, |preview| preview.lengths_before[i]),
-                sides: previews.iter().map(|preview| preview.lengths_after[i]).collect(),
+                corpus: previews.first().map_or(0.0, |of| mean(of.iter().map(|p| p.lengths_before[i]))),
+                sides: previews.iter().map(|of| mean(of.iter().map(|p| p.lengths_after[i]))).collect(),
             })
             .collect(),
         long: by_domain(&previews, |mixed| mixed.long_before, |mixed| mixed.long_after),
-        loss: losses(sides),
+        loss: losses(&groups),
         scores: scores
             .into_iter()
             .filter(|name| *name != "loss")
-            .map(|name| (name.clone(), sides.iter().map(|side| side.manifest.summary.score(name)).collect()))
+            .map(|name| {
+                let score = |side: &Side| side.manifest.summary.score(name);
+                (name.clone(), groups.iter().map(|group| over_seeds(group, &score)).collect())
+            })
             .collect(),
-        training: sides.iter().map(|side| side.metrics.last()?["loss"].as_f64()).collect(),
+        training: groups
+            .iter()
+            .map(|group| over_seeds(group, &|side| side.metrics.last()?["loss"].as_f64()))
+            .collect(),
     }
 }
 
 fn by_domain(
-    previews: &[Preview],
+    previews: &[Vec<Preview>],
     before: fn(&crate::preview::Mixed) -> f64,
     after: fn(&crate::preview::Mixed) -> f64,
 ) -> Vec<Shares> {
     let names: BTreeSet<&str> =
-        previews.iter().flat_map(|p| p.domains.iter().map(|d| d.domain.as_str())).collect();
-    let of = |preview: &Preview, name: &str, value: fn(&crate::preview::Mixed) -> f64| {
-        preview.domains.iter().find(|domain| domain.domain == name).map_or(0.0, value)
-    };
+        previews.iter().flatten().flat_map(|p| p.domains.iter().map(|d| d.domain.as_str())).collect();
+    let of =
+        |seeds: &Vec<Preview>, name: &str, value: fn(&crate::preview::Mixed) -> f64| {
+            mean(seeds.iter().map(|preview| {
+                preview.domains.iter().find(|domain| domain.domain == name).map_or(0.0, value)
+            }))
+        };
     let shares = |name: &str| Shares {
         name: name.to_owned(),
-        corpus: previews.first().map_or(0.0, |preview| of(preview, name, before)),
-        sides: previews.iter().map(|preview| of(preview, name, after)).collect(),
+        corpus: previews.first().map_or(0.0, |seeds| of(seeds, name, before)),
+        sides: previews.iter().map(|seeds| of(seeds, name, after)).collect(),
     };
     names.into_iter().map(shares).collect()
 }
@@ -185,7 +225,7 @@ fn flat(prefix: &str, value: &toml::Value, into: &mut BTreeMap<String, String>) 
     }
 }
 
-fn confs(sides: &[Side]) -> Vec<(String, Vec<String>)> {
+fn confs(sides: &[&Side]) -> Vec<(String, Vec<String>)> {
     let flats: Vec<BTreeMap<String, String>> = sides
         .iter()
         .map(|side| {
@@ -208,7 +248,7 @@ fn confs(sides: &[Side]) -> Vec<(String, Vec<String>)> {
         .collect()
 }
 
-fn sql(sides: &[Side]) -> Vec<SqlDiff> {
+fn sql(sides: &[&Side]) -> Vec<SqlDiff> {
     let Some((first, others)) = sides.split_first() else { return vec![] };
     let mut all = vec![];
     for side in others {
@@ -243,8 +283,9 @@ impl Side {
     }
 }
 
-fn losses(sides: &[Side]) -> Vec<LossRow> {
-    let Some((first, others)) = sides.split_first() else { return vec![] };
+fn losses(groups: &[Vec<&Side>]) -> Vec<LossRow> {
+    let Some((firsts, others)) = groups.split_first() else { return vec![] };
+    let first = firsts[0];
     let Some(notes) = first.manifest.summary.evaluations.get("loss") else { return vec![] };
     let ranges = notes["ranges"].as_array().map(Vec::as_slice).unwrap_or_default();
     let domains: BTreeSet<Option<&str>> =
@@ -252,24 +293,31 @@ fn losses(sides: &[Side]) -> Vec<LossRow> {
     let mut rows = vec![];
     for domain in domains {
         for (range, positions) in ranges.iter().enumerate() {
-            let own = first.sums(domain, range);
-            if own.is_empty() {
+            let own: Vec<_> = firsts.iter().map(|side| side.sums(domain, range)).collect();
+            if own.iter().any(BTreeMap::is_empty) {
                 continue;
             }
-            let difference = |side: &Side| {
-                let theirs = side.sums(domain, range);
-                let pair = |(document, (sum, n)): (_, &(f64, u64))| {
-                    let (before, _) = own.get(document).filter(|(_, m)| m == n)?;
-                    Some((sum - before, *n as f64))
-                };
-                paired(&theirs.iter().filter_map(pair).collect::<Vec<_>>())
+            // each seed with the first recipe's of the same seed
+            let difference = |group: &Vec<&Side>| {
+                let seeds = own.iter().zip(group).map(|(own, side)| {
+                    let theirs = side.sums(domain, range);
+                    let pair = |(document, (sum, n)): (_, &(f64, u64))| {
+                        let (before, _) = own.get(document).filter(|(_, m)| m == n)?;
+                        Some((sum - before, *n as f64))
+                    };
+                    paired(&theirs.iter().filter_map(pair).collect::<Vec<_>>())
+                });
+                over_seeds(&seeds.collect::<Option<Vec<_>>>()?)
             };
-            let (sum, count) = own.values().fold((0.0, 0), |(s, c), (sum, count)| (s + sum, c + count));
+            let loss = |own: &BTreeMap<_, (f64, u64)>| {
+                let (sum, count) = own.values().fold((0.0, 0), |(s, c), (sum, count)| (s + sum, c + count));
+                sum / count as f64
+            };
             rows.push(LossRow {
                 domain: domain.map(str::to_owned),
                 positions: positions.clone(),
-                documents: own.len(),
-                loss: sum / count as f64,
+                documents: own[0].len(),
+                loss: mean(own.iter().map(loss)),
                 differences: others.iter().map(difference).collect(),
             });
         }
@@ -289,6 +337,18 @@ fn paired(pairs: &[(f64, f64)]) -> Option<Difference> {
     Some(Difference { mean, error })
 }
 
+/// The mean of the differences with several seeds. Its error is that over documents, which seeds share, and that over seeds.
+fn over_seeds(seeds: &[Difference]) -> Option<Difference> {
+    let count = seeds.len() as f64;
+    let average = mean(seeds.iter().map(|seed| seed.mean));
+    let documents = seeds.iter().map(|seed| seed.error).collect::<Option<Vec<_>>>();
+    let documents = documents.map(|errors| mean(errors.into_iter().map(|error| error * error)));
+    let chance: f64 = seeds.iter().map(|seed| (seed.mean - average).powi(2)).sum();
+    let chance = if count > 1.0 { chance / (count - 1.0) / count } else { 0.0 };
+    let error = documents.map(|documents| (documents + chance).sqrt());
+    (count > 0.0).then_some(Difference { mean: average, error })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -305,6 +365,19 @@ mod tests {
         let small = paired(&[(-0.01, 10.0), (-0.01, 10.0)]).unwrap();
         assert!(!small.counts());
         assert!(paired(&[]).is_none());
+    }
+
+    #[test]
+    fn what_seeds_do_not_agree_on_is_in_the_error() {
+        let seed = |mean, error| Difference { mean, error: Some(error) };
+        let one = over_seeds(&[seed(0.2, 0.03)]).unwrap();
+        assert!((one.mean - 0.2).abs() < 1e-12 && (one.error.unwrap() - 0.03).abs() < 1e-12);
+        // 0.1 and 0.3: a deviation of √0.02 over two seeds is an error of 0.1
+        let two = over_seeds(&[seed(0.1, 0.0), seed(0.3, 0.0)]).unwrap();
+        assert!((two.mean - 0.2).abs() < 1e-12 && (two.error.unwrap() - 0.1).abs() < 1e-12, "{two:?}");
+        let both = over_seeds(&[seed(0.1, 0.1), seed(0.3, 0.1)]).unwrap();
+        assert!((both.error.unwrap() - 0.02f64.sqrt()).abs() < 1e-12, "{both:?}");
+        assert!(!both.counts() && over_seeds(&[]).is_none());
     }
 
     #[test]

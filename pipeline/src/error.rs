@@ -87,6 +87,22 @@ pub enum Error {
     #[error("{}", model_failed(.0))]
     Train(#[from] lengthwise_model::Error),
 
+    /// What a task ended with on an executor.
+    #[error("{message}")]
+    Remote {
+        code: u8,
+        message: String,
+        #[help]
+        help: Option<String>,
+    },
+
+    /// A cluster can't be reached, or loses what it is given.
+    #[error("the cluster at {url}: {message}")]
+    #[diagnostic(help(
+        "`lengthwise cluster scheduler` and `lengthwise cluster executor` have to run there; the same command goes on where this one was"
+    ))]
+    Cluster { url: String, message: String },
+
     /// SIGTERM or SIGINT: nothing half-done was published, the same command goes on from here.
     #[error("stopped by a signal; the same command goes on where this one was")]
     Stopped,
@@ -148,7 +164,8 @@ impl Error {
         match self {
             Error::Written(_) | Error::Usage { .. } | Error::Absent { .. } => 2,
             Error::Data { .. } | Error::Query { .. } | Error::Tokenizer(_) => 3,
-            Error::Storage { .. } | Error::Io { .. } => 4,
+            Error::Storage { .. } | Error::Io { .. } | Error::Cluster { .. } => 4,
+            Error::Remote { code, .. } => *code,
             Error::Corrupt { .. }
             | Error::Withdrawn { .. }
             | Error::Unbalanced { .. }

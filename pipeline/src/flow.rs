@@ -176,6 +176,22 @@ impl Flow {
         let folder = self.folder(run);
         let id = folder.path.filename().unwrap_or_default().to_owned();
 
+        let steps = run.steps.lock().expect("no panic while held").clone();
+        let attempt = Attempt {
+            started: started.to_string(),
+            seconds: jiff::Timestamp::now().duration_since(started).as_secs_f64(),
+            host: std::env::var("HOSTNAME")
+                .or_else(|_| std::fs::read_to_string("/etc/hostname"))
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
+            cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            steps: steps.clone(),
+        };
+        // before files that may be links to old ones: `gc` sees that the folder is worked in
+        let name = format!("attempts/{}-{}.json", started.strftime("%Y%m%dT%H%M%S"), std::process::id());
+        folder.join(&name).put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
+
         let mut files = publish::copy_table(packed, "train", &folder, "data").await?;
         if let Some(heldout) = &self.heldout {
             files.extend(publish::copy_table(heldout, "heldout", &folder, "heldout").await?);
@@ -209,7 +225,6 @@ impl Flow {
             let Table { rows, digest, .. } = stage?.table(name);
             Some((name.to_owned(), Table { rows, digest, files: vec![] }))
         });
-        let steps = run.steps.lock().expect("no panic while held").clone();
         let (commit, dirty) = publish::commit_of(run);
         let manifest = RunManifest {
             run: id,
@@ -247,19 +262,6 @@ impl Flow {
                     .collect(),
             },
         };
-        let attempt = Attempt {
-            started: started.to_string(),
-            seconds: jiff::Timestamp::now().duration_since(started).as_secs_f64(),
-            host: std::env::var("HOSTNAME")
-                .or_else(|_| std::fs::read_to_string("/etc/hostname"))
-                .unwrap_or_default()
-                .trim()
-                .to_owned(),
-            cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
-            steps,
-        };
-        let name = format!("attempts/{}-{}.json", started.strftime("%Y%m%dT%H%M%S"), std::process::id());
-        folder.join(&name).put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
         for (name, card) in crate::cards::cards(&manifest) {
             folder.join(name).put(card).await?;
         }

@@ -10,12 +10,15 @@
 
 mod cards;
 pub mod cli;
+#[cfg(feature = "cluster")]
+pub mod cluster;
 pub mod compare;
 pub mod conf;
 pub mod engine;
 pub mod error;
 pub mod flow;
 pub mod functions;
+pub mod gc;
 pub mod hash;
 pub mod preview;
 pub mod progress;
@@ -31,7 +34,9 @@ pub mod stage;
 pub mod stages;
 pub mod store;
 pub mod tables;
+pub mod task;
 pub mod tokenizer;
 pub mod verify;
+mod watch;
 
 pub use error::{Error, Result};

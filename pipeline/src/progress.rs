@@ -16,12 +16,19 @@ const EVERY: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct Progress {
     terminal: bool,
+    /// Whether it is said at all.
+    silent: bool,
 }
 
 impl Progress {
+    /// For nobody.
+    pub fn none() -> Self {
+        Self { terminal: false, silent: true }
+    }
+
     /// For stderr as it is.
     pub fn stderr() -> Self {
-        Self { terminal: std::io::IsTerminal::is_terminal(&std::io::stderr()) }
+        Self { terminal: std::io::IsTerminal::is_terminal(&std::io::stderr()), silent: false }
     }
 
     /// Starts a stage's bar. `total` is in the unit that `done` counts, 0 where it isn't known.
@@ -48,6 +55,7 @@ impl Progress {
             name,
             total,
             terminal: self.terminal,
+            silent: self.silent,
             bar,
             counts,
             started: Instant::now(),
@@ -68,6 +76,7 @@ struct Inner {
     name: &'static str,
     total: u64,
     terminal: bool,
+    silent: bool,
     bar: ProgressBar,
     counts: Counts,
     started: Instant,
@@ -92,7 +101,7 @@ impl Bar {
         let message = self.message(rows, tokens, bytes);
         self.0.bar.set_position(done.min(self.0.total.max(1)));
         self.0.bar.set_message(message.clone());
-        if self.0.terminal {
+        if self.0.terminal || self.0.silent {
             return;
         }
         let mut logged = self.0.logged.lock().expect("no panic while held");
@@ -123,7 +132,7 @@ impl Bar {
         self.0.bar.set_position(done);
         self.0.bar.set_message(message.clone());
         let mut logged = self.0.logged.lock().expect("no panic while held");
-        if !self.0.terminal && logged.elapsed() >= EVERY {
+        if !self.0.terminal && !self.0.silent && logged.elapsed() >= EVERY {
             *logged = Instant::now();
             tracing::info!("{}: {message}", self.0.name);
         }

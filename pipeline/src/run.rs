@@ -12,10 +12,11 @@ use serde_json::Value;
 
 use crate::conf::Conf;
 use crate::engine::{Engine, query};
-use crate::progress::Progress;
+use crate::progress::{Bar, Progress};
 use crate::sql::{Files, StageSql};
 use crate::stage::{self, Draft, Ingredients, Manifest, Output, Published};
 use crate::store::{Location, Stores};
+use crate::task::{Task, Worker};
 use crate::{Error, Result};
 
 /// The stages, in the order data flows.
@@ -78,6 +79,9 @@ pub struct Step {
     pub key: String,
     pub cached: bool,
     pub seconds: f64,
+    /// When, as RFC 3339 has it.
+    #[serde(default)]
+    pub ended: String,
     pub counts: BTreeMap<String, u64>,
     #[serde(skip)]
     pub ingredients: Ingredients,
@@ -92,6 +96,11 @@ pub struct Run {
     pub stores: Stores,
     pub output: Location,
     pub engine: Engine,
+    /// What does tasks in this process …
+    pub worker: Worker,
+    /// … or else a cluster.
+    #[cfg(feature = "cluster")]
+    cluster: Option<crate::cluster::Cluster>,
     pub progress: Progress,
     /// Set by SIGTERM and SIGINT; hot loops look at it.
     pub stop: Arc<AtomicBool>,
@@ -107,12 +116,31 @@ impl Run {
     pub fn new(conf: Conf, conf_file: &str, files: Files, goal: Goal) -> Result<Self> {
         let stores = Stores::new(std::path::absolute(&files.root).unwrap_or(files.root.clone()));
         let output = stores.open(&conf.run.output)?;
+        if let (Goal::Compute { .. }, Some(all)) = (goal, machine_memory(std::path::Path::new("/")))
+            && conf.engine.memory.0 > all
+        {
+            let message =
+                format!("queries may take more memory than the {} MB that there are", all / 1_000_000);
+            let help = "what doesn't fit spills to disk; leave room for what isn't a query, too".to_owned();
+            return Err(conf.wrong(&["engine", "memory"], message, "set here", Some(help)));
+        }
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let engine = Engine::new(
             conf.engine.partitions.unwrap_or(cores),
             conf.engine.memory.0,
             conf.engine.spill.as_deref(),
         )?;
+        let stop: Arc<AtomicBool> = Arc::default();
+        let worker =
+            Worker::new(stores.clone(), conf.engine.spill.as_deref(), engine.partitions, stop.clone());
+        #[cfg(feature = "cluster")]
+        let cluster = conf.engine.url.as_deref().map(|url| crate::cluster::Cluster::new(url, &output, &stop));
+        #[cfg(not(feature = "cluster"))]
+        if conf.engine.url.is_some() {
+            let help = "build with the feature `cluster`, or leave the key out";
+            let message = "this build of lengthwise knows no clusters";
+            return Err(conf.wrong(&["engine", "url"], message, "asked for here", Some(help.into())));
+        }
         Ok(Self {
             conf,
             conf_file: conf_file.to_owned(),
@@ -120,8 +148,11 @@ impl Run {
             stores,
             output,
             engine,
+            worker,
+            #[cfg(feature = "cluster")]
+            cluster,
             progress: Progress::stderr(),
-            stop: Arc::default(),
+            stop,
             training: AtomicBool::new(false),
             goal,
             steps: Mutex::default(),
@@ -132,6 +163,29 @@ impl Run {
     /// Ends a computation at the next good place.
     pub fn check_stop(&self) -> Result<()> {
         check_stop(&self.stop)
+    }
+
+    /// How many tasks there should be under way: as many as have a place to be done.
+    pub fn tasks_at_a_time(&self) -> usize {
+        #[cfg(feature = "cluster")]
+        if self.cluster.is_some() {
+            return crate::cluster::TASKS_AT_A_TIME;
+        }
+        self.engine.partitions
+    }
+
+    /// Whether tasks are done elsewhere: what they need has to be in storage.
+    pub fn is_remote(&self) -> bool {
+        self.conf.engine.url.is_some()
+    }
+
+    /// Does a task, or has the cluster do it.
+    pub async fn perform(&self, task: Task, bar: &Bar) -> Result<Output> {
+        #[cfg(feature = "cluster")]
+        if let Some(cluster) = &self.cluster {
+            return cluster.perform(&task).await;
+        }
+        task.perform(&self.worker, bar).await
     }
 
     /// A stage's SQL file.
@@ -212,6 +266,7 @@ impl Run {
             key: manifest.key.clone(),
             cached: *cached,
             seconds: *seconds,
+            ended: jiff::Timestamp::now().to_string(),
             counts: manifest.counts.clone(),
             ingredients: manifest.ingredients.clone(),
         });
@@ -236,7 +291,7 @@ pub async fn obtain(
         _ => {
             check_stop(stop)?;
             tracing::info!("{}: computing {key}", stage.name());
-            let draft = Draft { folder: folder.clone(), again };
+            let draft = Draft::begin(folder.clone(), again).await?;
             let Output { tables, counts, notes } = compute(&draft).await?;
             let manifest = Manifest { stage: stage.name().into(), key, ingredients, tables, counts, notes };
             stage::publish(&folder, &manifest).await?;
@@ -247,6 +302,17 @@ pub async fn obtain(
     Ok(Published { manifest: Arc::new(manifest), folder, cached, seconds })
 }
 
+/// Bytes of memory that this process may take: the machine's, or what its cgroup allows. `root` is `/`.
+fn machine_memory(root: &std::path::Path) -> Option<u64> {
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).ok();
+    let kilobytes = read("proc/meminfo")?
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())?;
+    let limits = ["sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limits = limits.into_iter().filter_map(|path| read(path)?.trim().parse().ok());
+    limits.chain([kilobytes << 10]).min()
+}
+
 /// Ends a computation at the next good place.
 pub fn check_stop(stop: &AtomicBool) -> Result<()> {
     if stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
@@ -255,4 +321,26 @@ pub fn check_stop(stop: &AtomicBool) -> Result<()> {
 /// Ingredients as a list of names and values.
 pub fn ingredients<const N: usize>(list: [(&str, Value); N]) -> Ingredients {
     list.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_memory_that_there_is_is_the_machine_s_or_what_a_container_may_have() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        assert_eq!(machine_memory(root.path()), None);
+        write("proc/meminfo", "MemTotal:       1000 kB\nMemFree:        10 kB\n");
+        assert_eq!(machine_memory(root.path()), Some(1_024_000));
+        write("sys/fs/cgroup/memory.max", "max\n");
+        assert_eq!(machine_memory(root.path()), Some(1_024_000));
+        write("sys/fs/cgroup/memory.max", "5000\n");
+        assert_eq!(machine_memory(root.path()), Some(5000));
+    }
 }

@@ -1,13 +1,12 @@
 //! A conf's sources as the reader takes them: their files, in units of work.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use globset::Glob;
 use serde_json::{Value, json};
 
-use crate::conf::{Domain, Format};
+use crate::conf::{self, Domain, Format};
 use crate::hash::{doc_id, unit_hash};
 use crate::run::Run;
 use crate::source::{self, DomainRule, Reader, Spec, Unit};
@@ -15,10 +14,11 @@ use crate::{Error, Result};
 
 /// A source with its files as they were listed.
 pub struct Source {
+    /// With a url that means the same everywhere.
+    pub conf: conf::Source,
     pub spec: Arc<Spec>,
     pub units: Vec<Unit>,
     pub reader: Reader,
-    pub max_reject_share: f64,
     /// How rows are read: part of the key of what is made of them.
     reading: Value,
 }
@@ -41,41 +41,45 @@ pub fn size(unit: &Unit) -> u64 {
     unit.files.iter().map(|file| file.size).sum()
 }
 
+/// What a source's conf says to its reader.
+///
+/// # Errors
+/// A glob of its domains is none.
+pub fn spec(conf: &conf::Source) -> Result<Spec, globset::Error> {
+    let columns = |path: &str| path.split('.').map(str::to_owned).collect();
+    let domain = match &conf.domain {
+        Domain::Column(path) => DomainRule::Column(columns(path)),
+        Domain::Const(constant) => DomainRule::Const(constant.domain.clone()),
+        Domain::Rules(rules) => DomainRule::Paths(
+            rules
+                .iter()
+                .map(|rule| Ok((Glob::new(&rule.glob)?.compile_matcher(), rule.domain.clone())))
+                .collect::<Result<_, globset::Error>>()?,
+        ),
+    };
+    let format = match conf.format {
+        Format::Jsonl => source::Format::Jsonl,
+        Format::Parquet => source::Format::Parquet,
+        Format::Text => source::Format::Text,
+    };
+    Ok(Spec {
+        origin: conf.name.clone(),
+        format,
+        text: conf.text.as_deref().map(columns).unwrap_or_default(),
+        domain,
+        max_document_bytes: conf.max_document_bytes.0,
+    })
+}
+
 /// Lists the files of every source of the conf.
 pub async fn list(run: &Run) -> Result<Vec<Source>> {
     let mut sources = vec![];
     for (i, conf) in run.conf.source.iter().enumerate() {
-        let wrong = |key: &str, message: String| {
-            run.conf.wrong(&["source", &i.to_string(), key], message, "here", None)
-        };
-        let columns = |path: &str| path.split('.').map(str::to_owned).collect();
-        let domain = match &conf.domain {
-            Domain::Column(path) => DomainRule::Column(columns(path)),
-            Domain::Const(constant) => DomainRule::Const(constant.domain.clone()),
-            Domain::Rules(rules) => DomainRule::Paths(
-                rules
-                    .iter()
-                    .map(|rule| match Glob::new(&rule.glob) {
-                        Ok(glob) => Ok((glob.compile_matcher(), rule.domain.clone())),
-                        Err(e) => Err(wrong("domain", e.to_string())),
-                    })
-                    .collect::<Result<_>>()?,
-            ),
-        };
-        let format = match conf.format {
-            Format::Jsonl => source::Format::Jsonl,
-            Format::Parquet => source::Format::Parquet,
-            Format::Text => source::Format::Text,
-        };
-        let spec = Spec {
-            origin: conf.name.clone(),
-            format,
-            text: conf.text.as_deref().map(columns).unwrap_or_default(),
-            domain,
-            max_document_bytes: conf.max_document_bytes.0,
-        };
+        let spec = spec(conf).map_err(|e| {
+            run.conf.wrong(&["source", &i.to_string(), "domain"], e.to_string(), "here", None)
+        })?;
         let at = run.stores.open(&conf.url)?;
-        let mut files = source::list(at.store.as_ref(), &at.path, &at.url(), format).await?;
+        let mut files = source::list(at.store.as_ref(), &at.path, &at.url(), spec.format).await?;
         if at.store_url() == run.output.store_url() {
             // what runs wrote is no source of the next one
             let own = ["stages", "runs", "latest"].map(|name| run.output.join(name).path);
@@ -89,13 +93,12 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
             "max_document_bytes": conf.max_document_bytes,
         });
         let units = source::units(files);
-        let spool = run.conf.engine.spill.as_ref().map_or_else(std::env::temp_dir, PathBuf::from);
-        let reader = Reader { store: at.store, spool, stop: run.stop.clone() };
+        let url = at.url();
         sources.push(Source {
+            conf: conf::Source { url, ..conf.clone() },
             spec: Arc::new(spec),
             units,
-            reader,
-            max_reject_share: conf.max_reject_share,
+            reader: run.worker.reader(at),
             reading,
         });
     }

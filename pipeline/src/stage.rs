@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <output>/stages/<stage>/<key>/      key: hash of everything the output depends on
+//!     begun                           written first: `gc` sees by its age whether somebody is at work
 //!     *.parquet …                     files, written in any order, by any number of attempts
 //!     jobs/<job>.json                 what a finished job wrote; a killed run goes on behind it
 //!     manifest.json                   written last, if absent: from now on the output exists
@@ -137,6 +138,12 @@ impl Output {
 }
 
 impl Draft {
+    /// Begins a computation, and marks the folder as one that is worked in: `gc` leaves it alone.
+    pub async fn begin(folder: Location, again: bool) -> Result<Self> {
+        folder.join("begun").put("").await?;
+        Ok(Self { folder, again })
+    }
+
     /// Runs a job unless an earlier attempt finished it. A job's name holds everything its output depends
     /// on beyond the stage's key.
     pub async fn job(&self, name: &str, work: impl Future<Output = Result<Output>>) -> Result<Output> {

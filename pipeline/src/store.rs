@@ -138,17 +138,17 @@ pub fn json_lines(bytes: &[u8]) -> impl Iterator<Item = serde_json::Result<serde
     bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(serde_json::from_slice)
 }
 
-/// Opens object stores, each bucket once.
-#[derive(Debug)]
+/// Opens object stores, each bucket once. Clones share what is open.
+#[derive(Clone, Debug)]
 pub struct Stores {
     /// Relative paths start here.
     root: PathBuf,
-    opened: Mutex<HashMap<String, Arc<dyn ObjectStore>>>,
+    opened: Arc<Mutex<HashMap<String, Arc<dyn ObjectStore>>>>,
 }
 
 impl Stores {
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), opened: Mutex::default() }
+        Self { root: root.into(), opened: Arc::default() }
     }
 
     /// Puts `store` in front of every URL of `base` (`s3://bucket/`; `/` for local paths).

@@ -118,6 +118,17 @@ impl Bench {
         said(self.command(arguments).output().unwrap())
     }
 
+    pub fn git(&self, arguments: &[&str]) {
+        let done = Command::new("git").current_dir(self.dir.path()).args(arguments).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+    }
+
+    /// Commits `conf.toml` and `sql/`.
+    pub fn commit(&self, message: &str) {
+        self.git(&["add", "conf.toml", "sql"]);
+        self.git(&["-c", "user.name=t", "-c", "user.email=t@t.invalid", "commit", "-qm", message]);
+    }
+
     /// Runs `conf.toml` to the end and returns the run's directory.
     pub fn run(&self, more: &[&str]) -> PathBuf {
         let mut arguments = vec!["run", "conf.toml"];

@@ -3,10 +3,14 @@
 mod bench;
 mod broken;
 mod caching;
+mod cluster;
+mod ecosystem;
 mod evaluation;
 mod faults;
 mod packed;
 mod rejects;
 mod s3;
 mod same_bytes;
+mod servers;
 mod training;
+mod watching;

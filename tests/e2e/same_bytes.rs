@@ -77,18 +77,12 @@ fn a_run_is_reproduced_from_its_manifest_and_a_changed_input_is_named() {
 #[test]
 fn a_conf_of_a_commit_is_run_as_it_was() {
     let bench = Bench::new(6);
-    let git = |arguments: &[&str]| {
-        let done =
-            std::process::Command::new("git").current_dir(bench.dir.path()).args(arguments).output().unwrap();
-        assert!(done.status.success(), "{done:?}");
-    };
     // the recipe has to be in the commit, too
     bench.write("sql/mixtures/own.sql", std::fs::read(recipe("per_source")).unwrap());
     let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
     bench.write("conf.toml", text.replace(&recipe("per_source"), "sql/mixtures/own.sql"));
-    git(&["init", "-q"]);
-    git(&["add", "conf.toml", "sql"]);
-    git(&["-c", "user.name=t", "-c", "user.email=t@t.invalid", "commit", "-qm", "conf"]);
+    bench.git(&["init", "-q"]);
+    bench.commit("conf");
     let want = packed(&bench.run(&[]));
     let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
     bench.write("conf.toml", text.replace("seed = 7", "seed = 9"));

@@ -5,7 +5,6 @@
 #![allow(deprecated)] // burn 0.22.1 is pinned as the last release with LibTorch
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr::null_mut;
 use std::sync::Mutex;
@@ -134,8 +133,8 @@ const GRACE: Duration = Duration::from_secs(15);
 /// The exit code of a process that is ended so: that of a failed training.
 const ENDED: i32 = 6;
 
-/// What was heard of the other ranks, and when it last changed.
-struct Heard(BTreeMap<usize, (String, Instant)>);
+/// So long a rank whose call failed waits to be told which one it was.
+const ROLL_CALL: Duration = Duration::from_secs(8);
 
 impl Processes {
     /// Meets the other processes.
@@ -167,9 +166,9 @@ impl Processes {
         text(&format!("lengthwise/{}/{what}", self.place.attempt))
     }
 
-    /// Where a rank that fails says so before it goes.
-    fn failure_key(&self, rank: usize) -> CString {
-        self.key(&format!("failed/{rank}"))
+    /// Where all are told which rank failed, and how.
+    fn failure_key(&self) -> CString {
+        self.key("failed")
     }
 
     /// Where a rank says again and again that it is there.
@@ -201,11 +200,17 @@ impl Processes {
         Ok(Group { rank, size, processes: self, group: Mutex::new(group), sent, received })
     }
 
-    /// Tells the others that this rank failed by itself.
-    pub fn fail(&self, message: &str) {
-        let key = self.failure_key(self.place.rank);
+    /// Tells all ranks that one failed; the first failure counts.
+    fn blame(&self, store: *mut ffi::Store, rank: usize, message: &str) {
+        if let Ok(None) = self.get(store, &self.failure_key()) {
+            self.set(store, &self.failure_key(), &format!("{rank} {message}"));
+        }
+    }
+
+    /// A failure of the meeting place is found when it is read.
+    fn set(&self, store: *mut ffi::Store, key: &CString, value: &str) {
         // Safety: the store lives as long as `self`
-        unsafe { ffi::lw_store_set(self.store, key.as_ptr(), text(message).as_ptr()) };
+        unsafe { ffi::lw_store_set(store, key.as_ptr(), text(value).as_ptr()) };
     }
 
     /// # Errors
@@ -226,70 +231,65 @@ impl Processes {
         Ok(Some(String::from_utf8_lossy(&value).into_owned()))
     }
 
-    /// Whether another rank has failed, as it says itself, or is gone, as it says no more that it is there.
-    fn trouble(&self, store: *mut ffi::Store, heard: &mut Heard) -> Option<Error> {
-        let lost = |why: String| Error::Rank {
-            rank: 0,
-            message: format!("it is gone, and with it the meeting place: {why}"),
-        };
-        for rank in (0..self.place.size).filter(|rank| *rank != self.place.rank) {
-            match self.get(store, &self.failure_key(rank)) {
-                Ok(None) => {}
-                Ok(Some(message)) => return Some(Error::Rank { rank, message }),
-                Err(why) => return Some(lost(why)),
+    /// The failure that all were told of.
+    fn failure(&self, store: *mut ffi::Store) -> Option<Error> {
+        match self.get(store, &self.failure_key()) {
+            Ok(told) => {
+                let told = told?;
+                let (rank, message) = told.split_once(' ')?;
+                Some(Error::Rank { rank: rank.parse().ok()?, message: message.to_owned() })
+            }
+            Err(why) => {
+                let message = format!("it is gone, and with it the meeting place: {why}");
+                Some(Error::Rank { rank: 0, message })
             }
         }
-        for rank in (0..self.place.size).filter(|rank| *rank != self.place.rank) {
-            let beat = match self.get(store, &self.beat_key(rank)) {
-                // one that has not begun yet is waited for where it is needed
-                Ok(None) => continue,
-                Ok(Some(beat)) => beat,
-                Err(why) => return Some(lost(why)),
-            };
-            let (last, changed) = heard.0.entry(rank).or_insert_with(|| (beat.clone(), Instant::now()));
-            if *last != beat {
-                (*last, *changed) = (beat, Instant::now());
-            } else if changed.elapsed() > GONE {
-                return Some(Error::Rank { rank, message: "it is gone".into() });
-            }
-        }
-        None
     }
 
     /// After a call failed: which rank is to blame.
     fn who_failed(&self, said: String) -> Error {
-        let (started, mut heard) = (Instant::now(), Heard(BTreeMap::new()));
-        while started.elapsed() < GONE + 4 * BEAT {
-            match self.trouble(self.store, &mut heard) {
-                Some(Error::Rank { rank, message }) if message == "it is gone" => {
-                    return Error::Rank { rank, message: format!("it is gone: {said}") };
-                }
-                Some(error) => return error,
-                None => std::thread::sleep(Duration::from_millis(50)),
+        let started = Instant::now();
+        while started.elapsed() < ROLL_CALL {
+            if let Some(error) = self.failure(self.store) {
+                return error;
             }
+            std::thread::sleep(Duration::from_millis(50));
         }
         Error::Rank { rank: self.place.rank, message: said }
     }
 
-    /// Says again and again that this rank is there, and looks after the others until `done`. Where this one does not end
-    /// after another one has, its process is ended.
+    /// Says again and again that this rank is there, and looks after the next one, until `done`: so each is looked after, and
+    /// the first of several that are gone by one that is there. Where this one does not end after another one has, its
+    /// process is ended.
     fn keep_watch(&self, done: &AtomicBool) {
-        let mut heard = Heard(BTreeMap::new());
-        let mut trouble: Option<(Error, Instant)> = None;
+        let (rank, next) = (self.place.rank, (self.place.rank + 1) % self.place.size);
+        let mut heard: Option<(String, Instant)> = None;
+        let mut failure: Option<(Error, Instant)> = None;
         for beat in 0u64.. {
             if done.load(Ordering::Relaxed) {
                 return;
             }
-            let (key, value) = (self.beat_key(self.place.rank), text(&beat.to_string()));
-            // Safety: the store lives as long as `self`. What fails here is found below
-            unsafe { ffi::lw_store_set(self.watch, key.as_ptr(), value.as_ptr()) };
-            match &trouble {
-                None => {
-                    trouble = self.trouble(self.watch, &mut heard).map(|error| (error, Instant::now()));
+            self.set(self.watch, &self.beat_key(rank), &beat.to_string());
+            // one that has not begun yet is waited for where it is needed
+            if let Ok(Some(beat)) = self.get(self.watch, &self.beat_key(next)) {
+                match &heard {
+                    Some((last, since)) if *last == beat => {
+                        if since.elapsed() > GONE {
+                            let seconds = GONE.as_secs();
+                            self.blame(
+                                self.watch,
+                                next,
+                                &format!("it is gone: no word of it for {seconds} s"),
+                            );
+                        }
+                    }
+                    _ => heard = Some((beat, Instant::now())),
                 }
+            }
+            match &failure {
+                None => failure = self.failure(self.watch).map(|error| (error, Instant::now())),
                 Some((error, since)) if since.elapsed() > GRACE => {
                     let doing = self.doing.lock().map_or("?", |doing| *doing);
-                    let rank = self.place.rank;
                     tracing::error!(
                         "training failed: {error}; rank {rank} still waits in {doing}, and is ended"
                     );
@@ -325,11 +325,11 @@ impl Processes {
                 // what another rank's end made of this one is no failure of its own, and all come to the same stop
                 let of_another = matches!(error, Error::Rank { rank, .. } if *rank != self.place.rank);
                 if !of_another && !matches!(error, Error::Stopped(_)) {
-                    self.fail(&error.to_string());
+                    self.blame(self.store, self.place.rank, &error.to_string());
                 }
                 if !matches!(error, Error::Stopped(_)) && self.place.rank == 0 && !self.place.served {
                     // the meeting place is here: the others still have to read what happened
-                    std::thread::sleep(GONE + 4 * BEAT);
+                    std::thread::sleep(ROLL_CALL);
                 }
             }
             done.store(true, Ordering::Relaxed);

@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::needle::{ANSWER, NEEDLE, QUESTION};
+use super::needle::{ANSWER, NEEDLE, PROMPT, QUESTION};
 use super::retrieval::Task;
-use crate::conf::{Precision, parse_count};
+use crate::conf::{Count, Precision};
 use crate::device::Name;
 use crate::{Error, Result};
 
@@ -46,6 +46,9 @@ pub struct NeedleConf {
     /// Percent; the paper's ten from 0 to 100 by default.
     #[serde(default = "paper_depths")]
     pub depths: Vec<f64>,
+    /// What is asked, with `{context}` and `{question}` in it; a chat model answers in its own template only.
+    #[serde(default = "prompt")]
+    pub prompt: String,
     #[serde(default = "needle")]
     pub needle: String,
     #[serde(default = "question")]
@@ -130,6 +133,10 @@ fn five() -> usize {
     5
 }
 
+fn prompt() -> String {
+    PROMPT.to_owned()
+}
+
 fn needle() -> String {
     NEEDLE.to_owned()
 }
@@ -142,28 +149,13 @@ fn answer() -> String {
     ANSWER.to_owned()
 }
 
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "a number of tokens, such as 65536 or \"64K\"")]
-enum Written {
-    Number(usize),
-    Text(String),
-}
-
-impl Written {
-    fn count<E: serde::de::Error>(self) -> Result<usize, E> {
-        match self {
-            Written::Number(number) => Ok(number),
-            Written::Text(text) => parse_count(&text).map(|count| count as usize).map_err(E::custom),
-        }
-    }
-}
-
 fn counts<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<usize>, D::Error> {
-    Vec::<Written>::deserialize(from)?.into_iter().map(Written::count).collect()
+    let counts = Vec::<Count>::deserialize(from)?.into_iter();
+    counts.map(|count| count.number().map(|number| number as usize)).collect()
 }
 
 fn one_count<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
-    Written::deserialize(from)?.count()
+    Count::deserialize(from)?.number().map(|number| number as usize)
 }
 
 /// One evaluation that is asked for.

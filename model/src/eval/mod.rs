@@ -163,11 +163,6 @@ impl Text {
     }
 }
 
-/// How many ids two texts begin with alike.
-fn alike(a: &[i32], b: &[i32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
 #[cfg(test)]
 pub mod tests {
     use super::*;

@@ -9,7 +9,8 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::conf::NeedleConf;
-use super::{Subject, Text, alike};
+use super::{Subject, Text};
+use crate::decoder::alike;
 use crate::{Error, Result};
 
 /// The authors' own.
@@ -17,6 +18,9 @@ pub const NEEDLE: &str =
     "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n";
 pub const QUESTION: &str = "What is the best thing to do in San Francisco?";
 pub const ANSWER: &str = "eat a sandwich and sit in Dolores Park on a sunny day.";
+
+/// The authors' for a base model.
+pub const PROMPT: &str = "<|im_start|> This is a very long story book: <book> {context} </book>.\n Based on the content of the book, Question: {question}\nAnswer:";
 
 /// So many tokens of a length are for what stands around the context, and for the reply.
 const BUFFER: usize = 200;
@@ -46,6 +50,8 @@ pub struct Case {
 pub struct Haystack<'a> {
     settings: &'a NeedleConf,
     text: &'a Text,
+    /// What stands before the context, and after it.
+    around: (String, String),
     /// As many ids as the longest context has.
     essays: Vec<i32>,
     needle: Vec<i32>,
@@ -72,6 +78,11 @@ impl<'a> Haystack<'a> {
         if let Some(depth) = settings.depths.iter().find(|depth| !(0.0..=100.0).contains(*depth)) {
             return Err(Error::Conf(format!("depth {depth} is not within 0 to 100 percent")));
         }
+        let Some((before, after)) = settings.prompt.split_once("{context}") else {
+            return Err(Error::Conf("the needle's prompt has no {context}".into()));
+        };
+        let asked = |text: &str| text.replace("{question}", &settings.question);
+        let around = (asked(before), asked(after));
         let once = text.ids(essays, false)?;
         if once.is_empty() {
             return Err(Error::Conf("the haystack is empty".into()));
@@ -84,17 +95,14 @@ impl<'a> Haystack<'a> {
                 periods.insert(*id);
             }
         }
-        let mut new = Self { settings, text, essays, needle, plain: vec![], periods };
+        let mut new = Self { settings, text, around, essays, needle, plain: vec![], periods };
         new.plain = text.ids(&new.around(&text.text(&new.essays)?), true)?;
         Ok(new)
     }
 
-    /// The authors' prompt for a base model.
     fn around(&self, context: &str) -> String {
-        let question = &self.settings.question;
-        format!(
-            "<|im_start|> This is a very long story book: <book> {context} </book>.\n Based on the content of the book, Question: {question}\nAnswer:"
-        )
+        let (before, after) = &self.around;
+        format!("{before}{context}{after}")
     }
 
     /// The prompt of a length with the needle at a depth.
@@ -169,6 +177,7 @@ mod tests {
             haystack: String::new(),
             lengths: lengths.to_vec(),
             depths: vec![0.0, 50.0, 100.0],
+            prompt: PROMPT.into(),
             needle: "needle here is it .".into(),
             question: "was it here ?".into(),
             answer: "it .".into(),
@@ -194,6 +203,16 @@ mod tests {
     }
 
     #[test]
+    fn a_prompt_of_ones_own_has_the_context_and_the_question_in_their_places() {
+        let text = words(WORDS);
+        let essays = "The quick fox {question} . ".repeat(9);
+        let own = NeedleConf { prompt: "{question} < {context} > {question}".into(), ..settings(&[230]) };
+        let prompt = Haystack::new(&own, &text, &essays).unwrap().prompt(230, 0.0).unwrap();
+        assert!(prompt.starts_with("was it here ? < needle here is it . The quick fox"), "{prompt}");
+        assert!(prompt.ends_with("> was it here ?"), "{prompt}");
+    }
+
+    #[test]
     fn lengths_and_depths_that_can_not_be_are_refused() {
         let text = words(WORDS);
         let refused = |settings: NeedleConf, essays: &str| {
@@ -201,6 +220,8 @@ mod tests {
         };
         assert!(refused(settings(&[230, 204]), "The .").contains("more than the 204 tokens"));
         assert!(refused(settings(&[230]), "").contains("the haystack is empty"));
+        let aimless = NeedleConf { prompt: "What is {question}?".into(), ..settings(&[230]) };
+        assert!(refused(aimless, "The .").contains("has no {context}"));
         let deep = NeedleConf { depths: vec![101.0], ..settings(&[230]) };
         assert!(refused(deep, "The .").contains("depth 101"));
     }

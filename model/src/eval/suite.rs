@@ -5,13 +5,16 @@ use serde_json::{Value, json};
 
 use super::conf::{BookqaConf, ChoicesConf, Evaluation, NeedleConf, RetrievalConf};
 use super::loss::{self, Document};
+use super::retrieval::Task;
 use super::{Subject, Text, bookqa, choices, needle, retrieval};
 use crate::{Error, Result};
 
 /// An evaluation of questions, ready to be asked. The loss, which is of documents, is none.
 pub enum Suite<'a> {
-    Needle(needle::Haystack<'a>, &'a NeedleConf),
-    Retrieval(retrieval::Tasks<'a>, &'a RetrievalConf),
+    /// Lengths and depths.
+    Needle(needle::Haystack<'a>, Vec<(usize, f64)>),
+    /// Lengths, tasks and samples.
+    Retrieval(retrieval::Tasks<'a>, Vec<(usize, Task, usize)>),
     Bookqa(Vec<(usize, bookqa::Question)>, &'a Text, &'a BookqaConf),
     Choices(Vec<choices::Question>, Vec<choices::Question>, &'a Text, &'a ChoicesConf),
 }
@@ -22,9 +25,11 @@ impl<'a> Suite<'a> {
         let file = |i: usize| files.get(i).map(String::as_str).unwrap_or_default();
         Ok(match evaluation {
             Evaluation::Loss => return Err(Error::Conf("the loss is of documents, not of questions".into())),
-            Evaluation::Needle(conf) => Suite::Needle(needle::Haystack::new(conf, text, file(0))?, conf),
+            Evaluation::Needle(conf) => {
+                Suite::Needle(needle::Haystack::new(conf, text, file(0))?, needles(conf))
+            }
             Evaluation::Retrieval(conf) => {
-                Suite::Retrieval(retrieval::Tasks::new(text, file(0), conf.seed)?, conf)
+                Suite::Retrieval(retrieval::Tasks::new(text, file(0), conf.seed)?, tasks(conf))
             }
             Evaluation::Bookqa(conf) => Suite::Bookqa(bookqa::questions(file(0))?, text, conf),
             Evaluation::Choices(conf) => {
@@ -38,15 +43,14 @@ impl<'a> Suite<'a> {
     /// The names of its cases.
     pub fn cases(&self) -> Vec<String> {
         match self {
-            Suite::Needle(_, conf) => {
-                let one = |(length, depth): (usize, f64)| format!("length-{length}-depth-{depth}");
-                needles(conf).into_iter().map(one).collect()
+            Suite::Needle(_, needles) => {
+                needles.iter().map(|(length, depth)| format!("length-{length}-depth-{depth}")).collect()
             }
-            Suite::Retrieval(_, conf) => {
-                let one = |(length, task, sample): (usize, retrieval::Task, usize)| {
+            Suite::Retrieval(_, tasks) => {
+                let name = |(length, task, sample): &(usize, Task, usize)| {
                     format!("length-{length}-{}-{sample}", task.name())
                 };
-                tasks(conf).into_iter().map(one).collect()
+                tasks.iter().map(name).collect()
             }
             Suite::Bookqa(questions, ..) => {
                 questions.iter().map(|(line, _)| format!("line-{line}")).collect()
@@ -58,12 +62,12 @@ impl<'a> Suite<'a> {
     /// Asks a case, by its place among [`cases`](Self::cases).
     pub fn ask(&self, subject: &Subject, case: usize) -> Result<Value> {
         Ok(match self {
-            Suite::Needle(haystack, conf) => {
-                let (length, depth) = needles(conf)[case];
+            Suite::Needle(haystack, needles) => {
+                let (length, depth) = needles[case];
                 json!(haystack.ask(subject, length, depth)?)
             }
-            Suite::Retrieval(retrieval, conf) => {
-                let (length, task, sample) = tasks(conf)[case];
+            Suite::Retrieval(retrieval, tasks) => {
+                let (length, task, sample) = tasks[case];
                 json!(retrieval.ask(subject, task, length, sample)?)
             }
             Suite::Bookqa(questions, text, conf) => {
@@ -83,7 +87,7 @@ fn needles(conf: &NeedleConf) -> Vec<(usize, f64)> {
     conf.lengths.iter().flat_map(depths).collect()
 }
 
-fn tasks(conf: &RetrievalConf) -> Vec<(usize, retrieval::Task, usize)> {
+fn tasks(conf: &RetrievalConf) -> Vec<(usize, Task, usize)> {
     let mut all = vec![];
     for length in &conf.lengths {
         for task in &conf.tasks {

@@ -6,7 +6,7 @@ use super::{ConfArguments, print, run_folder};
 use crate::compare::{Comparison, Side, compare};
 use crate::error::Doing;
 use crate::flow::Flow;
-use crate::report::comparison;
+use crate::report::{comparison, slide};
 use crate::run::{Goal, Stage};
 use crate::store::Location;
 use crate::{Error, Result};
@@ -36,6 +36,9 @@ pub struct OutputArguments {
     /// Write the comparison as a page into this file
     #[arg(long, value_name = "FILE")]
     html: Option<std::path::PathBuf>,
+    /// Draw the comparison for a slide into this file
+    #[arg(long, value_name = "FILE")]
+    png: Option<std::path::PathBuf>,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -90,6 +93,10 @@ impl OutputArguments {
         if let Some(path) = &self.html {
             let html = comparison::comparison(sides, &compared);
             std::fs::write(path, html).doing(|| format!("cannot write {}", path.display()))?;
+        }
+        if let Some(path) = &self.png {
+            let picture = slide::png(&compared.names.join(" · "), &slide::comparison(sides, &compared))?;
+            std::fs::write(path, picture).doing(|| format!("cannot write {}", path.display()))?;
         }
         print(self.json, &compared, || comparison::text(&compared));
         Ok(())

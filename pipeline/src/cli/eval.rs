@@ -41,6 +41,9 @@ pub struct EvalArguments {
     /// Percent (needle)
     #[arg(long, value_name = "P,…", value_delimiter = ',')]
     depths: Vec<f64>,
+    /// What is asked, with {context} and {question} in it, where it is not to be the paper's (needle)
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
     /// Questions a task and length (retrieval)
     #[arg(long, value_name = "N")]
     samples: Option<usize>,
@@ -80,6 +83,9 @@ pub struct EvalArguments {
     /// Write a page with the result into this file, too
     #[arg(long, value_name = "FILE")]
     html: Option<std::path::PathBuf>,
+    /// Draw it for a slide into this file, too (needle, retrieval, loss)
+    #[arg(long, value_name = "FILE")]
+    png: Option<std::path::PathBuf>,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -129,6 +135,11 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
         std::fs::write(path, html).doing(|| format!("cannot write {}", path.display()))?;
     }
     let cases = done.folder.join("cases.jsonl").url();
+    if let Some(path) = &arguments.png {
+        let panels = report::slide::evaluation(evaluation.name(), notes);
+        let picture = report::slide::png(&arguments.target, &panels)?;
+        std::fs::write(path, picture).doing(|| format!("cannot write {}", path.display()))?;
+    }
     let value = json!({ "evaluation": evaluation.name(), "result": notes, "cases": cases });
     print(arguments.json, &value, || format!("{}\n{cases}", text(&evaluation, notes)));
     Ok(())
@@ -179,11 +190,12 @@ fn evaluation(arguments: &EvalArguments, conf: &EvalConf) -> Result<Evaluation> 
     let length = lengths.first().copied();
     let lengths = (!lengths.is_empty()).then_some(lengths);
     let depths = (!arguments.depths.is_empty()).then_some(&arguments.depths);
-    let EvalArguments { haystack, samples, file, examples, shots, subject, .. } = arguments;
+    let EvalArguments { haystack, prompt, samples, file, examples, shots, subject, .. } = arguments;
     Ok(match arguments.evaluation {
         Which::Loss => Evaluation::Loss,
         Which::Needle => {
-            let flags = json!({ "haystack": haystack, "lengths": lengths, "depths": depths });
+            let flags =
+                json!({ "haystack": haystack, "lengths": lengths, "depths": depths, "prompt": prompt });
             Evaluation::Needle(laid_over(&conf.needle, "haystack", flags)?)
         }
         Which::Retrieval => {

@@ -1,8 +1,11 @@
 //! The command line: arguments, signals, exit codes. One file a subcommand; results go to stdout, the rest to stderr.
 
+#[cfg(feature = "cluster")]
+mod cluster;
 mod compare;
 #[cfg(feature = "train")]
 mod eval;
+mod gc;
 #[cfg(feature = "train")]
 mod generate;
 mod plan;
@@ -78,8 +81,13 @@ enum Command {
     Report(report::ReportArguments),
     /// Recompute every digest and every sum of a run; what is broken is withdrawn, so that `run` computes it again
     Verify(verify::VerifyArguments),
+    /// Remove what dead runs left behind; never what a manifest names
+    Gc(gc::GcArguments),
     /// Check a run's inputs and versions, run it again into another place, and compare digests
     Reproduce(reproduce::ReproduceArguments),
+    /// Be a part of a cluster that does the heavy tasks of runs
+    #[cfg(feature = "cluster")]
+    Cluster(cluster::ClusterArguments),
     /// Print completions for a shell
     Completions { shell: clap_complete::Shell },
 }
@@ -136,24 +144,39 @@ pub fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LENGTHWISE_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,lengthwise=info,lengthwise_model=info"));
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(terminal)
         .with_target(false)
         // whoever reads the log may go away: that costs nothing
-        .log_internal_errors(false)
-        .compact()
-        .init();
+        .log_internal_errors(false);
+    let json = std::env::var("LENGTHWISE_LOG_FORMAT").is_ok_and(|format| format == "json");
+    if json {
+        log.json().flatten_event(true).init();
+    } else {
+        log.compact().init();
+    }
     match start(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.exit_code();
+            if json {
+                let help = miette::Diagnostic::help(&error).map(|help| help.to_string());
+                tracing::error!(code, help, causes = ?causes(&error), "{error}");
+                return ExitCode::from(code);
+            }
             use std::io::Write;
             let _ = writeln!(std::io::stderr(), "{:?}", miette::Report::new(error));
             ExitCode::from(code)
         }
     }
+}
+
+/// Why an error came about, the nearest cause first.
+fn causes(error: &Error) -> Vec<String> {
+    let first = std::error::Error::source(error);
+    std::iter::successors(first, |cause| cause.source()).map(ToString::to_string).collect()
 }
 
 /// Has the allocator keep what is freed up to a point, for the next part: fetched anew, page by page, it takes a twentieth of
@@ -189,7 +212,10 @@ fn start(command: Command) -> Result<()> {
             Command::Sql(arguments) => sql::main(arguments).await,
             Command::Report(arguments) => report::main(arguments).await,
             Command::Verify(arguments) => verify::main(arguments).await,
+            Command::Gc(arguments) => gc::main(arguments).await,
             Command::Reproduce(arguments) => reproduce::main(arguments).await,
+            #[cfg(feature = "cluster")]
+            Command::Cluster(arguments) => cluster::main(arguments).await,
             Command::Completions { shell } => {
                 clap_complete::generate(
                     shell,

@@ -15,6 +15,7 @@ use serde_json::json;
 use super::{ConfArguments, print, until_stopped};
 use crate::flow::{Flow, remember};
 use crate::run::{Goal, Run, Stage};
+use crate::watch::{Watch, summary};
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -140,6 +141,7 @@ async fn processes(run: &Run, size: usize) -> Result<()> {
                 }
                 if failed.is_some_and(|since| since.elapsed() > GRACE) {
                     tracing::warn!("rank {rank} did not end, and is killed");
+                    // it may just have ended
                     let _ = child.kill();
                 }
                 let Some(status) = child.try_wait().map_err(io("cannot wait for a rank"))? else { continue };
@@ -178,6 +180,13 @@ async fn follow(run: &Run, until: Option<Stage>) -> Result<()> {
 
 /// Runs to the end or to `until`; the run's directory, where it came to one.
 pub async fn go(run: &Run, until: Option<Stage>, started: jiff::Timestamp) -> Result<Option<String>> {
+    let folder = Watch::new(started).during(run, through(run, until, started)).await?;
+    let steps = run.steps.lock().expect("no panic while held").clone();
+    tracing::info!("{}", summary(&steps, folder.as_deref(), started));
+    Ok(folder)
+}
+
+async fn through(run: &Run, until: Option<Stage>, started: jiff::Timestamp) -> Result<Option<String>> {
     let mut flow = Flow::default();
     let gone = flow.go(run, until).await;
     let remembered = remember(run).await;

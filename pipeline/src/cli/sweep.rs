@@ -33,7 +33,7 @@ pub async fn main(arguments: SweepArguments) -> Result<()> {
     for seed in 0..arguments.seeds {
         for recipe in &arguments.recipes {
             let (name, run) = open(&arguments, recipe, seed)?;
-            tracing::info!("sweep: {name}, {} of {all}", sides.len() + 1);
+            tracing::info!("sweep: {name} with seed {}, {} of {all}", seed + 1, sides.len() + 1);
             let done = until_stopped(&run, run::go(&run, None, jiff::Timestamp::now())).await?;
             let Some(folder) = done else { unreachable!("the run goes to its end") };
             sides.push(Side::read(name, &run_folder(&folder)?).await?);
@@ -63,14 +63,17 @@ fn open(arguments: &SweepArguments, recipe: &str, seed: u16) -> Result<(String, 
     }
     let mut run = conf.open(Goal::Compute { from: None })?;
     if arguments.seeds > 1 {
-        name += &format!("-{}", seed + 1);
         run.conf.run.seed += u64::from(seed);
         if let Some(train) = &mut run.conf.train {
             let before = train.get("seed").and_then(toml::Value::as_integer).unwrap_or(0);
             train.insert("seed".into(), (before + i64::from(seed)).into());
         }
     }
-    run.conf.run.name = format!("{}-{name}", run.conf.run.name);
+    // runs of one name are the same with other seeds
+    run.conf.run.name = match arguments.seeds {
+        1 => format!("{}-{name}", run.conf.run.name),
+        _ => format!("{}-{name}-{}", run.conf.run.name, seed + 1),
+    };
     // parameters of the conf are for its own recipe; another one takes those that it knows
     let parsed = Recipe::parse(&path, &run.files.read(&path)?)?;
     run.conf

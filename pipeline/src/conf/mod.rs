@@ -251,11 +251,14 @@ pub struct Engine {
     /// The folder for what spills. By default the system's temporary folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spill: Option<String>,
+    /// A Ballista scheduler, `df://host:50050`, whose executors do the heavy tasks. By default they are done here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
 }
 
 impl Default for Engine {
     fn default() -> Self {
-        Self { partitions: None, memory: Size(2_000_000_000), spill: None }
+        Self { partitions: None, memory: Size(2_000_000_000), spill: None, url: None }
     }
 }
 

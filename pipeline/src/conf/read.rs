@@ -73,6 +73,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("engine.partitions", "partitions = 8"),
     ("engine.memory", "memory = \"2GB\""),
     ("engine.spill", "spill = \"/mnt/scratch\""),
+    ("engine.url", "url = \"df://scheduler:50050\""),
     ("train", "[train]\nsteps = 100\ndevices = [\"flex\"]"),
     ("eval", "[eval]\nloss = true\nneedle = { haystack = \"essays/*.txt\" }"),
     ("eval.needle.haystack", "needle = { haystack = \"essays/*.txt\" }"),

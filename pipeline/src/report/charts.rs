@@ -6,7 +6,7 @@
 use super::text::{escape, percent};
 
 /// Round values from `low` to `high` and a little beyond, about `about` of them.
-fn ticks(low: f64, high: f64, about: usize) -> Vec<f64> {
+pub(super) fn ticks(low: f64, high: f64, about: usize) -> Vec<f64> {
     let rough = ((high - low) / about as f64).max(1e-9);
     let power = 10_f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough).unwrap_or(rough);
@@ -15,7 +15,7 @@ fn ticks(low: f64, high: f64, about: usize) -> Vec<f64> {
 }
 
 /// Without digits that say nothing: 0.5, 20, 1500.
-fn tick_label(value: f64) -> String {
+pub(super) fn tick_label(value: f64) -> String {
     let text = format!("{value:.4}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
@@ -103,16 +103,21 @@ pub fn sparkline(name: &str, buckets: &[&str], before: &[f64], after: &[f64]) ->
 /// More points than this are no longer told apart on a screen.
 const MOST_POINTS: usize = 500;
 
-/// A quantity by step, as a line with labelled axes; of many steps, the means of groups. Nothing where there
-/// is no line to draw.
-pub fn curve(name: &str, class: &str, points: &[(f64, f64)]) -> String {
-    let [first, .., last] = points else { return String::new() };
-    let group = points.len().div_ceil(MOST_POINTS);
+/// Not more points than `most`: the means of groups, and of how many each is.
+pub(super) fn thinned(points: &[(f64, f64)], most: usize) -> (usize, Vec<(f64, f64)>) {
+    let group = points.len().div_ceil(most).max(1);
     let mean = |chunk: &[(f64, f64)]| {
         let (x, y) = chunk.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
         (x / chunk.len() as f64, y / chunk.len() as f64)
     };
-    let drawn: Vec<(f64, f64)> = points.chunks(group).map(mean).collect();
+    (group, points.chunks(group).map(mean).collect())
+}
+
+/// A quantity by step, as a line with labelled axes; of many steps, the means of groups. Nothing where there
+/// is no line to draw.
+pub fn curve(name: &str, class: &str, points: &[(f64, f64)]) -> String {
+    let [first, .., last] = points else { return String::new() };
+    let (group, drawn) = thinned(points, MOST_POINTS);
     let (low, high) =
         drawn.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), (_, y)| (l.min(*y), h.max(*y)));
     // from 0, unless it goes on from a later step

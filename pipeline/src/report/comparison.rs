@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::evaluation::{evaluation, positions};
 use super::text::{Cell, code, escape, figure, percent, table, words};
 use super::{curve, page, section};
-use crate::compare::{COUNTS, Comparison, Shares, Side};
+use crate::compare::{COUNTS, Comparison, Shares, Side, firsts};
 
 /// The page.
 pub fn comparison(sides: &[Side], comparison: &Comparison) -> String {
@@ -27,8 +27,8 @@ pub fn comparison(sides: &[Side], comparison: &Comparison) -> String {
         ),
         section("Loss of held-out documents", loss(comparison)),
         section("Other evaluations", scores(comparison)),
-        section("Training", training(sides)),
-        evaluations(sides),
+        section("Training", training(&firsts(sides))),
+        evaluations(&firsts(sides)),
         section("SQL", sql(comparison)),
     ];
     page(&comparison.names.join(", "), &(head + &sections.concat()))
@@ -40,8 +40,9 @@ fn headings<'a>(first: &[&'a str], names: &'a [String]) -> Vec<&'a str> {
 
 fn asked(comparison: &Comparison) -> String {
     let runs = |values: Vec<&str>| values.into_iter().map(code).collect::<Vec<_>>();
+    let joined: Vec<String> = comparison.runs.iter().map(|seeds| seeds.join(" ")).collect();
     let mut rows: Vec<Vec<Cell>> = vec![
-        [vec![words("run")], runs(comparison.runs.iter().map(String::as_str).collect())].concat(),
+        [vec![words("run")], runs(joined.iter().map(String::as_str).collect())].concat(),
         [
             vec![words("commit")],
             runs(
@@ -111,10 +112,15 @@ fn loss(comparison: &Comparison) -> String {
             .collect()
         })
         .collect();
+    let seeds = match comparison.runs.first().map_or(1, Vec::len) {
+        1 => String::new(),
+        several => format!(" over documents and {several} seeds"),
+    };
     format!(
         "<p>The first run's loss, and what the others' differ from it over the same documents, with the standard error of the \
-         difference (paper §5.3, Table 5). Coloured: beyond ±{COUNTS} and beyond twice its error; <span class=\"better\">better</span>, \
+         difference{} (paper §5.3, Table 5). Coloured: beyond ±{COUNTS} and beyond twice its error; <span class=\"better\">better</span>, \
          <span class=\"worse\">worse</span>.</p>\n{}",
+        seeds,
         table(
             "Loss by domain and position",
             &headings(&["domain", "positions", "documents"], &comparison.names),
@@ -134,7 +140,7 @@ fn scores(comparison: &Comparison) -> String {
     table("Scores", &headings(&["evaluation"], &comparison.names), &rows, None)
 }
 
-fn training(sides: &[Side]) -> String {
+fn training(sides: &[&Side]) -> String {
     let curves = sides.iter().map(|side| {
         let points = |line: &Value| Some((line["tokens"].as_f64()?, line["loss"].as_f64()?));
         let points: Vec<(f64, f64)> = side.metrics.iter().filter_map(points).collect();
@@ -145,7 +151,7 @@ fn training(sides: &[Side]) -> String {
 }
 
 /// What each run's evaluations gave, one beside the other; the losses are above.
-fn evaluations(sides: &[Side]) -> String {
+fn evaluations(sides: &[&Side]) -> String {
     let mut all = String::new();
     for name in ["needle", "retrieval"] {
         let mut heading = String::new();

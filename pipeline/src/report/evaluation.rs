@@ -49,7 +49,7 @@ fn cells(notes: &Value) -> &[Value] {
 }
 
 /// The authors' red, yellow and green at 0, a half and 1.
-fn colour(score: f64) -> String {
+pub(super) fn colour(score: f64) -> String {
     const COLOURS: [[f64; 3]; 3] = [[240.0, 73.0, 110.0], [235.0, 184.0, 57.0], [12.0, 215.0, 159.0]];
     let place = score.clamp(0.0, 1.0) * 2.0;
     let (from, share) = if place < 1.0 { (0, place) } else { (1, place - 1.0) };
@@ -57,90 +57,115 @@ fn colour(score: f64) -> String {
     format!("rgb({:.0} {:.0} {:.0})", mix(0), mix(1), mix(2))
 }
 
-/// A grid of scores: a row a name, a column a length, which are in ascending order. Between those that training had and the
-/// longer ones stands the paper's white dashed line.
-fn grid(
-    label: &str,
-    corner: &str,
-    rows: &[(String, Vec<Option<f64>>)],
-    lengths: &[u64],
+/// A grid of scores: a row a name, a column a length, which are in ascending order.
+pub struct Grid {
+    /// What it is of, and what its rows are.
+    label: &'static str,
+    corner: &'static str,
+    pub rows: Vec<(String, Vec<Option<f64>>)>,
+    pub lengths: Vec<u64>,
+    /// How many tokens the training's sequences had.
     trained: Option<u64>,
-) -> String {
-    let beyond = trained.and_then(|trained| lengths.iter().position(|length| *length > trained));
-    let class = |i: usize| if beyond == Some(i) && i > 0 { " class=\"beyond\"" } else { "" };
-    let head: String = lengths
-        .iter()
-        .enumerate()
-        .map(|(i, length)| format!("<th scope=\"col\"{}>{}</th>", class(i), number(*length)))
-        .collect();
-    let line = |(name, scores): &(String, Vec<Option<f64>>)| {
-        let cell = |(i, score): (usize, &Option<f64>)| match score {
-            Some(score) => {
-                format!("<td{} style=\"background:{}\">{:.0}</td>", class(i), colour(*score), score * 100.0)
-            }
-            None => "<td></td>".to_owned(),
+}
+
+impl Grid {
+    /// The first column that is longer than what training had: before it stands the paper's white dashed line.
+    pub fn beyond(&self) -> Option<usize> {
+        let trained = self.trained?;
+        self.lengths.iter().position(|length| *length > trained).filter(|beyond| *beyond > 0)
+    }
+
+    fn html(&self) -> String {
+        let beyond = self.beyond();
+        let class = |i: usize| if beyond == Some(i) { " class=\"beyond\"" } else { "" };
+        let head: String = self
+            .lengths
+            .iter()
+            .enumerate()
+            .map(|(i, length)| format!("<th scope=\"col\"{}>{}</th>", class(i), number(*length)))
+            .collect();
+        let line = |(name, scores): &(String, Vec<Option<f64>>)| {
+            let cell = |(i, score): (usize, &Option<f64>)| match score {
+                Some(score) => {
+                    format!(
+                        "<td{} style=\"background:{}\">{:.0}</td>",
+                        class(i),
+                        colour(*score),
+                        score * 100.0
+                    )
+                }
+                None => "<td></td>".to_owned(),
+            };
+            let scores: String = scores.iter().enumerate().map(cell).collect();
+            format!("<tr><th scope=\"row\">{}</th>{scores}</tr>\n", escape(name))
         };
-        let scores: String = scores.iter().enumerate().map(cell).collect();
-        format!("<tr><th scope=\"row\">{}</th>{scores}</tr>\n", escape(name))
-    };
-    let body: String = rows.iter().map(line).collect();
-    let said = match (beyond, trained) {
-        (Some(i), Some(trained)) if i > 0 => {
-            format!(
+        let body: String = self.rows.iter().map(line).collect();
+        let said = match (beyond, self.trained) {
+            (Some(_), Some(trained)) => format!(
                 "<p class=\"soft\">Training's sequences had {} tokens: the dashed line.</p>\n",
                 number(trained)
-            )
-        }
-        _ => String::new(),
+            ),
+            _ => String::new(),
+        };
+        format!(
+            "<div class=\"scroll\" role=\"region\" aria-label=\"{}\" tabindex=\"0\"><table class=\"heat\"><thead><tr>\
+             <th scope=\"col\">{}</th>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n{said}",
+            escape(self.label),
+            self.corner
+        )
+    }
+}
+
+/// The grid of an evaluation that has one.
+pub fn heat(name: &str, notes: &Value, trained: Option<u64>) -> Option<Grid> {
+    let lengths = lengths(notes);
+    let row = |name: String, of: &dyn Fn(&Value) -> bool| {
+        let score = |length: &u64| {
+            let own = cells(notes).iter().find(|c| c["length"].as_u64() == Some(*length) && of(c));
+            own.map(|cell| real(&cell["score"]))
+        };
+        (name, lengths.iter().map(score).collect())
     };
-    format!(
-        "<div class=\"scroll\" role=\"region\" aria-label=\"{}\" tabindex=\"0\"><table class=\"heat\"><thead><tr>\
-         <th scope=\"col\">{corner}</th>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n{said}",
-        escape(label)
-    )
+    match name {
+        "needle" => {
+            let mut depths: Vec<f64> = cells(notes).iter().map(|cell| real(&cell["depth"])).collect();
+            depths.sort_by(f64::total_cmp);
+            depths.dedup();
+            let rows = depths.iter().map(|depth| row(format!("{depth} %"), &|c| real(&c["depth"]) == *depth));
+            let rows = rows.collect();
+            Some(Grid { label: "Score by depth and length", corner: "depth", rows, lengths, trained })
+        }
+        "retrieval" => {
+            let mut tasks: Vec<&str> = vec![];
+            for task in cells(notes).iter().filter_map(|cell| cell["task"].as_str()) {
+                if !tasks.contains(&task) {
+                    tasks.push(task);
+                }
+            }
+            let rows = tasks.iter().map(|task| row((*task).to_owned(), &|c| c["task"] == **task)).collect();
+            Some(Grid { label: "Score by task and length", corner: "task", rows, lengths, trained })
+        }
+        _ => None,
+    }
 }
 
 fn needle(notes: &Value, trained: Option<u64>) -> String {
-    let lengths = lengths(notes);
-    let mut depths: Vec<f64> = cells(notes).iter().map(|cell| real(&cell["depth"])).collect();
-    depths.sort_by(f64::total_cmp);
-    depths.dedup();
-    let score = |depth: f64, length: u64| {
-        let own =
-            cells(notes).iter().find(|c| c["length"].as_u64() == Some(length) && real(&c["depth"]) == depth);
-        own.map(|cell| real(&cell["score"]))
-    };
-    let row = |depth: &f64| (format!("{depth} %"), lengths.iter().map(|l| score(*depth, *l)).collect());
-    let rows: Vec<_> = depths.iter().map(row).collect();
     let (read, reused) = (real(&notes["prompt_tokens"]), real(&notes["reused_tokens"]));
     format!(
         "<p>{} % of the answer's words on average, by depth of the needle and tokens of context (paper §5, Figure 1).</p>\n\
          {}<p class=\"soft\">{} % of the prompts' tokens had been read for a prompt before.</p>\n",
         percent(real(&notes["score"])),
-        grid("Score by depth and length", "depth", &rows, &lengths, trained),
+        heat("needle", notes, trained).map_or(String::new(), |grid| grid.html()),
         percent(reused / read.max(1.0)),
     )
 }
 
 fn retrieval(notes: &Value, trained: Option<u64>) -> String {
-    let lengths = lengths(notes);
-    let mut tasks: Vec<&str> = vec![];
-    for task in cells(notes).iter().filter_map(|cell| cell["task"].as_str()) {
-        if !tasks.contains(&task) {
-            tasks.push(task);
-        }
-    }
-    let score = |task: &str, length: u64| {
-        let own = cells(notes).iter().find(|c| c["length"].as_u64() == Some(length) && c["task"] == task);
-        own.map(|cell| real(&cell["score"]))
-    };
-    let row = |task: &&str| ((*task).to_owned(), lengths.iter().map(|l| score(task, *l)).collect());
-    let rows: Vec<_> = tasks.iter().map(row).collect();
     let samples = cells(notes).first().and_then(|cell| cell["samples"].as_u64()).unwrap_or(0);
     format!(
         "<p>{} % of what was asked for is in the replies, {samples} questions a cell, by task and tokens.</p>\n{}",
         percent(real(&notes["score"])),
-        grid("Score by task and length", "task", &rows, &lengths, trained),
+        heat("retrieval", notes, trained).map_or(String::new(), |grid| grid.html()),
     )
 }
 
@@ -151,33 +176,52 @@ pub fn positions(cell: &Value) -> String {
     if from == 0 { format!("0–{}K", kilo("until")) } else { format!("{from}K–{}K", kilo("until")) }
 }
 
-fn loss(notes: &Value) -> String {
-    let mut ranges: Vec<String> = vec![];
-    let mut domains: Vec<Option<&str>> = vec![];
-    for cell in cells(notes) {
-        let (range, domain) = (positions(cell), cell["domain"].as_str());
-        if !ranges.contains(&range) {
-            ranges.push(range);
+/// Losses with their standard errors: a row a domain, a column a range of positions.
+pub struct Losses {
+    pub ranges: Vec<String>,
+    pub rows: Vec<(String, Vec<Option<(f64, Option<f64>)>>)>,
+}
+
+impl Losses {
+    pub fn of(notes: &Value) -> Self {
+        let mut ranges: Vec<String> = vec![];
+        let mut domains: Vec<Option<&str>> = vec![];
+        for cell in cells(notes) {
+            let (range, domain) = (positions(cell), cell["domain"].as_str());
+            if !ranges.contains(&range) {
+                ranges.push(range);
+            }
+            if !domains.contains(&domain) {
+                domains.push(domain);
+            }
         }
-        if !domains.contains(&domain) {
-            domains.push(domain);
-        }
+        let row = |domain: &Option<&str>| {
+            let loss = |range: &String| {
+                let own =
+                    cells(notes).iter().find(|c| c["domain"].as_str() == *domain && positions(c) == *range);
+                own.map(|cell| (real(&cell["loss"]), cell["error"].as_f64()))
+            };
+            (domain.unwrap_or("all").to_owned(), ranges.iter().map(loss).collect())
+        };
+        let rows = domains.iter().map(row).collect();
+        Self { ranges, rows }
     }
-    let of = |domain: &Option<&str>, range: &String| {
-        let own = cells(notes).iter().find(|c| c["domain"].as_str() == *domain && positions(c) == *range);
-        figure(own.map_or(String::new(), |cell| {
-            let error = cell["error"]
-                .as_f64()
-                .map_or(String::new(), |e| format!(" <span class=\"soft\">±{e:.3}</span>"));
-            format!("{:.3}{error}", real(&cell["loss"]))
+}
+
+fn loss(notes: &Value) -> String {
+    let losses = Losses::of(notes);
+    let of = |cell: &Option<(f64, Option<f64>)>| {
+        figure(cell.map_or(String::new(), |(loss, error)| {
+            let error = error.map_or(String::new(), |e| format!(" <span class=\"soft\">±{e:.3}</span>"));
+            format!("{loss:.3}{error}")
         }))
     };
-    let row = |domain: &Option<&str>| -> Vec<Cell> {
-        let name = words(domain.unwrap_or("all"));
-        [name].into_iter().chain(ranges.iter().map(|range| of(domain, range))).collect()
+    let row = |(domain, cells): &(String, Vec<_>)| -> Vec<Cell> {
+        [words(domain)].into_iter().chain(cells.iter().map(of)).collect()
     };
-    let rows: Vec<Vec<Cell>> = domains.iter().map(row).collect();
-    let headings: Vec<&str> = ["domain"].into_iter().chain(ranges.iter().map(String::as_str)).collect();
+    let rows: Vec<Vec<Cell>> = losses.rows.iter().map(row).collect();
+    let headings: Vec<&str> =
+        ["domain"].into_iter().chain(losses.ranges.iter().map(String::as_str)).collect();
     format!(
         "<p>Nats a token by domain and position in the document, with its standard error over documents; {} documents that no \
          recipe saw (paper §5, Table 5 and Figure 3).</p>\n{}",

@@ -10,6 +10,7 @@ mod charts;
 pub mod comparison;
 mod evaluation;
 mod promises;
+pub mod slide;
 #[cfg(test)]
 mod tests;
 mod text;

@@ -101,6 +101,7 @@ fn attempt() -> Attempt {
         key: "85034fdcd95e655397e878f3fb5b5c17".into(),
         cached,
         seconds,
+        ended: String::new(),
         counts: [("heldout_tokens".to_owned(), 9_876)].into(),
         ingredients: Default::default(),
     };

@@ -6,6 +6,7 @@ use futures::TryStreamExt;
 use globset::{GlobBuilder, GlobMatcher};
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::Format;
 use crate::{Error, Result};
@@ -17,9 +18,10 @@ pub const BUNDLE_FILE_BYTES: u64 = 4 << 20;
 const BUNDLE_BYTES: u64 = 16 << 20;
 
 /// A file as it was listed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceFile {
     /// Where it is in its store.
+    #[serde(serialize_with = "write_path", deserialize_with = "read_path")]
     pub path: Path,
     /// What a person can paste.
     pub url: String,
@@ -30,9 +32,17 @@ pub struct SourceFile {
 
 /// Files that are read one after the other, as one stream of rows: one large file, or a bundle of small
 /// ones, sorted by path.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unit {
     pub files: Vec<SourceFile>,
+}
+
+fn write_path<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+    path.as_ref().serialize(to)
+}
+
+fn read_path<'de, D: Deserializer<'de>>(from: D) -> Result<Path, D::Error> {
+    Path::parse(String::deserialize(from)?).map_err(de::Error::custom)
 }
 
 /// The version of an object, the same whether it was listed or got.

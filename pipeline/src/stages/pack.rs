@@ -12,13 +12,14 @@ use arrow::array::{
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Int32Type, Int64Type};
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt, TryStreamExt};
 use hashbrown::HashMap;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 use parquet::schema::types::ColumnPath;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::shuffle::{self, Drawn, Layout};
@@ -29,12 +30,13 @@ use crate::run::{Run, Stage, ingredients};
 use crate::stage::{File, Output, Published, Table};
 use crate::stages::tokenizer::Tokenizer;
 use crate::store::Location;
+use crate::task::{Task, Worker};
 use crate::{Error, Result, tables};
 
 const VERSION: u32 = 1;
 
 /// What every packing job knows.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Packing {
     pub sequence_tokens: usize,
     pub sequences_per_row_group: usize,
@@ -46,11 +48,11 @@ pub struct Packing {
     pub width: usize,
     pub files: usize,
     /// `train` or `heldout`: the file names' beginning.
-    pub split: &'static str,
+    pub split: String,
 }
 
 /// What one output file takes from one part's scattered ids.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Range {
     pub part: i64,
     /// In tokens.
@@ -113,19 +115,39 @@ struct Filling {
     segments: Vec<(String, String, i32, i32)>,
 }
 
-/// Packs one output file: its plan, and the scattered ids it takes.
-pub async fn pack_file(
+/// An output file to be packed: its plan, and the scattered ids it takes.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PackFile {
+    pub packing: Packing,
+    pub file: usize,
+    /// Where plan and scattered ids are.
+    pub shuffled: String,
+    pub plan: Table,
+    /// The files of ids that ranges are of, by part.
+    pub ids: Vec<(i64, File)>,
+    pub ranges: Vec<Range>,
+    pub folder: String,
+}
+
+impl PackFile {
+    pub async fn perform(self, worker: &Worker) -> Result<Output> {
+        let (shuffled, out) = (worker.stores.open(&self.shuffled)?, worker.stores.open(&self.folder)?);
+        let files: HashMap<i64, File> = self.ids.into_iter().collect();
+        let ids = Scattered::read(&shuffled, &files, &self.ranges, self.packing.width).await?;
+        pack_file(&self.packing, self.file, scan(shuffled, self.plan, None), ids, &out).await
+    }
+}
+
+async fn pack_file(
     packing: &Packing,
     file: usize,
-    plan: (&Location, Table),
-    scattered: (&Location, &HashMap<i64, File>),
-    ranges: &[Range],
+    plan: impl Stream<Item = Result<RecordBatch>>,
+    mut ids: Scattered,
     out: &Location,
 ) -> Result<Output> {
-    let mut ids = Scattered::read(scattered.0, scattered.1, ranges, packing.width).await?;
     let size = packing.sequence_tokens;
     let mut sequences: Vec<Filling> = vec![];
-    let mut plan = std::pin::pin!(scan(plan.0.clone(), plan.1, None));
+    let mut plan = std::pin::pin!(plan);
     while let Some(batch) = plan.next().await {
         let batch = batch?;
         let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
@@ -197,7 +219,7 @@ pub async fn pack_file(
     let (bytes, digest) =
         written.map_err(|e| crate::engine::query("cannot write packed sequences", e.into()))?;
     let file = put_file(out, &name, bytes, rows).await?;
-    output.table(packing.split, Table { rows, digest, files: vec![file] });
+    output.table(&packing.split, Table { rows, digest, files: vec![file] });
     Ok(output)
 }
 
@@ -303,7 +325,7 @@ pub async fn obtain(
             padding: eos.or(bos).unwrap_or(0),
             width: tokens.width(),
             files: shuffled.count("files") as usize,
-            split,
+            split: split.to_owned(),
         };
         let files = shuffled.table("ids").files.into_iter();
         let files: HashMap<i64, File> = files.filter_map(|file| Some((part_of(&file.name)?, file))).collect();
@@ -336,7 +358,7 @@ pub async fn obtain(
                 }
             };
             let own: Vec<Range> = waiting.drain(..complete).map(|(_, range)| range).collect();
-            if jobs.len() >= run.engine.partitions
+            if jobs.len() >= run.tasks_at_a_time()
                 && let Some(done) = jobs.next().await
             {
                 output.merge(done?);
@@ -346,19 +368,22 @@ pub async fn obtain(
             let parts: Vec<File> =
                 plans.files.iter().filter(|f| f.name.starts_with(&prefix)).cloned().collect();
             let plan = Table { files: parts, ..Default::default() };
-            let (packing, shuffled, files, bar) = (&packing, &shuffled, &files, bar.clone());
+            let ids = own.iter().filter_map(|range| Some((range.part, files.get(&range.part)?.clone())));
+            let task = PackFile {
+                packing: packing.clone(),
+                file: next,
+                shuffled: shuffled.folder.url(),
+                plan,
+                ids: ids.collect(),
+                ranges: own,
+                folder: draft.folder.url(),
+            };
+            let bar = bar.clone();
             jobs.push(async move {
-                let work = pack_file(
-                    packing,
-                    next,
-                    (&shuffled.folder, plan),
-                    (&shuffled.folder, files),
-                    &own,
-                    &draft.folder,
-                );
+                let work = run.perform(Task::Pack(task), &bar);
                 let done = draft.job(&format!("{split}-{next:05}"), work).await?;
                 let sequences = done.counted("sequences");
-                bar.add(sequences, sequences, sequences * packing.sequence_tokens as u64, 0);
+                bar.add(sequences, sequences, sequences * layout.sequence_tokens as u64, 0);
                 Ok::<_, Error>(done)
             });
             next += 1;

@@ -25,6 +25,7 @@ use crate::hash::RowDigest;
 use crate::run::{Run, Stage, ingredients};
 use crate::stage::{Output, Published, Table};
 use crate::store::Location;
+use crate::task::{Task, Worker};
 use crate::{Error, Result, tables};
 
 const VERSION: u32 = 1;
@@ -361,7 +362,7 @@ impl PlanRows {
 }
 
 /// What to copy out of one part: tokens `[start, stop)` of documents, in the order of the output.
-#[derive(Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Wanted {
     pub part: i64,
     pub pieces: Vec<([u8; 16], i64, i64)>,
@@ -532,16 +533,18 @@ pub async fn obtain(
         let mut jobs = futures::stream::FuturesUnordered::new();
         Wanted::gather(rows, async |wanted| {
             ranges.write(wanted.ranges_batch()).await?;
-            if jobs.len() >= run.engine.partitions
+            if jobs.len() >= run.tasks_at_a_time()
                 && let Some(done) = jobs.next().await
             {
                 output.merge(done?);
             }
             run.check_stop()?;
             let bar = bar.clone();
+            let (from, ids) = tokens.ids(wanted.part)?;
             jobs.push(async move {
-                let pieces = wanted.pieces.len() as u64;
-                let done = draft.job(&wanted.job(), scatter(tokens, wanted, &draft.folder)).await;
+                let (pieces, job) = (wanted.pieces.len() as u64, wanted.job());
+                let task = Scatter { wanted, from: from.url(), ids, folder: draft.folder.url() };
+                let done = draft.job(&job, run.perform(Task::Scatter(task), &bar)).await;
                 bar.add(pieces, 0, 0, 0);
                 done
             });
@@ -574,19 +577,30 @@ impl Drawn {
     }
 }
 
-/// One job of the scatter: a part's wanted ids in, one file out.
-async fn scatter(tokens: &Tokens, wanted: Wanted, folder: &Location) -> Result<Output> {
-    let (part_folder, table) = tokens.ids(wanted.part)?;
-    let name = format!("{}.bin", wanted.name());
-    let count = wanted.pieces.iter().map(|piece| (piece.2 - piece.1) as u64).sum();
-    let batches: Vec<_> = scan(part_folder, table, None).collect().await;
-    let copying = tokio::task::spawn_blocking(move || wanted.copy(batches.into_iter()));
-    let copied = copying.await.expect("copying does not panic")?;
-    let file = put_file(folder, &name, copied, count).await?;
-    let first = u128::from_le_bytes(file.blake3.0[..16].try_into().expect("16 of 32 bytes"));
-    let mut output = Output::default();
-    output.table("ids", Table { rows: count, digest: RowDigest(first), files: vec![file] });
-    Ok(output)
+/// A task of the scatter: a part's wanted ids in, one file out.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Scatter {
+    wanted: Wanted,
+    /// Where the part's table of ids is, and what it is.
+    from: String,
+    ids: Table,
+    folder: String,
+}
+
+impl Scatter {
+    pub async fn perform(self, worker: &Worker) -> Result<Output> {
+        let Self { wanted, from, ids, folder } = self;
+        let name = format!("{}.bin", wanted.name());
+        let count = wanted.pieces.iter().map(|piece| (piece.2 - piece.1) as u64).sum();
+        let batches: Vec<_> = scan(worker.stores.open(&from)?, ids, None).collect().await;
+        let copying = tokio::task::spawn_blocking(move || wanted.copy(batches.into_iter()));
+        let copied = copying.await.expect("copying does not panic")?;
+        let file = put_file(&worker.stores.open(&folder)?, &name, copied, count).await?;
+        let first = u128::from_le_bytes(file.blake3.0[..16].try_into().expect("16 of 32 bytes"));
+        let mut output = Output::default();
+        output.table("ids", Table { rows: count, digest: RowDigest(first), files: vec![file] });
+        Ok(output)
+    }
 }
 
 /// The accounts of the plan: what was drawn is packed or dropped.

@@ -16,19 +16,21 @@ use arrow::datatypes::DataType;
 use datafusion::prelude::SessionContext;
 use futures::{StreamExt, TryStreamExt};
 use hashbrown::{HashMap, HashSet};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
 
 use super::tokenizer::Tokenizer;
+use crate::conf;
 use crate::engine::TableWriter;
 use crate::hash::{Digest, RowDigest, doc_id};
 use crate::progress::Bar;
 use crate::publish::{Input, StageKey};
 use crate::run::{Goal, Run, Stage, Step, ingredients};
-use crate::source::{Part, Spec, Unit};
+use crate::source::{Part, Reader, Spec, Unit};
 use crate::sources::{self, Source};
 use crate::stage::{self, Draft, Ingredients, Manifest, Output, Table};
 use crate::store::Location;
+use crate::task::{Task, Worker};
 use crate::{Error, Result, tables};
 
 const VERSION: u32 = 2;
@@ -153,14 +155,31 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
     }
     let bar =
         run.progress.stage(Stage::Tokens.name(), missing.iter().map(|i| sources::size(jobs[*i].1)).sum());
-    let workers = Arc::new(Semaphore::new(run.engine.partitions));
+    let at = run.output.join("tokenizers").join(&format!("{}.json", tokenizer.fingerprint));
+    run.worker.keep(tokenizer.fingerprint, tokenizer.loaded.clone());
+    if run.is_remote() && !todo.is_empty() {
+        at.put(tokenizer.json.clone()).await?;
+    }
     let computing = todo.into_iter().map(|(i, list, key, folder)| {
         let (source, unit) = jobs[i];
-        let (workers, bar) = (workers.clone(), bar.clone());
+        let (bar, tokenizer_url) = (bar.clone(), at.url());
         async move {
-            let draft = Draft { folder: folder.clone(), again };
-            let Output { tables, counts, notes } =
-                tokenize(run, tokenizer, source, unit, &key, &draft, workers, &bar).await?;
+            run.check_stop()?;
+            let task = Tokenize {
+                source: source.conf.clone(),
+                unit: unit.clone(),
+                key: key.clone(),
+                folder: folder.url(),
+                again,
+                tokenizer: tokenizer.fingerprint,
+                tokenizer_url,
+            };
+            let output = run.perform(Task::Tokenize(task), &bar).await?;
+            if run.is_remote() {
+                let counted = |name| output.counted(name);
+                bar.add(sources::size(unit), counted("rows"), counted("tokens"), counted("bytes"));
+            }
+            let Output { tables, counts, notes } = output;
             let manifest = Manifest {
                 stage: Stage::Tokens.name().into(),
                 key,
@@ -173,7 +192,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
             Ok::<_, Error>((i, folder, manifest))
         }
     });
-    let mut computing = futures::stream::iter(computing).buffer_unordered(run.engine.partitions);
+    let mut computing = futures::stream::iter(computing).buffer_unordered(run.tasks_at_a_time());
     while let Some((i, folder, manifest)) = computing.try_next().await? {
         units[i] = Some((folder, manifest));
     }
@@ -196,6 +215,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
         key: tokens.parts_digest().short(),
         cached: missing.is_empty(),
         seconds: started.elapsed().as_secs_f64(),
+        ended: jiff::Timestamp::now().to_string(),
         counts: tokens.counts(),
         ingredients: all,
     };
@@ -229,10 +249,10 @@ fn check_rejects(sources: &[Source], jobs: &[(&Source, &Unit)], tokens: &Tokens)
                 source.spec.origin,
                 listed.join(", ")
             );
-            if rejects as f64 > source.max_reject_share * rows as f64 {
+            if rejects as f64 > source.conf.max_reject_share * rows as f64 {
                 let message = format!(
                     "{what}, more than max_reject_share = {}\n  the first: {}",
-                    source.max_reject_share,
+                    source.conf.max_reject_share,
                     first.unwrap_or_default()
                 );
                 return Err(Error::data(
@@ -256,16 +276,40 @@ fn part_of(name: &str) -> Option<i64> {
     i64::from_str_radix(name.strip_prefix("tokens-")?.split('-').next()?, 16).ok()
 }
 
+/// A unit to be tokenised.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Tokenize {
+    source: conf::Source,
+    unit: Unit,
+    /// The unit's key, which the numbers of its parts come from.
+    key: String,
+    /// Where its files go.
+    folder: String,
+    /// Whether parts that are there are done again.
+    again: bool,
+    tokenizer: Digest,
+    tokenizer_url: String,
+}
+
+impl Tokenize {
+    pub async fn perform(self, worker: &Worker, bar: &Bar) -> Result<Output> {
+        let tokenizer = worker.tokenizer(self.tokenizer, &self.tokenizer_url).await?;
+        let spec = sources::spec(&self.source);
+        let spec = Arc::new(spec.map_err(|e| Error::data(e.to_string(), "mend the source's globs"))?);
+        let reader = worker.reader(worker.stores.open(&self.source.url)?);
+        let draft = Draft::begin(worker.stores.open(&self.folder)?, self.again).await?;
+        tokenize(worker, &tokenizer, (&reader, &spec), &self.unit, &self.key, &draft, bar).await
+    }
+}
+
 /// Reads a unit part by part and tokenises each on a worker.
-#[allow(clippy::too_many_arguments)]
 async fn tokenize(
-    run: &Run,
-    tokenizer: &Tokenizer,
-    source: &Source,
+    worker: &Worker,
+    tokenizer: &Arc<crate::tokenizer::Tokenizer>,
+    (reader, spec): (&Reader, &Arc<Spec>),
     unit: &Unit,
     key: &str,
     draft: &Draft,
-    workers: Arc<Semaphore>,
     bar: &Bar,
 ) -> Result<Output> {
     // parts that an earlier attempt finished, as far as they follow each other
@@ -286,14 +330,14 @@ async fn tokenize(
         account(&mut output, part);
         done += 1;
     }
-    let mut parts = source.reader.parts(unit.clone(), source.spec.clone(), move |index| index < done);
+    let mut parts = reader.parts(unit.clone(), spec.clone(), move |index| index < done);
     let mut working = futures::stream::FuturesOrdered::new();
     loop {
-        let permit = workers.clone().acquire_owned().await.expect("never closed");
+        let permit = worker.parts.clone().acquire_owned().await.expect("never closed");
         let Some(part) = parts.next().await? else { break };
-        run.check_stop()?;
+        worker.check_stop()?;
         let index = part.index;
-        let (spec, loaded) = (source.spec.clone(), tokenizer.loaded.clone());
+        let (spec, loaded) = (spec.clone(), tokenizer.clone());
         let number = part_number(key, index);
         let narrow = loaded.vocab_size() <= 1 << 16;
         let bar = bar.clone();
@@ -312,7 +356,7 @@ async fn tokenize(
             draft.job(&format!("part-{index:05}"), written).await
         };
         working.push_back(work);
-        while working.len() > run.engine.partitions {
+        while working.len() > worker.partitions {
             if let Some(part) = working.try_next().await? {
                 account(&mut output, part);
             }

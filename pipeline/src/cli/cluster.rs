@@ -1,0 +1,101 @@
+//! `lengthwise cluster`
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::{Args, Subcommand};
+
+use super::stores;
+use crate::cluster::{Place, execute, schedule};
+use crate::error::Doing;
+use crate::{Error, Result};
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  lengthwise cluster scheduler --port 50050
+  lengthwise cluster executor --scheduler localhost:50050 --port 50061
+  lengthwise run conf/x.toml --set engine.url=df://localhost:50050
+
+There is no password: whoever reaches the scheduler or an executor can have it read and write what its credentials allow.
+Let nobody but the cluster's own machines reach their ports.")]
+pub struct ClusterArguments {
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Subcommand)]
+enum Role {
+    /// Gives the tasks of runs to executors
+    Scheduler {
+        #[command(flatten)]
+        place: PlaceArguments,
+    },
+    /// Does tasks: reads sources, writes documents, ids and packed sequences
+    Executor {
+        #[command(flatten)]
+        place: PlaceArguments,
+        /// The scheduler, HOST:PORT
+        #[arg(long, value_name = "HOST:PORT", default_value = "localhost:50050")]
+        scheduler: String,
+        /// How many tasks it does at a time; as many as the machine has cores by default
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+        slots: Option<u16>,
+    },
+}
+
+#[derive(Args)]
+struct PlaceArguments {
+    /// The name by which the others reach it; without one, only this machine can
+    #[arg(long, default_value = "localhost")]
+    host: String,
+    /// 50050 of a scheduler, 50061 of an executor by default; an executor takes the next one, too
+    #[arg(long)]
+    port: Option<u16>,
+}
+
+impl PlaceArguments {
+    fn or(self, port: u16) -> Place {
+        Place { host: self.host, port: self.port.unwrap_or(port) }
+    }
+}
+
+pub async fn main(arguments: ClusterArguments) -> Result<()> {
+    match arguments.role {
+        Role::Scheduler { place } => {
+            tokio::select! {
+                ended = schedule(place.or(50050)) => ended,
+                signal = told() => signal,
+            }
+        }
+        Role::Executor { place, scheduler, slots } => {
+            let wrong = || {
+                let message = format!("--scheduler {scheduler} is not HOST:PORT");
+                Error::usage(message, "write --scheduler localhost:50050")
+            };
+            let (host, port) = scheduler.rsplit_once(':').ok_or_else(wrong)?;
+            let port = port.parse().map_err(|_| wrong())?;
+            let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+            let slots = slots.map_or(cores, usize::from);
+            let stop: Arc<AtomicBool> = Arc::default();
+            let stopping = stop.clone();
+            tokio::spawn(async move {
+                // it ends by itself once its tasks have
+                if told().await.is_ok() {
+                    stopping.store(true, Ordering::Relaxed);
+                }
+            });
+            let scheduler = Place { host: host.to_owned(), port };
+            execute(place.or(50061), scheduler, slots, stores()?, stop).await
+        }
+    }
+}
+
+/// Returns when a signal says to stop.
+async fn told() -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).doing(|| "cannot listen for signals".into())?;
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        interrupted = tokio::signal::ctrl_c() => interrupted.doing(|| "cannot listen for signals".into()),
+    }
+}

@@ -1,0 +1,307 @@
+//! A Ballista cluster that does a run's heavy tasks. Scheduler and executors are this binary, too.
+//!
+//! ```text
+//! run ── select lengthwise_task('{…}') ──▶ scheduler ──▶ executor ── reads and writes ──▶ object storage
+//!  ▲                                                        │
+//!  └────────────── {"ok": what was written} ◀───────────────┘
+//! ```
+//!
+//! A task is a query of one stage with one partition and no shuffle, so that no lost executor can make its result wrong: Ballista
+//! 55 hangs or miscounts where a shuffle loses one. What a task writes has names that are the task's own, and what it says
+//! of it is digests. So it may be done twice, at once even, and whatever was under way when an executor died is done again.
+//! The driver sees no document and no id.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use arrow::array::AsArray;
+use arrow::datatypes::DataType;
+use ballista::prelude::SessionContextExt;
+use ballista_core::config::TaskSchedulingPolicy;
+use ballista_core::registry::BallistaFunctionRegistry;
+use ballista_core::utils::default_session_builder;
+use ballista_executor::executor_process::{ExecutorProcessConfig, start_executor_process};
+use ballista_scheduler::cluster::BallistaCluster;
+use ballista_scheduler::config::{SchedulerConfig, TaskDistributionPolicy};
+use ballista_scheduler::scheduler_process::start_server;
+use datafusion::common::ScalarValue;
+use datafusion::error::DataFusionError;
+use datafusion::execution::{FunctionRegistry, SessionStateBuilder};
+use datafusion::logical_expr::{ColumnarValue, ScalarUDF, Signature, SimpleScalarUDF, Volatility, lit};
+use datafusion::prelude::SessionContext;
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
+use tokio::sync::{Mutex, OnceCell};
+
+use crate::hash::Digest;
+use crate::progress::Progress;
+use crate::stage::Output;
+use crate::store::{Location, Stores};
+use crate::task::{Task, Worker};
+use crate::{Error, Result};
+
+/// How many tasks the scheduler has at a time, to give to executors as they have room.
+pub const TASKS_AT_A_TIME: usize = 256;
+
+/// A longer task goes by way of storage.
+const MESSAGE_BYTES: usize = 64 << 10;
+
+/// How often a task is given to the cluster before the run ends.
+const ATTEMPTS: u32 = 5;
+
+/// When no task at all ends for so long, those that are under way are given out again.
+const STALLED: Duration = Duration::from_secs(30 * 60);
+
+/// A scheduler forgets an executor that it hasn't heard of for so long, and gives its tasks to others.
+const EXECUTOR_TIMEOUT: u64 = 15;
+const HEARTBEAT: u64 = 3;
+
+/// The function's name on the wire.
+const FUNCTION: &str = "lengthwise_task";
+
+/// What an executor answers.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Answer {
+    Ok(Output),
+    Err { code: u8, message: String, help: Option<String> },
+}
+
+/// How a task is sent.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Message {
+    Task(Box<Task>),
+    /// It is in storage.
+    At(String),
+}
+
+/// A run's way to its cluster.
+pub struct Cluster {
+    url: String,
+    output: Location,
+    stop: Arc<AtomicBool>,
+    session: OnceCell<SessionContext>,
+    /// When a task ended last.
+    ended: Mutex<Instant>,
+}
+
+impl Cluster {
+    /// Of the scheduler at `df://host:port`; nothing is asked of it yet.
+    pub fn new(url: &str, output: &Location, stop: &Arc<AtomicBool>) -> Self {
+        Self {
+            url: url.to_owned(),
+            output: output.clone(),
+            stop: stop.clone(),
+            session: OnceCell::new(),
+            ended: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Has an executor do a task, and another one where that is lost.
+    ///
+    /// # Errors
+    /// The task's own; or [`Error::Cluster`] where the cluster fails it again and again.
+    pub async fn perform(&self, task: &Task) -> Result<Output> {
+        let text = serde_json::to_string(task).expect("plain values");
+        let stored = text.len() > MESSAGE_BYTES;
+        let at = self.output.join("tasks").join(&format!("{}.json", Digest::of(text.as_bytes()).short()));
+        let message = if stored {
+            at.put(text).await?;
+            format!("{{\"at\":{}}}", serde_json::Value::from(at.url()))
+        } else {
+            format!("{{\"task\":{text}}}")
+        };
+        let mut attempt = 1;
+        let output = loop {
+            let failed = match self.attempt(&message).await {
+                Ok(Answer::Ok(output)) => break output,
+                Ok(Answer::Err { code, message, help }) => Error::Remote { code, message, help },
+                Err(message) => Error::Cluster { url: self.url.clone(), message },
+            };
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(Error::Stopped);
+            }
+            // storage may be there again, and an executor that was told to stop is not the only one
+            if attempt == ATTEMPTS || !matches!(failed.exit_code(), 4 | 75) {
+                return Err(failed);
+            }
+            tracing::warn!("a task failed, and is given out again: {failed}");
+            tokio::time::sleep(Duration::from_secs(1 << attempt)).await;
+            attempt += 1;
+        };
+        *self.ended.lock().await = Instant::now();
+        if stored {
+            at.delete().await?;
+        }
+        Ok(output)
+    }
+
+    /// Sends a task and waits for its answer; not for ever.
+    async fn attempt(&self, message: &str) -> Result<Answer, String> {
+        let began = Instant::now();
+        tokio::select! {
+            answer = self.ask(message) => answer.map_err(|e| e.to_string()),
+            () = self.stalled(began) => Err(format!("nothing was done for {} minutes", STALLED.as_secs() / 60)),
+        }
+    }
+
+    /// Returns when no task has ended for too long.
+    async fn stalled(&self, began: Instant) {
+        loop {
+            let since = began.max(*self.ended.lock().await);
+            match STALLED.checked_sub(since.elapsed()) {
+                Some(left) => tokio::time::sleep(left).await,
+                None => return,
+            }
+        }
+    }
+
+    async fn ask(&self, message: &str) -> Result<Answer, DataFusionError> {
+        let connect = async || {
+            let state = SessionStateBuilder::new().with_default_features().build();
+            SessionContext::remote_with_state(&self.url, state).await
+        };
+        let session = self.session.get_or_try_init(connect).await?;
+        let asked = session.read_empty()?.select(vec![function(None).call(vec![lit(message)])])?;
+        let rows = asked.collect().await?;
+        let answers: Vec<&str> = rows
+            .iter()
+            .filter_map(|batch| batch.column(0).as_string_opt::<i32>())
+            .flat_map(|column| column.iter().flatten())
+            .collect();
+        // one row: a lost executor may have left none, or two
+        let [answer] = answers[..] else {
+            return Err(DataFusionError::Execution(format!("a task gave {} answers", answers.len())));
+        };
+        serde_json::from_str(answer).map_err(|e| DataFusionError::Execution(e.to_string()))
+    }
+}
+
+/// The SQL function that does a task. It needs a worker only where it is called.
+fn function(here: Option<(Arc<Worker>, Handle)>) -> ScalarUDF {
+    let call = move |arguments: &[ColumnarValue]| {
+        let Some((worker, runtime)) = &here else {
+            return Err(DataFusionError::Execution(format!("{FUNCTION} is for executors")));
+        };
+        let [ColumnarValue::Scalar(ScalarValue::Utf8(Some(message)))] = arguments else {
+            return Err(DataFusionError::Execution(format!("{FUNCTION} takes one text")));
+        };
+        let (message, worker, runtime) = (message.clone(), worker.clone(), runtime.clone());
+        // a thread of its own: this one belongs to a runtime that executors have for queries
+        let work = std::thread::spawn(move || runtime.block_on(answer_to(&message, &worker)));
+        let answer = work.join().map_err(|_| DataFusionError::Execution("a task panicked".into()))?;
+        let text = serde_json::to_string(&answer).expect("plain values");
+        Ok(ColumnarValue::Scalar(ScalarValue::Utf8(Some(text))))
+    };
+    // volatile: not to be called when the query is planned
+    let signature = Signature::exact(vec![DataType::Utf8], Volatility::Volatile);
+    SimpleScalarUDF::new_with_signature(FUNCTION, signature, DataType::Utf8, Arc::new(call)).into()
+}
+
+async fn answer_to(message: &str, worker: &Worker) -> Answer {
+    let work = async {
+        let unknown = |e: serde_json::Error| {
+            let help = "run, scheduler and executors have to be the same version of lengthwise";
+            Error::data(format!("a task that this executor doesn't know: {e}"), help)
+        };
+        let task = match serde_json::from_str(message).map_err(unknown)? {
+            Message::Task(task) => *task,
+            Message::At(url) => {
+                serde_json::from_slice(&worker.stores.open(&url)?.read().await?).map_err(unknown)?
+            }
+        };
+        task.perform(worker, &Progress::none().stage("task", 0)).await
+    };
+    match work.await {
+        Ok(output) => Answer::Ok(output),
+        Err(error) => {
+            let help = miette::Diagnostic::help(&error).map(|help| help.to_string());
+            let mut message = error.to_string();
+            let mut cause = std::error::Error::source(&error);
+            while let Some(error) = cause {
+                message += &format!(": {error}");
+                cause = error.source();
+            }
+            Answer::Err { code: error.exit_code(), message, help }
+        }
+    }
+}
+
+/// Where a scheduler or an executor listens.
+pub struct Place {
+    /// How others reach it.
+    pub host: String,
+    pub port: u16,
+}
+
+impl Place {
+    /// The address to listen at: only for this machine, unless it has a name that others know.
+    fn bind(&self) -> &'static str {
+        if self.host == "localhost" || self.host == "127.0.0.1" { "127.0.0.1" } else { "0.0.0.0" }
+    }
+}
+
+/// Schedules until a signal says to stop.
+pub async fn schedule(place: Place) -> Result<()> {
+    let failed = |e: &dyn std::fmt::Display| Error::Cluster {
+        url: format!("{}:{}", place.host, place.port),
+        message: e.to_string(),
+    };
+    let config = SchedulerConfig {
+        external_host: place.host.clone(),
+        bind_host: place.bind().to_owned(),
+        bind_port: place.port,
+        scheduling_policy: TaskSchedulingPolicy::PushStaged,
+        task_distribution: TaskDistributionPolicy::RoundRobin,
+        executor_timeout_seconds: EXECUTOR_TIMEOUT,
+        no_executors_grace_period_seconds: EXECUTOR_TIMEOUT,
+        expire_dead_executor_interval_seconds: HEARTBEAT,
+        finished_job_data_clean_up_interval_seconds: 60,
+        finished_job_state_clean_up_interval_seconds: 60,
+        override_session_builder: Some(Arc::new(|config| {
+            let mut state = default_session_builder(config)?;
+            state.register_udf(Arc::new(function(None)))?;
+            Ok(state)
+        })),
+        ..Default::default()
+    };
+    let address = format!("{}:{}", place.bind(), place.port).parse().map_err(|e| failed(&e))?;
+    let cluster = BallistaCluster::new_from_config(&config).await.map_err(|e| failed(&e))?;
+    start_server(cluster, address, Arc::new(config)).await.map_err(|e| failed(&e))
+}
+
+/// Does tasks, so many at a time, until a signal says to stop; those under way end early, and others do them.
+pub async fn execute(
+    place: Place,
+    scheduler: Place,
+    slots: usize,
+    stores: Stores,
+    stop: Arc<AtomicBool>,
+) -> Result<()> {
+    let failed =
+        |message: String| Error::Cluster { url: format!("{}:{}", scheduler.host, scheduler.port), message };
+    let work_dir = tempfile::tempdir()
+        .map_err(|source| Error::Io { doing: "cannot make a temporary folder".into(), source })?;
+    let worker = Arc::new(Worker::new(stores, None, slots, stop));
+    let mut functions = BallistaFunctionRegistry::default();
+    let own = Arc::new(function(Some((worker, Handle::current()))));
+    functions.scalar_functions.insert(FUNCTION.into(), own);
+    let config = ExecutorProcessConfig {
+        bind_host: place.bind().to_owned(),
+        external_host: Some(place.host.clone()),
+        port: place.port,
+        grpc_port: place.port + 1,
+        scheduler_host: scheduler.host.clone(),
+        scheduler_port: scheduler.port,
+        scheduler_connect_timeout_seconds: EXECUTOR_TIMEOUT as u16,
+        vcores: slots,
+        task_scheduling_policy: TaskSchedulingPolicy::PushStaged,
+        work_dir: work_dir.path().to_str().map(str::to_owned),
+        executor_heartbeat_interval_seconds: HEARTBEAT,
+        override_function_registry: Some(Arc::new(functions)),
+        ..Default::default()
+    };
+    start_executor_process(Arc::new(config)).await.map_err(|e| failed(e.to_string()))
+}

@@ -1,0 +1,214 @@
+//! gc: what dead runs left behind.
+//!
+//! ```text
+//! <output>/stages/<stage>/<key>/   without a manifest: a run that died, unless it is still at work
+//!                                  with one: what it doesn't name, such as jobs/, which nobody reads any more
+//! <output>/runs/<run>/             without a manifest
+//! <output>/tasks/, tokenizers/     messages to executors
+//! ```
+//!
+//! Nothing goes that is younger than a given age, or whose folder has something younger: a run marks what it works on. What a
+//! manifest names stays, and so does whatever lies beside or below a manifest that isn't a stage's, such as a checkpoint's.
+//! Files that don't belong to this layout are none of its business.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use object_store::ObjectMeta;
+use object_store::path::Path;
+use serde::Serialize;
+
+use crate::stage::Manifest;
+use crate::store::Location;
+use crate::{Error, Result, seal};
+
+/// An object that nobody needs.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Leftover {
+    /// Below the output.
+    pub path: String,
+    pub bytes: u64,
+}
+
+/// Everything in an output that dead runs left there before `before`, in seconds since 1970.
+pub async fn leftovers(output: &Location, before: i64) -> Result<Vec<Leftover>> {
+    let mut found = vec![];
+    for (folder, objects) in folders(output).await? {
+        found.extend(of_folder(output, &folder, &objects, before).await?);
+    }
+    Ok(found)
+}
+
+/// Removes what [`leftovers`] finds, a folder at a time, each looked at again just before.
+pub async fn collect(output: &Location, before: i64, mut gone: impl FnMut(&Leftover)) -> Result<()> {
+    for folder in folders(output).await?.into_keys() {
+        let at = output.join(&folder);
+        let objects = below(output, at.list().await?);
+        for leftover in of_folder(output, &folder, &objects, before).await? {
+            output.join(&leftover.path).delete().await?;
+            gone(&leftover);
+        }
+    }
+    Ok(())
+}
+
+/// The objects of the folders that are looked at, by path below the output.
+async fn folders(output: &Location) -> Result<BTreeMap<String, Vec<(String, ObjectMeta)>>> {
+    let mut folders: BTreeMap<String, Vec<_>> = BTreeMap::new();
+    for (path, meta) in below(output, output.list().await?) {
+        let parts: Vec<&str> = path.split('/').collect();
+        let depth = match parts[..] {
+            ["stages", _, _, _, ..] => 3,
+            ["runs", _, _, ..] => 2,
+            ["tasks" | "tokenizers", _] => 1,
+            _ => continue,
+        };
+        folders.entry(parts[..depth].join("/")).or_default().push((path, meta));
+    }
+    Ok(folders)
+}
+
+fn below(output: &Location, objects: Vec<ObjectMeta>) -> Vec<(String, ObjectMeta)> {
+    let relative = |path: &Path| {
+        let parts: Vec<String> =
+            path.prefix_match(&output.path)?.map(|part| part.as_ref().to_owned()).collect();
+        Some(parts.join("/"))
+    };
+    objects.into_iter().filter_map(|meta| Some((relative(&meta.location)?, meta))).collect()
+}
+
+async fn of_folder(
+    output: &Location,
+    folder: &str,
+    objects: &[(String, ObjectMeta)],
+    before: i64,
+) -> Result<Vec<Leftover>> {
+    let old = |meta: &ObjectMeta| meta.last_modified.timestamp() < before;
+    let kind = folder.split('/').next().unwrap_or_default();
+    if kind == "tasks" || kind == "tokenizers" {
+        let old = objects.iter().filter(|(_, meta)| old(meta));
+        return Ok(old.map(|(path, meta)| Leftover { path: path.clone(), bytes: meta.size }).collect());
+    }
+    // a run at work writes now and then
+    if objects.iter().any(|(_, meta)| !old(meta)) {
+        return Ok(vec![]);
+    }
+    let own = format!("{folder}/manifest.json");
+    let mut named = BTreeSet::new();
+    if objects.iter().any(|(path, _)| *path == own) {
+        if kind == "runs" {
+            return Ok(vec![]);
+        }
+        let at = output.join(&own);
+        // one that can't be read names who knows what
+        let Some(bytes) = at.get().await? else { return Ok(vec![]) };
+        let manifest: Manifest =
+            seal::open(&bytes).map_err(|message| Error::Corrupt { url: at.url(), message })?;
+        let files = manifest.tables.into_values().flat_map(|table| table.files);
+        named = files.map(|file| format!("{folder}/{}", file.name)).collect();
+        named.insert(own.clone());
+    }
+    // a checkpoint has a manifest of its own, and all that lies below it is its
+    let inner: Vec<&str> = objects
+        .iter()
+        .filter(|(path, _)| *path != own)
+        .filter_map(|(path, _)| path.strip_suffix("manifest.json").filter(|folder| folder.ends_with('/')))
+        .collect();
+    let kept = |path: &String| named.contains(path) || inner.iter().any(|folder| path.starts_with(folder));
+    let left = objects.iter().filter(|(path, _)| !kept(path));
+    Ok(left.map(|(path, meta)| Leftover { path: path.clone(), bytes: meta.size }).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hash::{Digest, RowDigest};
+    use crate::stage::{File, Table};
+    use crate::store::Stores;
+    use proptest::prelude::*;
+
+    /// An output with a folder of each kind; `names` are files, of which the manifest names those that are `true`.
+    async fn output(names: &[(String, bool)]) -> Location {
+        let output = Stores::new("/").open("memory:///out").unwrap();
+        let file = |name: &String| File { name: name.clone(), bytes: 1, rows: 0, blake3: Digest::of(b"x") };
+        let files = names.iter().filter(|(_, named)| *named).map(|(name, _)| file(name)).collect();
+        let table = Table { rows: 0, digest: RowDigest(0), files };
+        let manifest = Manifest {
+            stage: "tokens".into(),
+            key: "k".into(),
+            ingredients: Default::default(),
+            tables: [("t".to_owned(), table)].into(),
+            counts: Default::default(),
+            notes: Default::default(),
+        };
+        for (name, _) in names {
+            for folder in
+                ["stages/tokens/done", "stages/tokens/dead", "runs/done", "runs/dead", "elsewhere/x"]
+            {
+                output.join(folder).join(name).put("x").await.unwrap();
+            }
+            output.join("stages/train/dead/checkpoints/step-5").join(name).put("x").await.unwrap();
+        }
+        output.join("stages/tokens/done/manifest.json").put(seal::seal(&manifest)).await.unwrap();
+        output.join("stages/train/dead/checkpoints/step-5/manifest.json").put("{}").await.unwrap();
+        output.join("stages/train/dead/attempt-1/log").put("x").await.unwrap();
+        output.join("runs/done/manifest.json").put("{}").await.unwrap();
+        output.join("latest/t.json").put("{}").await.unwrap();
+        output.join("tasks/1.json").put("{}").await.unwrap();
+        output
+    }
+
+    async fn paths(output: &Location) -> BTreeSet<String> {
+        below(output, output.list().await.unwrap()).into_iter().map(|(path, _)| path).collect()
+    }
+
+    const LATER: i64 = i64::MAX;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn what_a_manifest_names_stays_and_what_dead_runs_left_goes(
+            names in prop::collection::btree_map("(jobs/|a/)?[a-z]{1,8}(\\.json|\\.parquet)", any::<bool>(), 1..8)
+        ) {
+            let names: Vec<(String, bool)> = names.into_iter().collect();
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(async {
+                let output = output(&names).await;
+                let before = paths(&output).await;
+                let mut gone = BTreeSet::new();
+                collect(&output, LATER, |leftover| { gone.insert(leftover.path.clone()); }).await.unwrap();
+                let after = paths(&output).await;
+                assert_eq!(before.difference(&after).cloned().collect::<BTreeSet<_>>(), gone);
+                for (name, named) in &names {
+                    assert_eq!(after.contains(&format!("stages/tokens/done/{name}")), *named, "{name}");
+                    for dead in ["stages/tokens/dead", "runs/dead"] {
+                        assert!(!after.contains(&format!("{dead}/{name}")), "{name}");
+                    }
+                    for kept in ["runs/done", "elsewhere/x", "stages/train/dead/checkpoints/step-5"] {
+                        assert!(after.contains(&format!("{kept}/{name}")), "{name}");
+                    }
+                }
+                assert!(!after.contains("tasks/1.json") && !after.contains("stages/train/dead/attempt-1/log"));
+                for kept in ["latest/t.json", "stages/tokens/done/manifest.json", "runs/done/manifest.json"] {
+                    assert!(after.contains(kept), "{kept}");
+                }
+                assert_eq!(leftovers(&output, LATER).await.unwrap(), []);
+            });
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_young_or_beside_something_young_stays() {
+        let output = output(&[("a.json".into(), false), ("b.json".into(), true)]).await;
+        let now = jiff::Timestamp::now().as_second();
+        assert_eq!(leftovers(&output, now - 60).await.unwrap(), []);
+        assert!(!leftovers(&output, now + 60).await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_manifest_that_can_not_be_read_ends_it() {
+        let output = output(&[("a.json".into(), true)]).await;
+        output.join("stages/tokens/done/manifest.json").put("{\"stage\": 1}").await.unwrap();
+        let error = leftovers(&output, LATER).await.unwrap_err();
+        assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+    }
+}

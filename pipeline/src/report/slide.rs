@@ -1,0 +1,444 @@
+//! Comparisons and evaluations as a picture for a slide: panels beside each other, drawn as SVG and rendered to PNG with a
+//! font of our own, so that it looks the same on every machine.
+
+use std::sync::Arc;
+
+use resvg::{tiny_skia, usvg};
+use serde_json::{Value, json};
+
+use super::charts::{thinned, tick_label, ticks};
+use super::evaluation::{Grid, Losses, colour, heat, positions};
+use super::text::{escape, number, percent};
+use crate::compare::{Comparison, Side, firsts};
+use crate::{Error, Result};
+
+const WIDTH: f64 = 1920.0;
+const HEIGHT: f64 = 1080.0;
+const MARGIN: f64 = 48.0;
+const INK: &str = "#1d2430";
+const SOFT: &str = "#667085";
+const RULE: &str = "#d5dae1";
+const BETTER: &str = "#0a7d4f";
+const WORSE: &str = "#b3261e";
+/// Okabe and Ito's, which people who don't see all colours can tell apart; the corpus is grey.
+const SERIES: [&str; 8] =
+    ["#9aa3af", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195"];
+/// What a letter is wide, of its size, on average.
+const LETTER: f64 = 0.6;
+/// More points than this a line doesn't show.
+const MOST_POINTS: usize = 200;
+
+/// What one panel shows.
+pub struct Panel {
+    title: String,
+    body: Body,
+}
+
+enum Body {
+    Heat(Grid),
+    Numbers { head: Vec<String>, rows: Vec<Vec<(String, &'static str)>> },
+    Bars { names: Vec<String>, groups: Vec<(String, Vec<f64>)> },
+    Lines(Vec<(String, Vec<(f64, f64)>)>),
+}
+
+/// An evaluation's picture; none of those that give but one number.
+pub fn evaluation(name: &str, notes: &Value) -> Vec<Panel> {
+    if let Some(grid) = heat(name, notes, None) {
+        let title = format!("{name}: {} % on average", percent(notes["score"].as_f64().unwrap_or(f64::NAN)));
+        return vec![Panel { title, body: Body::Heat(grid) }];
+    }
+    if name != "loss" {
+        return vec![];
+    }
+    let losses = Losses::of(notes);
+    let row = |(domain, cells): &(String, Vec<Option<(f64, Option<f64>)>>)| {
+        let cell = |cell: &Option<(f64, Option<f64>)>| match cell {
+            None => (String::new(), INK),
+            Some((loss, None)) => (format!("{loss:.3}"), INK),
+            Some((loss, Some(error))) => (format!("{loss:.3} ±{error:.3}"), INK),
+        };
+        [(domain.clone(), INK)].into_iter().chain(cells.iter().map(cell)).collect()
+    };
+    let head = [String::new()].into_iter().chain(losses.ranges).collect();
+    let rows = losses.rows.iter().map(row).collect();
+    vec![Panel { title: "Loss, nats a token".into(), body: Body::Numbers { head, rows } }]
+}
+
+/// A comparison's picture: what was drawn (paper, Figure 2), losses (Table 5), training, and grids of scores (Figure 3).
+pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
+    let (mut panels, sides) = (vec![], firsts(sides));
+    let names: Vec<String> = ["corpus".to_owned()].into_iter().chain(compared.names.clone()).collect();
+    for (title, all) in [
+        ("Tokens by length of their document, %", &compared.lengths),
+        ("Tokens by domain, %", &compared.domains),
+    ] {
+        let groups = all.iter().map(|shares| {
+            (shares.name.clone(), [shares.corpus].iter().chain(&shares.sides).map(|s| s * 100.0).collect())
+        });
+        let body = Body::Bars { names: names.clone(), groups: groups.collect() };
+        panels.push(Panel { title: title.into(), body });
+    }
+    if !compared.loss.is_empty() {
+        let row = |row: &crate::compare::LossRow| {
+            let range = positions(&json!({ "positions": row.positions }));
+            let name = format!("{} {range}", row.domain.as_deref().unwrap_or("all"));
+            let differences = row.differences.iter().map(|difference| match difference {
+                None => (String::new(), INK),
+                Some(d) => {
+                    let tone = match (d.counts(), d.mean > 0.0) {
+                        (false, _) => SOFT,
+                        (true, false) => BETTER,
+                        (true, true) => WORSE,
+                    };
+                    let error = d.error.map_or(String::new(), |error| format!(" ±{error:.3}"));
+                    (format!("{:+.3}{error}", d.mean), tone)
+                }
+            });
+            [(name, INK), (format!("{:.3}", row.loss), INK)].into_iter().chain(differences).collect()
+        };
+        let head = [String::new()].into_iter().chain(compared.names.clone()).collect();
+        let body = Body::Numbers { head, rows: compared.loss.iter().map(row).collect() };
+        let title = "Loss, and the others' difference; coloured where it counts".into();
+        panels.push(Panel { title, body });
+    }
+    let point = |line: &Value| Some((line["tokens"].as_f64()?, line["loss"].as_f64()?));
+    let line = |side: &&Side| -> (String, Vec<_>) {
+        (side.name.clone(), side.metrics.iter().filter_map(point).collect())
+    };
+    let lines: Vec<_> = sides.iter().map(line).filter(|(_, points)| points.len() > 1).collect();
+    if !lines.is_empty() {
+        panels.push(Panel { title: "Loss by tokens trained".into(), body: Body::Lines(lines) });
+    }
+    for name in ["needle", "retrieval"] {
+        for side in &sides {
+            let trained = side.manifest.conf.pack.sequence_tokens.0;
+            let notes = side.manifest.summary.evaluations.get(name);
+            if let Some((notes, grid)) = notes.and_then(|n| Some((n, heat(name, n, Some(trained))?))) {
+                let score = percent(notes["score"].as_f64().unwrap_or(f64::NAN));
+                panels.push(Panel {
+                    title: format!("{}: {name} {score} %", side.name),
+                    body: Body::Heat(grid),
+                });
+            }
+        }
+    }
+    panels
+}
+
+/// The picture, of 1,920 by 1,080.
+///
+/// # Errors
+/// There are no panels.
+pub fn png(title: &str, panels: &[Panel]) -> Result<Vec<u8>> {
+    if panels.is_empty() {
+        return Err(Error::usage("there is nothing to draw", "use --html or --json for single numbers"));
+    }
+    let mut fonts = usvg::fontdb::Database::new();
+    fonts.load_font_data(dejavu::sans::regular().to_vec());
+    fonts.load_font_data(dejavu::sans::bold().to_vec());
+    let options =
+        usvg::Options { font_family: "DejaVu Sans".into(), fontdb: Arc::new(fonts), ..Default::default() };
+    let broken =
+        |e: &dyn std::fmt::Display| Error::data(format!("the picture can't be drawn: {e}"), "use --html");
+    let tree = usvg::Tree::from_str(&svg(title, panels), &options).map_err(|e| broken(&e))?;
+    let mut picture = tiny_skia::Pixmap::new(WIDTH as u32, HEIGHT as u32).expect("a size that there can be");
+    resvg::render(&tree, tiny_skia::Transform::default(), &mut picture.as_mut());
+    picture.encode_png().map_err(|e| broken(&e))
+}
+
+/// Where something is drawn.
+#[derive(Clone, Copy)]
+struct Area {
+    x: f64,
+    y: f64,
+    width: f64,
+    height: f64,
+}
+
+fn svg(title: &str, panels: &[Panel]) -> String {
+    let mut draw = Drawing(String::new());
+    draw.text(MARGIN, 76.0, 36.0, Anchor::Start, INK, true, title, WIDTH - 2.0 * MARGIN);
+    let columns = (panels.len() as f64).sqrt().ceil().max(1.0);
+    let rows = (panels.len() as f64 / columns).ceil();
+    let (left, top) = (MARGIN, 110.0);
+    let (wide, tall) = ((WIDTH - 2.0 * left) / columns, (HEIGHT - top - 24.0) / rows);
+    for (i, panel) in panels.iter().enumerate() {
+        let (row, column) = ((i as f64 / columns).floor(), i as f64 % columns);
+        let area =
+            Area { x: left + column * wide, y: top + row * tall, width: wide - 32.0, height: tall - 24.0 };
+        draw.panel(panel, area);
+    }
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{HEIGHT}\" font-family=\"DejaVu Sans\">\
+         <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>{}</svg>",
+        draw.0
+    )
+}
+
+#[derive(Clone, Copy)]
+enum Anchor {
+    Start,
+    Middle,
+    End,
+}
+
+struct Drawing(String);
+
+impl Drawing {
+    fn rect(&mut self, area: Area, fill: &str) {
+        let Area { x, y, width, height } = area;
+        self.0 += &format!(
+            "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" fill=\"{fill}\"/>\n"
+        );
+    }
+
+    fn line(&mut self, from: (f64, f64), to: (f64, f64), style: &str) {
+        let ((x1, y1), (x2, y2)) = (from, to);
+        self.0 += &format!("<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" {style}/>\n");
+    }
+
+    /// A line of text that is cut where it would be wider than `room`.
+    #[allow(clippy::too_many_arguments)]
+    fn text(
+        &mut self,
+        x: f64,
+        y: f64,
+        size: f64,
+        anchor: Anchor,
+        fill: &str,
+        bold: bool,
+        text: &str,
+        room: f64,
+    ) {
+        let fits = ((room / (size * LETTER)) as usize).max(1);
+        let text = match text.char_indices().nth(fits) {
+            None => text.to_owned(),
+            Some(_) => text.chars().take(fits - 1).chain(['…']).collect(),
+        };
+        let anchor = match anchor {
+            Anchor::Start => "start",
+            Anchor::Middle => "middle",
+            Anchor::End => "end",
+        };
+        let weight = if bold { " font-weight=\"bold\"" } else { "" };
+        self.0 += &format!(
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" font-size=\"{size:.1}\" text-anchor=\"{anchor}\" fill=\"{fill}\"{weight}>{}</text>\n",
+            escape(&text)
+        );
+    }
+
+    fn panel(&mut self, panel: &Panel, area: Area) {
+        self.text(area.x, area.y + 24.0, 20.0, Anchor::Start, INK, true, &panel.title, area.width);
+        let inside = Area { y: area.y + 40.0, height: area.height - 40.0, ..area };
+        match &panel.body {
+            Body::Heat(grid) => self.heat(grid, inside),
+            Body::Numbers { head, rows } => self.numbers(head, rows, inside),
+            Body::Bars { names, groups } => self.bars(names, groups, inside),
+            Body::Lines(lines) => self.lines(lines, inside),
+        }
+    }
+
+    /// The paper's Figure 1: red to green, a white dashed line at the length that training had.
+    fn heat(&mut self, grid: &Grid, area: Area) {
+        let names = grid.rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0) as f64;
+        let left = (names * 15.0 * LETTER + 12.0).min(area.width / 3.0);
+        let wide = (area.width - left) / grid.lengths.len().max(1) as f64;
+        let tall = ((area.height - 28.0) / grid.rows.len().max(1) as f64).min(96.0);
+        for (row, (name, scores)) in grid.rows.iter().enumerate() {
+            let y = area.y + row as f64 * tall;
+            self.text(area.x + left - 8.0, y + tall / 2.0 + 5.0, 15.0, Anchor::End, SOFT, false, name, left);
+            for (column, score) in scores.iter().enumerate() {
+                let Some(score) = score else { continue };
+                let x = area.x + left + column as f64 * wide;
+                let cell = Area { x, y, width: wide - 1.0, height: tall - 1.0 };
+                self.rect(cell, &colour(*score).replace(' ', ","));
+                if wide >= 26.0 && tall >= 14.0 {
+                    let (score, middle) = (format!("{:.0}", score * 100.0), x + wide / 2.0);
+                    let size = (tall * 0.5).clamp(10.0, 18.0);
+                    self.text(
+                        middle,
+                        y + tall / 2.0 + size * 0.36,
+                        size,
+                        Anchor::Middle,
+                        INK,
+                        false,
+                        &score,
+                        wide,
+                    );
+                }
+            }
+        }
+        let bottom = area.y + grid.rows.len() as f64 * tall;
+        // as many lengths as have room
+        let every = ((7.0 * 14.0 * LETTER) / wide).ceil().max(1.0) as usize;
+        for (column, length) in grid.lengths.iter().enumerate().step_by(every) {
+            let x = area.x + left + (column as f64 + 0.5) * wide;
+            self.text(
+                x,
+                bottom + 20.0,
+                14.0,
+                Anchor::Middle,
+                SOFT,
+                false,
+                &number(*length),
+                wide * every as f64,
+            );
+        }
+        if let Some(beyond) = grid.beyond() {
+            let x = area.x + left + beyond as f64 * wide;
+            let style = "stroke=\"#ffffff\" stroke-width=\"5\" stroke-dasharray=\"12 8\"";
+            self.line((x, area.y), (x, bottom), style);
+        }
+    }
+
+    fn numbers(&mut self, head: &[String], rows: &[Vec<(String, &'static str)>], area: Area) {
+        let tall = (area.height / (rows.len() + 1) as f64).min(40.0);
+        let size = (tall * 0.58).min(17.0);
+        // names have two columns' room
+        let wide = area.width / (head.len() + 1) as f64;
+        let head: Vec<(String, &'static str)> = head.iter().map(|name| (name.clone(), SOFT)).collect();
+        for (i, row) in [&head].into_iter().chain(rows).enumerate() {
+            let y = area.y + (i as f64 + 0.7) * tall;
+            for (column, (text, tone)) in row.iter().enumerate() {
+                match column {
+                    0 => self.text(area.x, y, size, Anchor::Start, tone, false, text, wide * 1.9),
+                    _ => {
+                        let x = area.x + (column + 2) as f64 * wide;
+                        self.text(x, y, size, Anchor::End, tone, false, text, wide * 0.96);
+                    }
+                }
+            }
+            let below = area.y + (i + 1) as f64 * tall;
+            self.line((area.x, below), (area.x + area.width, below), &format!("stroke=\"{RULE}\""));
+        }
+    }
+
+    /// The names of the series, in their colours, on top; the area that is left.
+    fn legend<'a>(&mut self, names: impl Iterator<Item = (usize, &'a String)>, area: Area) -> Area {
+        let (mut x, mut y) = (area.x, area.y + 14.0);
+        for (i, name) in names {
+            let wide = name.chars().count() as f64 * 14.0 * LETTER + 34.0;
+            if x > area.x && x + wide > area.x + area.width {
+                (x, y) = (area.x, y + 20.0);
+            }
+            self.rect(Area { x, y: y - 11.0, width: 12.0, height: 12.0 }, SERIES[i % SERIES.len()]);
+            self.text(x + 18.0, y, 14.0, Anchor::Start, SOFT, false, name, area.width);
+            x += wide;
+        }
+        let top = y + 14.0;
+        Area { y: top, height: area.y + area.height - top, ..area }
+    }
+
+    /// Room for what is drawn above its axis, whose values stand at the left.
+    fn axis(&mut self, area: Area, low: f64, high: f64) -> (Area, f64, f64) {
+        let ticks = ticks(low, high, 4);
+        let (low, high) = (ticks[0], ticks[ticks.len() - 1]);
+        let inside = Area { x: area.x + 52.0, width: area.width - 52.0, height: area.height - 28.0, ..area };
+        for tick in ticks {
+            let y = inside.y + (high - tick) / (high - low) * inside.height;
+            self.line((inside.x, y), (inside.x + inside.width, y), &format!("stroke=\"{RULE}\""));
+            self.text(inside.x - 8.0, y + 5.0, 14.0, Anchor::End, SOFT, false, &tick_label(tick), 52.0);
+        }
+        (inside, low, high)
+    }
+
+    fn bars(&mut self, names: &[String], groups: &[(String, Vec<f64>)], area: Area) {
+        let area = self.legend(names.iter().enumerate(), area);
+        let most = groups.iter().flat_map(|(_, values)| values).copied().fold(0.1, f64::max);
+        let (inside, _, high) = self.axis(area, 0.0, most);
+        let wide = inside.width / groups.len().max(1) as f64;
+        let bar = wide * 0.86 / names.len().max(1) as f64;
+        for (group, (name, values)) in groups.iter().enumerate() {
+            let left = inside.x + group as f64 * wide;
+            for (i, value) in values.iter().enumerate() {
+                let tall = value / high * inside.height;
+                let y = inside.y + inside.height - tall;
+                let own = Area { x: left + wide * 0.07 + i as f64 * bar, y, width: bar * 0.92, height: tall };
+                self.rect(own, SERIES[i % SERIES.len()]);
+            }
+            let bottom = inside.y + inside.height + 20.0;
+            self.text(left + wide / 2.0, bottom, 13.0, Anchor::Middle, SOFT, false, name, wide);
+        }
+    }
+
+    fn lines(&mut self, lines: &[(String, Vec<(f64, f64)>)], area: Area) {
+        // the corpus has the first colour
+        let area = self.legend(lines.iter().enumerate().map(|(i, (name, _))| (i + 1, name)), area);
+        let lines: Vec<Vec<(f64, f64)>> =
+            lines.iter().map(|(_, points)| thinned(points, MOST_POINTS).1).collect();
+        let all = || lines.iter().flatten();
+        let low = all().map(|p| p.1).fold(f64::INFINITY, f64::min);
+        let (most, high) = all().fold((1.0, low), |(x, y), p| (p.0.max(x), p.1.max(y)));
+        let (inside, low, high) = self.axis(area, low, high);
+        let place = |(x, y): &(f64, f64)| {
+            let (x, y) = (x / most * inside.width, (high - y) / (high - low) * inside.height);
+            format!("{:.1},{:.1}", inside.x + x, inside.y + y)
+        };
+        for (i, points) in lines.iter().enumerate() {
+            let points: Vec<String> = points.iter().map(place).collect();
+            self.0 += &format!(
+                "<polyline points=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"2.5\"/>\n",
+                points.join(" "),
+                SERIES[(i + 1) % SERIES.len()]
+            );
+        }
+        for tick in ticks(0.0, most, 5).into_iter().filter(|tick| *tick <= most) {
+            let x = inside.x + tick / most * inside.width;
+            let bottom = inside.y + inside.height + 20.0;
+            self.text(x, bottom, 14.0, Anchor::Middle, SOFT, false, &number(tick as u64), 120.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn needle() -> Value {
+        let cell =
+            |length: u64, depth: f64, score: f64| json!({ "length": length, "depth": depth, "score": score });
+        json!({ "score": 0.75, "cells": [
+            cell(1024, 0.0, 1.0), cell(1024, 100.0, 1.0), cell(2048, 0.0, 0.0), cell(2048, 100.0, 1.0),
+        ] })
+    }
+
+    /// The colour at a place of the picture.
+    fn pixel(png: &[u8], x: u32, y: u32) -> (u8, u8, u8) {
+        let picture = tiny_skia::Pixmap::decode_png(png).unwrap();
+        let pixel = picture.pixel(x, y).unwrap();
+        (pixel.red(), pixel.green(), pixel.blue())
+    }
+
+    #[test]
+    fn a_grid_is_red_and_green_where_its_scores_are_and_has_the_dashed_line() {
+        let grid = heat("needle", &needle(), Some(1024)).unwrap();
+        let png = png("a model", &[Panel { title: "needle".into(), body: Body::Heat(grid) }]).unwrap();
+        // rows of 96 from y = 150; the left column is 1,024 tokens, the right one 2,048
+        let (green, red) = ((12, 215, 159), (240, 73, 110));
+        assert_eq!(
+            [(300, 160), (1500, 160), (300, 256), (1500, 256)].map(|(x, y)| pixel(&png, x, y)),
+            [green, red, green, green]
+        );
+        let between: Vec<bool> = (900..1100).map(|x| pixel(&png, x, 154) == (255, 255, 255)).collect();
+        assert!(between.windows(4).any(|run| run == [true; 4]), "no white line between the columns");
+    }
+
+    #[test]
+    fn letters_are_drawn_with_a_font_of_our_own() {
+        let blank = png("", &evaluation("needle", &needle())).unwrap();
+        let titled = png("SmolLM2", &evaluation("needle", &needle())).unwrap();
+        let dark = |png: &[u8]| {
+            let picture = tiny_skia::Pixmap::decode_png(png).unwrap();
+            let rows = &picture.pixels()[..WIDTH as usize * 90];
+            rows.iter().filter(|pixel| pixel.red() < 128).count()
+        };
+        assert_eq!(dark(&blank), 0);
+        assert!(dark(&titled) > 500, "{}", dark(&titled));
+    }
+
+    #[test]
+    fn one_number_is_no_picture() {
+        let error = png("x", &evaluation("bookqa", &json!({ "f1": 0.5 }))).unwrap_err().to_string();
+        assert!(error.contains("nothing to draw"), "{error}");
+    }
+}

@@ -1,0 +1,211 @@
+//! Runs whose heavy tasks a cluster does: real schedulers and executors, some of which are killed.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::bench::{Bench, corpus, packed, said, tree};
+use crate::servers::{Cluster, S3, SECRET, free_ports};
+
+/// A corpus of several units, which are tasks of their own; its run packs many files.
+fn bench() -> Bench {
+    let bench = Bench::empty();
+    for seed in 0..6 {
+        // beyond 4 MB a file is a unit
+        let rows = corpus(seed, 60).into_iter().cycle().take(2400);
+        let rows: Vec<_> =
+            rows.enumerate().map(|(i, (domain, text))| (domain, format!("{i} {text}"))).collect();
+        bench.jsonl(&format!("in/{seed}.jsonl"), &rows);
+    }
+    bench.conf("in/*", "jsonl", "");
+    keep_tokenizer(&bench);
+    let conf = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    bench.write("conf.toml", conf.replace("budget = \"40K\"", "budget = \"2M\""));
+    bench
+}
+
+/// Has the conf name the tokenizer that it trains now: training it is not what is tried here.
+fn keep_tokenizer(bench: &Bench) {
+    let said = bench.say(&["run", "conf.toml", "--until", "tokenizer"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    let files = tree(&bench.path("out/stages/tokenizer"));
+    let json = files.iter().find(|path| path.ends_with("tokenizer.json")).unwrap();
+    std::fs::copy(json, bench.path("tokenizer.json")).unwrap();
+    let conf = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    bench.write("conf.toml", conf.replace("train = { vocab = 400 }", "url = \"tokenizer.json\""));
+}
+
+#[test]
+fn a_cluster_makes_the_bytes_of_a_run_without_one() {
+    let bench = bench();
+    let want = packed(&bench.run(&["--set", "run.output=alone"]));
+    let cluster = Cluster::start(2, |_| ());
+    let said = bench.say(&["run", "conf.toml", "--set", &cluster.set(), "--set", "run.output=together"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(packed(Path::new(said.out.trim())) == want);
+    assert_eq!(bench.say(&["verify", said.out.trim()]).code, 0);
+    // what one made is there for the other
+    let plan = bench.say(&["plan", "conf.toml", "--set", "run.output=together"]);
+    assert!(plan.out.lines().filter(|line| line.contains("cached")).count() >= 6, "{}", plan.out);
+    // tasks that went by way of storage are gone
+    assert_eq!(tree(&bench.path("together/tasks")), Vec::<std::path::PathBuf>::new());
+}
+
+/// Kills an executor as soon as a stage has begun to write, and starts another one.
+fn killed_in(stage: &str) {
+    let bench = bench();
+    let want = packed(&bench.run(&["--set", "run.output=alone"]));
+    let mut cluster = Cluster::start(2, |_| ());
+    let running = bench.command(&["run", "conf.toml", "--set", &cluster.set()]).spawn().unwrap();
+    let (folder, began) = (bench.path("out/stages").join(stage), Instant::now());
+    while tree(&folder).is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(100), "{stage} did not begin");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    cluster.kill();
+    cluster.add(|_| ());
+    let said = said(running.wait_with_output().unwrap());
+    assert_eq!(said.code, 0, "{said:?}");
+    // the rows of every stage add up, and the bytes are the same
+    assert!(packed(Path::new(said.out.trim())) == want, "{stage}");
+    assert_eq!(bench.say(&["verify", said.out.trim()]).code, 0);
+}
+
+#[test]
+fn an_executor_killed_while_it_tokenises_changes_nothing() {
+    killed_in("tokens");
+}
+
+#[test]
+fn an_executor_killed_while_it_scatters_changes_nothing() {
+    killed_in("shuffle");
+}
+
+#[test]
+fn an_executor_killed_while_it_packs_changes_nothing() {
+    killed_in("pack");
+}
+
+#[test]
+fn what_a_task_finds_wrong_is_said_as_without_a_cluster() {
+    let bench = Bench::new(3);
+    let cluster = Cluster::start(1, |_| ());
+    keep_tokenizer(&bench);
+    bench.write("in/b.jsonl.zst", b"this is not zstd");
+    let alone = bench.say(&["run", "conf.toml"]);
+    let together = bench.say(&["run", "conf.toml", "--set", &cluster.set()]);
+    assert_eq!((alone.code, together.code), (3, 3), "{alone:?} {together:?}");
+    assert!(alone.err.contains("b.jsonl.zst") && together.err.contains("b.jsonl.zst"), "{together:?}");
+}
+
+#[test]
+fn a_cluster_that_is_not_there_is_said_and_nothing_is_lost() {
+    let bench = Bench::new(3);
+    let [port] = free_ports();
+    let said = bench.say(&["run", "conf.toml", "--set", &format!("engine.url=df://localhost:{port}")]);
+    assert_eq!(said.code, 4, "{said:?}");
+    assert!(said.err.contains("lengthwise cluster scheduler"), "{said:?}");
+    bench.run(&[]);
+    let odd = bench.say(&["run", "conf.toml", "--set", "engine.url=http://localhost"]);
+    assert!(odd.code == 2 && odd.err.contains("df://"), "{odd:?}");
+}
+
+#[test]
+fn a_cluster_on_s3_makes_the_same_bytes_and_leaks_no_secret() {
+    let Some(server) = S3::start() else { return };
+    let bench = Bench::new(3);
+    let want = packed(&bench.run(&[]));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(server.put_first("corpus/a.jsonl", std::fs::read(bench.path("in/a.jsonl")).unwrap()));
+    let cluster = Cluster::start(2, |command| _ = server.credentials(command, SECRET));
+    let sets = ["--set", "source.0.url=s3://bucket/corpus/*", "--set", "run.output=s3://bucket/out"];
+    let mut command = bench.command(&[&["run", "conf.toml", "--set", &cluster.set()], &sets[..]].concat());
+    let done = said(server.credentials(&mut command, SECRET).output().unwrap());
+    assert_eq!(done.code, 0, "{done:?}");
+    let run = done.out.trim().strip_prefix("s3://bucket/").unwrap();
+    runtime.block_on(async {
+        use object_store::ObjectStoreExt;
+        for (name, bytes) in &want {
+            let at = object_store::path::Path::from(format!("{run}/{name}"));
+            let there = server.store.get(&at).await.unwrap().bytes().await.unwrap();
+            assert!(there == bytes[..], "{name}");
+        }
+    });
+    assert!(!done.err.contains(SECRET));
+}
+
+/// The slow proof: `cargo test --release -p lengthwise-tests --test e2e -- --ignored a_hundred_random_kills --nocapture`
+#[test]
+#[ignore = "a slow proof: run it by name"]
+fn a_hundred_random_kills_change_nothing() {
+    let mut server = S3::start().expect("this proof needs `weed`");
+    let bench = bench();
+    let want = packed(&bench.run(&["--set", "run.output=alone"]));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for seed in 0..6 {
+        let text = std::fs::read(bench.path(&format!("in/{seed}.jsonl"))).unwrap();
+        runtime.block_on(server.put_first(&format!("corpus/{seed}.jsonl"), text));
+    }
+    let with = |server: &S3, command: &mut std::process::Command| _ = server.credentials(command, SECRET);
+    let mut cluster = Cluster::start(2, |command| with(&server, command));
+    let kills: usize = std::env::var("KILLS").map_or(100, |kills| kills.parse().unwrap());
+    let mut state = 1_u64;
+    let mut next = |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    // what was killed, how the run that was under way ended
+    let mut outcomes = std::collections::BTreeMap::<(&str, i32), usize>::new();
+    let (mut done, mut runs) = (0, 0);
+    while done < kills {
+        let output = format!("run.output=s3://bucket/out-{runs}");
+        let arguments = ["run", "conf.toml", "--set", &cluster.set(), "--set", &output];
+        let arguments = [&arguments[..], &["--set", "source.0.url=s3://bucket/corpus/*"]].concat();
+        // the same command, until it comes to its end
+        let run = loop {
+            let mut command = bench.command(&arguments);
+            with(&server, &mut command);
+            let mut running = command.spawn().unwrap();
+            let mut killed = "nothing";
+            while running.try_wait().unwrap().is_none() && done < kills && killed == "nothing" {
+                std::thread::sleep(Duration::from_millis(next(4000)));
+                if running.try_wait().unwrap().is_some() {
+                    break;
+                }
+                killed = ["driver", "executor", "scheduler", "storage"][next(4) as usize];
+                match killed {
+                    "driver" => running.kill().unwrap(),
+                    "executor" => {
+                        cluster.kill();
+                        cluster.add(|command| with(&server, command));
+                    }
+                    "scheduler" => cluster.restart(),
+                    _ => server.restart(),
+                }
+                done += 1;
+            }
+            let said = said(running.wait_with_output().unwrap());
+            *outcomes.entry((killed, said.code)).or_default() += 1;
+            // killed (-1), or an error that says that the same command goes on
+            assert!([0, 4, -1].contains(&said.code), "{killed}: {said:?}");
+            if said.code == 0 {
+                break said.out.trim().to_owned();
+            }
+        };
+        let mut verify = bench.command(&["verify", &run]);
+        with(&server, &mut verify);
+        assert_eq!(verify.output().unwrap().status.code(), Some(0));
+        let folder = run.strip_prefix("s3://bucket/").unwrap();
+        runtime.block_on(async {
+            use object_store::ObjectStoreExt;
+            for (name, bytes) in &want {
+                let at = object_store::path::Path::from(format!("{folder}/{name}"));
+                assert!(server.store.get(&at).await.unwrap().bytes().await.unwrap() == bytes[..], "{name}");
+            }
+        });
+        runs += 1;
+        eprintln!("{done} kills, {runs} runs with the same bytes");
+    }
+    for ((killed, code), times) in outcomes {
+        eprintln!("{killed} killed: exit {code}, {times} times");
+    }
+}

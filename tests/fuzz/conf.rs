@@ -1,0 +1,16 @@
+//! The conf: whatever the text is, it is an error with a place in it, or a conf that reads itself again.
+#![no_main]
+
+use lengthwise::conf::Conf;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    match Conf::parse(text, "conf.toml", &[], &|_| None) {
+        Ok(conf) => {
+            let again =
+                Conf::parse(&conf.to_toml(), "conf.toml", &[], &|_| None).expect("what it wrote itself");
+            assert_eq!(again.to_toml(), conf.to_toml());
+        }
+        Err(error) => assert_eq!(error.exit_code(), 2),
+    }
+});

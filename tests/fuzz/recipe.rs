@@ -1,0 +1,11 @@
+//! The recipe check: whatever the SQL is, it is refused or it prints as it was read.
+#![no_main]
+
+use lengthwise::recipe::Recipe;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    if let Ok(recipe) = Recipe::parse("recipe.sql", text) {
+        assert!(!recipe.canonical().is_empty());
+    }
+});
