@@ -11,8 +11,8 @@
 //! of it is digests. So it may be done twice, at once even, and whatever was under way when an executor died is done again.
 //! The driver sees no document and no id.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arrow::array::AsArray;
@@ -32,7 +32,7 @@ use datafusion::logical_expr::{ColumnarValue, ScalarUDF, Signature, SimpleScalar
 use datafusion::prelude::SessionContext;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
-use tokio::sync::{Mutex, OnceCell};
+use tokio::sync::OnceCell;
 
 use crate::hash::Digest;
 use crate::progress::Progress;
@@ -71,8 +71,8 @@ enum Answer {
 /// How a task is sent.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Message {
-    Task(Box<Task>),
+enum Message<T> {
+    Task(T),
     /// It is in storage.
     At(String),
 }
@@ -104,15 +104,16 @@ impl Cluster {
     /// # Errors
     /// The task's own; or [`Error::Cluster`] where the cluster fails it again and again.
     pub async fn perform(&self, task: &Task) -> Result<Output> {
-        let text = serde_json::to_string(task).expect("plain values");
-        let stored = text.len() > MESSAGE_BYTES;
+        let text = json(task);
         let at = self.output.join("tasks").join(&format!("{}.json", Digest::of(text.as_bytes()).short()));
+        let stored = text.len() > MESSAGE_BYTES;
         let message = if stored {
             at.put(text).await?;
-            format!("{{\"at\":{}}}", serde_json::Value::from(at.url()))
+            Message::At(at.url())
         } else {
-            format!("{{\"task\":{text}}}")
+            Message::Task(task)
         };
+        let message = json(&message);
         let mut attempt = 1;
         let output = loop {
             let failed = match self.attempt(&message).await {
@@ -131,7 +132,7 @@ impl Cluster {
             tokio::time::sleep(Duration::from_secs(1 << attempt)).await;
             attempt += 1;
         };
-        *self.ended.lock().await = Instant::now();
+        *self.ended.lock().expect("no panic while held") = Instant::now();
         if stored {
             at.delete().await?;
         }
@@ -150,7 +151,7 @@ impl Cluster {
     /// Returns when no task has ended for too long.
     async fn stalled(&self, began: Instant) {
         loop {
-            let since = began.max(*self.ended.lock().await);
+            let since = began.max(*self.ended.lock().expect("no panic while held"));
             match STALLED.checked_sub(since.elapsed()) {
                 Some(left) => tokio::time::sleep(left).await,
                 None => return,
@@ -179,6 +180,10 @@ impl Cluster {
     }
 }
 
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("plain values")
+}
+
 /// The SQL function that does a task. It needs a worker only where it is called.
 fn function(here: Option<(Arc<Worker>, Handle)>) -> ScalarUDF {
     let call = move |arguments: &[ColumnarValue]| {
@@ -192,8 +197,7 @@ fn function(here: Option<(Arc<Worker>, Handle)>) -> ScalarUDF {
         // a thread of its own: this one belongs to a runtime that executors have for queries
         let work = std::thread::spawn(move || runtime.block_on(answer_to(&message, &worker)));
         let answer = work.join().map_err(|_| DataFusionError::Execution("a task panicked".into()))?;
-        let text = serde_json::to_string(&answer).expect("plain values");
-        Ok(ColumnarValue::Scalar(ScalarValue::Utf8(Some(text))))
+        Ok(ColumnarValue::Scalar(ScalarValue::Utf8(Some(json(&answer)))))
     };
     // volatile: not to be called when the query is planned
     let signature = Signature::exact(vec![DataType::Utf8], Volatility::Volatile);
@@ -206,8 +210,8 @@ async fn answer_to(message: &str, worker: &Worker) -> Answer {
             let help = "run, scheduler and executors have to be the same version of lengthwise";
             Error::data(format!("a task that this executor doesn't know: {e}"), help)
         };
-        let task = match serde_json::from_str(message).map_err(unknown)? {
-            Message::Task(task) => *task,
+        let task: Task = match serde_json::from_str(message).map_err(unknown)? {
+            Message::Task(task) => task,
             Message::At(url) => {
                 serde_json::from_slice(&worker.stores.open(&url)?.read().await?).map_err(unknown)?
             }
@@ -218,13 +222,7 @@ async fn answer_to(message: &str, worker: &Worker) -> Answer {
         Ok(output) => Answer::Ok(output),
         Err(error) => {
             let help = miette::Diagnostic::help(&error).map(|help| help.to_string());
-            let mut message = error.to_string();
-            let mut cause = std::error::Error::source(&error);
-            while let Some(error) = cause {
-                message += &format!(": {error}");
-                cause = error.source();
-            }
-            Answer::Err { code: error.exit_code(), message, help }
+            Answer::Err { code: error.exit_code(), message: error.in_a_line(), help }
         }
     }
 }

@@ -22,7 +22,7 @@ pub struct Side {
     pub name: String,
     pub manifest: RunManifest,
     losses: Vec<Losses>,
-    pub metrics: Vec<Value>,
+    metrics: Vec<Value>,
 }
 
 /// A held-out document's losses, as the evaluation wrote them.
@@ -100,6 +100,18 @@ impl Difference {
     pub fn counts(&self) -> bool {
         self.mean.abs() > COUNTS && self.error.is_none_or(|error| self.mean.abs() > 2.0 * error)
     }
+
+    /// Whether it is for the better; `None` where it doesn't count.
+    pub fn better(&self) -> Option<bool> {
+        self.counts().then_some(self.mean < 0.0)
+    }
+}
+
+impl LossRow {
+    /// Its domain, or that it is of all.
+    pub fn domain(&self) -> &str {
+        self.domain.as_deref().unwrap_or("all")
+    }
 }
 
 impl Side {
@@ -115,6 +127,12 @@ impl Side {
         let losses = lines("eval/loss/cases.jsonl").await?;
         let losses = losses.into_iter().filter_map(|case| serde_json::from_value(case).ok()).collect();
         Ok(Self { name, manifest, losses, metrics })
+    }
+
+    /// Loss by tokens trained.
+    pub fn training(&self) -> Vec<(f64, f64)> {
+        let point = |line: &Value| Some((line["tokens"].as_f64()?, line["loss"].as_f64()?));
+        self.metrics.iter().filter_map(point).collect()
     }
 
     fn preview(&self) -> Preview {
@@ -149,13 +167,14 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
 
 /// Compares the first with the others.
 pub fn compare(sides: &[Side]) -> Comparison {
-    let (groups, firsts) = (groups(sides), firsts(sides));
+    let groups = groups(sides);
+    let firsts: Vec<&Side> = groups.iter().map(|group| group[0]).collect();
     let previews: Vec<Vec<Preview>> =
         groups.iter().map(|group| group.iter().map(|side| side.preview()).collect()).collect();
     let scores = sides.iter().flat_map(|side| side.manifest.summary.evaluations.keys());
     let scores: BTreeSet<&String> = scores.collect();
     // of all seeds, if all have it
-    let over_seeds = |group: &Vec<&Side>, value: &dyn Fn(&Side) -> Option<f64>| {
+    let of_all = |group: &Vec<&Side>, value: &dyn Fn(&Side) -> Option<f64>| {
         let values: Option<Vec<f64>> = group.iter().map(|side| value(side)).collect();
         values.map(|values| mean(values.into_iter()))
     };
@@ -182,12 +201,12 @@ pub fn compare(sides: &[Side]) -> Comparison {
             .filter(|name| *name != "loss")
             .map(|name| {
                 let score = |side: &Side| side.manifest.summary.score(name);
-                (name.clone(), groups.iter().map(|group| over_seeds(group, &score)).collect())
+                (name.clone(), groups.iter().map(|group| of_all(group, &score)).collect())
             })
             .collect(),
         training: groups
             .iter()
-            .map(|group| over_seeds(group, &|side| side.metrics.last()?["loss"].as_f64()))
+            .map(|group| of_all(group, &|side| side.metrics.last()?["loss"].as_f64()))
             .collect(),
     }
 }

@@ -159,6 +159,17 @@ impl Error {
         Error::Usage { message: message.into(), help: Some(help.into()) }
     }
 
+    /// Why it came about, the nearest cause first.
+    pub fn causes(&self) -> Vec<String> {
+        let first = std::error::Error::source(self);
+        std::iter::successors(first, |cause| cause.source()).map(ToString::to_string).collect()
+    }
+
+    /// The error and its causes in a line.
+    pub fn in_a_line(&self) -> String {
+        [vec![self.to_string()], self.causes()].concat().join(": ")
+    }
+
     /// The exit code of the process, as documented in the README.
     pub fn exit_code(&self) -> u8 {
         match self {

@@ -304,6 +304,7 @@ pub async fn obtain(
 
 /// Bytes of memory that this process may take: the machine's, or what its cgroup allows. `root` is `/`.
 fn machine_memory(root: &std::path::Path) -> Option<u64> {
+    // a system without these files says nothing of limits, and nothing is refused
     let read = |path: &str| std::fs::read_to_string(root.join(path)).ok();
     let kilobytes = read("proc/meminfo")?
         .lines()

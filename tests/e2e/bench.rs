@@ -16,17 +16,22 @@ pub fn recipe(name: &str) -> String {
 
 pub type Row = (String, String);
 
+/// Numbers below a bound, the same for the same seed.
+pub fn random(seed: u64) -> impl FnMut(u64) -> u64 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) + 1;
+    move |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    }
+}
+
 /// Documents of three domains with heavy-tailed lengths: (domain, text).
 pub fn corpus(seed: u64, documents: usize) -> Vec<Row> {
     const WORDS: [&str; 24] = [
         "the", "sea", "was", "calm", "and", "wide", "fn", "main", "let", "x", "=", "1;", "Theorem", "holds",
         "for", "all", "primes", "über", "naïve", "日本", "run", "again", "until", "dawn.\n",
     ];
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) + 1;
-    let mut next = move |below: u64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % below
-    };
+    let mut next = random(seed);
     let mut rows = vec![];
     for i in 0..documents {
         let domain = ["book", "code", "web"][next(3) as usize];
@@ -116,6 +121,29 @@ impl Bench {
 
     pub fn say(&self, arguments: &[&str]) -> Said {
         said(self.command(arguments).output().unwrap())
+    }
+
+    /// Has the conf name the tokenizer that it trains now: trained on other documents, it would be another one.
+    pub fn keep_tokenizer(&self) {
+        let said = self.say(&["run", "conf.toml", "--until", "tokenizer"]);
+        assert_eq!(said.code, 0, "{said:?}");
+        let files = tree(&self.path("out/stages/tokenizer"));
+        let json = files.iter().find(|path| path.ends_with("tokenizer.json")).unwrap();
+        std::fs::copy(json, self.path("tokenizer.json")).unwrap();
+        self.change("conf.toml", "train = { vocab = 400 }", "url = \"tokenizer.json\"");
+    }
+
+    /// Gives the folder a recipe of its own, so that it can be committed.
+    pub fn own_recipe(&self) {
+        self.write("sql/mixtures/own.sql", std::fs::read(recipe("per_source")).unwrap());
+        self.change("conf.toml", &recipe("per_source"), "sql/mixtures/own.sql");
+    }
+
+    /// Replaces a text in a file.
+    pub fn change(&self, name: &str, old: &str, new: &str) {
+        let text = std::fs::read_to_string(self.path(name)).unwrap();
+        assert!(text.contains(old), "{old} is not in {name}");
+        self.write(name, text.replace(old, new));
     }
 
     pub fn git(&self, arguments: &[&str]) {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::bench::{Bench, corpus, packed, said, tree};
+use crate::bench::{Bench, corpus, packed, random, said, tree};
 use crate::servers::{Cluster, S3, SECRET, free_ports};
 
 /// A corpus of several units, which are tasks of their own; its run packs many files.
@@ -17,21 +17,9 @@ fn bench() -> Bench {
         bench.jsonl(&format!("in/{seed}.jsonl"), &rows);
     }
     bench.conf("in/*", "jsonl", "");
-    keep_tokenizer(&bench);
-    let conf = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
-    bench.write("conf.toml", conf.replace("budget = \"40K\"", "budget = \"2M\""));
+    bench.keep_tokenizer();
+    bench.change("conf.toml", "budget = \"40K\"", "budget = \"2M\"");
     bench
-}
-
-/// Has the conf name the tokenizer that it trains now: training it is not what is tried here.
-fn keep_tokenizer(bench: &Bench) {
-    let said = bench.say(&["run", "conf.toml", "--until", "tokenizer"]);
-    assert_eq!(said.code, 0, "{said:?}");
-    let files = tree(&bench.path("out/stages/tokenizer"));
-    let json = files.iter().find(|path| path.ends_with("tokenizer.json")).unwrap();
-    std::fs::copy(json, bench.path("tokenizer.json")).unwrap();
-    let conf = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
-    bench.write("conf.toml", conf.replace("train = { vocab = 400 }", "url = \"tokenizer.json\""));
 }
 
 #[test]
@@ -89,7 +77,7 @@ fn an_executor_killed_while_it_packs_changes_nothing() {
 fn what_a_task_finds_wrong_is_said_as_without_a_cluster() {
     let bench = Bench::new(3);
     let cluster = Cluster::start(1, |_| ());
-    keep_tokenizer(&bench);
+    bench.keep_tokenizer();
     bench.write("in/b.jsonl.zst", b"this is not zstd");
     let alone = bench.say(&["run", "conf.toml"]);
     let together = bench.say(&["run", "conf.toml", "--set", &cluster.set()]);
@@ -148,11 +136,7 @@ fn a_hundred_random_kills_change_nothing() {
     let with = |server: &S3, command: &mut std::process::Command| _ = server.credentials(command, SECRET);
     let mut cluster = Cluster::start(2, |command| with(&server, command));
     let kills: usize = std::env::var("KILLS").map_or(100, |kills| kills.parse().unwrap());
-    let mut state = 1_u64;
-    let mut next = |below: u64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % below
-    };
+    let mut next = random(1);
     // what was killed, how the run that was under way ended
     let mut outcomes = std::collections::BTreeMap::<(&str, i32), usize>::new();
     let (mut done, mut runs) = (0, 0);

@@ -221,15 +221,11 @@ fn a_sweep_trains_each_recipe_on_the_same_tokens_and_compares_them() {
 #[test]
 fn two_commits_of_a_conf_are_compared() {
     let bench = Bench::new(4);
-    bench.write("sql/mixtures/own.sql", std::fs::read(recipe("per_source")).unwrap());
-    let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
-    let text = text.replace(&recipe("per_source"), "sql/mixtures/own.sql");
-    bench.write("conf.toml", &text);
+    bench.own_recipe();
     bench.git(&["init", "-q"]);
     bench.commit("before");
-    bench.write("conf.toml", text.replace("long_tokens = 512", "long_tokens = 256"));
-    let own = std::fs::read_to_string(bench.path("sql/mixtures/own.sql")).unwrap();
-    bench.write("sql/mixtures/own.sql", own.replace("double = 0.70", "double = 0.60"));
+    bench.change("conf.toml", "long_tokens = 512", "long_tokens = 256");
+    bench.change("sql/mixtures/own.sql", "double = 0.70", "double = 0.60");
     bench.commit("after");
     // not run yet: what is missing is said, and nothing is computed
     let early = bench.say(&["compare", "conf.toml", "--at", "HEAD~1..HEAD"]);

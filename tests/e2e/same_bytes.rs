@@ -7,7 +7,7 @@ use arrow::datatypes::{DataType, Field};
 
 use serde_json::Value;
 
-use crate::bench::{Bench, Row, corpus, packed, recipe, tree};
+use crate::bench::{Bench, Row, corpus, packed, tree};
 
 fn parquet(rows: &[Row]) -> Vec<u8> {
     let sets: ArrayRef = Arc::new(StringArray::from_iter_values(rows.iter().map(|row| &row.0)));
@@ -78,14 +78,11 @@ fn a_run_is_reproduced_from_its_manifest_and_a_changed_input_is_named() {
 fn a_conf_of_a_commit_is_run_as_it_was() {
     let bench = Bench::new(6);
     // the recipe has to be in the commit, too
-    bench.write("sql/mixtures/own.sql", std::fs::read(recipe("per_source")).unwrap());
-    let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
-    bench.write("conf.toml", text.replace(&recipe("per_source"), "sql/mixtures/own.sql"));
+    bench.own_recipe();
     bench.git(&["init", "-q"]);
     bench.commit("conf");
     let want = packed(&bench.run(&[]));
-    let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
-    bench.write("conf.toml", text.replace("seed = 7", "seed = 9"));
+    bench.change("conf.toml", "seed = 7", "seed = 9");
     assert!(packed(&bench.run(&[])) != want);
     assert!(packed(&bench.run(&["--at", "HEAD"])) == want);
     let manifest = std::fs::read_to_string(bench.run(&["--at", "HEAD"]).join("manifest.json")).unwrap();

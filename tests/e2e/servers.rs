@@ -32,10 +32,18 @@ pub fn free_ports<const N: usize>() -> [u16; N] {
 /// A process that ends with the test.
 pub struct Process(pub Child);
 
-impl Drop for Process {
-    fn drop(&mut self) {
+impl Process {
+    /// With SIGKILL.
+    fn kill(&mut self) {
+        // it may have ended by itself
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 
@@ -81,8 +89,7 @@ impl S3 {
 
     /// Kills the server with SIGKILL, and starts it again.
     pub fn restart(&mut self) {
-        let _ = self.process.0.kill();
-        let _ = self.process.0.wait();
+        self.process.kill();
         self.process = serve(&self.program, self.dir.path(), self.ports);
     }
 
@@ -146,12 +153,11 @@ impl Cluster {
 
     /// Kills the scheduler with SIGKILL, and starts it again.
     pub fn restart(&mut self) {
-        let _ = self.scheduler.0.kill();
-        let _ = self.scheduler.0.wait();
+        self.scheduler.kill();
         self.scheduler = schedule(self.port);
     }
 
-    /// Kills one that has done some work, with SIGKILL.
+    /// Kills the executor that has been there the longest, with SIGKILL.
     pub fn kill(&mut self) {
         drop(self.executors.remove(0));
     }

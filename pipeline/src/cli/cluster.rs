@@ -5,9 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, Subcommand};
 
-use super::stores;
+use super::{Signals, stores};
 use crate::cluster::{Place, execute, schedule};
-use crate::error::Doing;
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -60,11 +59,12 @@ impl PlaceArguments {
 }
 
 pub async fn main(arguments: ClusterArguments) -> Result<()> {
+    let mut told = Signals::listen()?;
     match arguments.role {
         Role::Scheduler { place } => {
             tokio::select! {
                 ended = schedule(place.or(50050)) => ended,
-                signal = told() => signal,
+                () = told.next() => Ok(()),
             }
         }
         Role::Executor { place, scheduler, slots } => {
@@ -80,22 +80,11 @@ pub async fn main(arguments: ClusterArguments) -> Result<()> {
             let stopping = stop.clone();
             tokio::spawn(async move {
                 // it ends by itself once its tasks have
-                if told().await.is_ok() {
-                    stopping.store(true, Ordering::Relaxed);
-                }
+                told.next().await;
+                stopping.store(true, Ordering::Relaxed);
             });
             let scheduler = Place { host: host.to_owned(), port };
             execute(place.or(50061), scheduler, slots, stores()?, stop).await
         }
-    }
-}
-
-/// Returns when a signal says to stop.
-async fn told() -> Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).doing(|| "cannot listen for signals".into())?;
-    tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        interrupted = tokio::signal::ctrl_c() => interrupted.doing(|| "cannot listen for signals".into()),
     }
 }

@@ -2,9 +2,8 @@
 
 use clap::Args;
 
-use super::{ConfArguments, print, run_folder};
+use super::{ConfArguments, print, run_folder, write};
 use crate::compare::{Comparison, Side, compare};
-use crate::error::Doing;
 use crate::flow::Flow;
 use crate::report::{comparison, slide};
 use crate::run::{Goal, Stage};
@@ -92,11 +91,11 @@ impl OutputArguments {
         let compared: Comparison = compare(sides);
         if let Some(path) = &self.html {
             let html = comparison::comparison(sides, &compared);
-            std::fs::write(path, html).doing(|| format!("cannot write {}", path.display()))?;
+            write(path, html)?;
         }
         if let Some(path) = &self.png {
             let picture = slide::png(&compared.names.join(" · "), &slide::comparison(sides, &compared))?;
-            std::fs::write(path, picture).doing(|| format!("cannot write {}", path.display()))?;
+            write(path, picture)?;
         }
         print(self.json, &compared, || comparison::text(&compared));
         Ok(())

@@ -10,9 +10,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{ConfArguments, print, run_folder, stores, until_told};
+use super::{ConfArguments, print, run_folder, stores, until_told, write};
 use crate::conf::Conf;
-use crate::error::Doing;
 use crate::flow::Flow;
 use crate::progress::Progress;
 use crate::publish;
@@ -132,13 +131,13 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
     let notes = &done.manifest.notes;
     if let Some(path) = &arguments.html {
         let html = report::evaluation_page(evaluation.name(), &arguments.target, notes);
-        std::fs::write(path, html).doing(|| format!("cannot write {}", path.display()))?;
+        write(path, html)?;
     }
     let cases = done.folder.join("cases.jsonl").url();
     if let Some(path) = &arguments.png {
         let panels = report::slide::evaluation(evaluation.name(), notes);
         let picture = report::slide::png(&arguments.target, &panels)?;
-        std::fs::write(path, picture).doing(|| format!("cannot write {}", path.display()))?;
+        write(path, picture)?;
     }
     let value = json!({ "evaluation": evaluation.name(), "result": notes, "cases": cases });
     print(arguments.json, &value, || format!("{}\n{cases}", text(&evaluation, notes)));

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::conf::Conf;
 use crate::error::Doing;
@@ -163,7 +164,7 @@ pub fn main() -> ExitCode {
             let code = error.exit_code();
             if json {
                 let help = miette::Diagnostic::help(&error).map(|help| help.to_string());
-                tracing::error!(code, help, causes = ?causes(&error), "{error}");
+                tracing::error!(code, help, causes = ?error.causes(), "{error}");
                 return ExitCode::from(code);
             }
             use std::io::Write;
@@ -171,12 +172,6 @@ pub fn main() -> ExitCode {
             ExitCode::from(code)
         }
     }
-}
-
-/// Why an error came about, the nearest cause first.
-fn causes(error: &Error) -> Vec<String> {
-    let first = std::error::Error::source(error);
-    std::iter::successors(first, |cause| cause.source()).map(ToString::to_string).collect()
 }
 
 /// Has the allocator keep what is freed up to a point, for the next part: fetched anew, page by page, it takes a twentieth of
@@ -232,6 +227,27 @@ fn start(command: Command) -> Result<()> {
     result
 }
 
+/// The signals that say to stop.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self> {
+        let listen = |kind| signal(kind).doing(|| "cannot listen for signals".into());
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    /// Returns when the next one comes.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// Runs `work` until it ends or a signal says to stop. Training is given the time to finish its step and to write a
 /// checkpoint; a second signal ends it, too.
 async fn until_stopped<T>(run: &Run, work: impl Future<Output = Result<T>>) -> Result<T> {
@@ -244,16 +260,12 @@ async fn until_told<T>(
     finishes: &AtomicBool,
     work: impl Future<Output = Result<T>>,
 ) -> Result<T> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let listen =
-        |kind| signal(kind).map_err(|source| Error::Io { doing: "cannot listen for signals".into(), source });
-    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let mut told = Signals::listen()?;
     let mut work = std::pin::pin!(work);
     for signals in 1.. {
         tokio::select! {
             done = &mut work => return done,
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            () = told.next() => {}
         }
         stop.store(true, Ordering::Relaxed);
         if signals == 2 || !finishes.load(Ordering::Relaxed) {
@@ -270,6 +282,11 @@ fn print(json: bool, value: &impl serde::Serialize, text: impl FnOnce() -> Strin
     let text = if json { serde_json::to_string_pretty(value).expect("plain values print") } else { text() };
     // a reader that went away (`| head`) is no failure
     let _ = writeln!(std::io::stdout(), "{}", text.trim_end_matches('\n'));
+}
+
+/// Writes a file that the command line names.
+fn write(path: &std::path::Path, bytes: impl AsRef<[u8]>) -> Result<()> {
+    std::fs::write(path, bytes).doing(|| format!("cannot write {}", path.display()))
 }
 
 /// The directory of a run, by URL or path.

@@ -85,13 +85,7 @@ async fn training(run: &Run) -> Option<(Value, String)> {
     match crate::stages::train::plan(run).await {
         Ok(plan) => plan.map(|plan| (json!(plan), plan.text())),
         Err(error) => {
-            let mut why = error.to_string();
-            let mut cause = std::error::Error::source(&error);
-            while let Some(error) = cause {
-                why += &format!(": {error}");
-                cause = error.source();
-            }
-            Some((Value::Null, format!("training: what it needs can't be said: {why}")))
+            Some((Value::Null, format!("training: what it needs can't be said: {}", error.in_a_line())))
         }
     }
 }

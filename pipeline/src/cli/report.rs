@@ -3,7 +3,6 @@
 use clap::Args;
 
 use super::run_folder;
-use crate::error::Doing;
 use crate::publish::{self, Attempt};
 use crate::store::json_lines;
 use crate::{Result, report};
@@ -45,7 +44,7 @@ pub async fn main(arguments: ReportArguments) -> Result<()> {
     let metrics: Vec<serde_json::Value> = json_lines(&metrics).flatten().collect();
     let html = report::html(&manifest, &attempt, &metrics);
     match arguments.output {
-        Some(path) => std::fs::write(&path, html).doing(|| format!("cannot write {}", path.display())),
+        Some(path) => super::write(&path, html),
         None => {
             super::print(false, &(), || html);
             Ok(())

@@ -1,7 +1,5 @@
 //! A comparison as a page: what was asked, the mixtures (paper, Figure 2), losses (Table 5), and what evaluations gave.
 
-use serde_json::{Value, json};
-
 use super::evaluation::{evaluation, positions};
 use super::text::{Cell, code, escape, figure, percent, table, words};
 use super::{curve, page, section};
@@ -86,24 +84,23 @@ fn loss(comparison: &Comparison) -> String {
         .loss
         .iter()
         .map(|row| {
-            let of = json!({ "positions": row.positions });
             let differences = row.differences.iter().map(|difference| match difference {
                 None => figure(""),
                 Some(difference) => {
                     let error = difference
                         .error
                         .map_or(String::new(), |e| format!(" <span class=\"soft\">±{e:.3}</span>"));
-                    let class = match (difference.counts(), difference.mean > 0.0) {
-                        (false, _) => "",
-                        (true, false) => "better",
-                        (true, true) => "worse",
+                    let class = match difference.better() {
+                        None => "",
+                        Some(true) => "better",
+                        Some(false) => "worse",
                     };
                     figure(format!("<span class=\"{class}\">{}</span>{error}", number(difference.mean)))
                 }
             });
             [
-                words(row.domain.as_deref().unwrap_or("all")),
-                words(&positions(&of)),
+                words(row.domain()),
+                words(&positions(&row.positions)),
                 figure(row.documents.to_string()),
                 figure(format!("{:.3}", row.loss)),
             ]
@@ -141,11 +138,9 @@ fn scores(comparison: &Comparison) -> String {
 }
 
 fn training(sides: &[&Side]) -> String {
-    let curves = sides.iter().map(|side| {
-        let points = |line: &Value| Some((line["tokens"].as_f64()?, line["loss"].as_f64()?));
-        let points: Vec<(f64, f64)> = side.metrics.iter().filter_map(points).collect();
-        curve(&format!("{}: loss by tokens trained", side.name), "small", &points)
-    });
+    let curves = sides
+        .iter()
+        .map(|side| curve(&format!("{}: loss by tokens trained", side.name), "small", &side.training()));
     let curves: String = curves.collect();
     if curves.is_empty() { curves } else { format!("<div class=\"panels\">\n{curves}</div>\n") }
 }
@@ -210,11 +205,7 @@ pub fn text(comparison: &Comparison) -> String {
         lines.push(String::new());
     }
     for of in &comparison.loss {
-        let name = format!(
-            "loss {} {}",
-            of.domain.as_deref().unwrap_or("all"),
-            positions(&json!({ "positions": of.positions }))
-        );
+        let name = format!("loss {} {}", of.domain(), positions(&of.positions));
         let differences = of.differences.iter().map(|difference| match difference {
             None => String::new(),
             Some(d) => format!("{:+.3}{}", d.mean, if d.counts() { "*" } else { " " }),

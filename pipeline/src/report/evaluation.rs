@@ -34,7 +34,7 @@ pub fn evaluation(name: &str, notes: &Value, trained: Option<u64>) -> (String, S
     }
 }
 
-fn real(value: &Value) -> f64 {
+pub(super) fn real(value: &Value) -> f64 {
     value.as_f64().unwrap_or(f64::NAN)
 }
 
@@ -42,6 +42,17 @@ fn real(value: &Value) -> f64 {
 fn lengths(notes: &Value) -> Vec<u64> {
     let lengths: BTreeSet<u64> = cells(notes).iter().filter_map(|cell| cell["length"].as_u64()).collect();
     lengths.into_iter().collect()
+}
+
+/// Each once, in the order in which they come.
+fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
+    let mut once = vec![];
+    for one in all {
+        if !once.contains(&one) {
+            once.push(one);
+        }
+    }
+    once
 }
 
 fn cells(notes: &Value) -> &[Value] {
@@ -136,12 +147,7 @@ pub fn heat(name: &str, notes: &Value, trained: Option<u64>) -> Option<Grid> {
             Some(Grid { label: "Score by depth and length", corner: "depth", rows, lengths, trained })
         }
         "retrieval" => {
-            let mut tasks: Vec<&str> = vec![];
-            for task in cells(notes).iter().filter_map(|cell| cell["task"].as_str()) {
-                if !tasks.contains(&task) {
-                    tasks.push(task);
-                }
-            }
+            let tasks = distinct(cells(notes).iter().filter_map(|cell| cell["task"].as_str()));
             let rows = tasks.iter().map(|task| row((*task).to_owned(), &|c| c["task"] == **task)).collect();
             Some(Grid { label: "Score by task and length", corner: "task", rows, lengths, trained })
         }
@@ -169,9 +175,9 @@ fn retrieval(notes: &Value, trained: Option<u64>) -> String {
     )
 }
 
-/// "4K-128K" of a cell's positions.
-pub fn positions(cell: &Value) -> String {
-    let kilo = |key: &str| cell["positions"][key].as_u64().unwrap_or(0) >> 10;
+/// "4K–128K".
+pub fn positions(range: &Value) -> String {
+    let kilo = |key: &str| range[key].as_u64().unwrap_or(0) >> 10;
     let from = kilo("from");
     if from == 0 { format!("0–{}K", kilo("until")) } else { format!("{from}K–{}K", kilo("until")) }
 }
@@ -184,21 +190,13 @@ pub struct Losses {
 
 impl Losses {
     pub fn of(notes: &Value) -> Self {
-        let mut ranges: Vec<String> = vec![];
-        let mut domains: Vec<Option<&str>> = vec![];
-        for cell in cells(notes) {
-            let (range, domain) = (positions(cell), cell["domain"].as_str());
-            if !ranges.contains(&range) {
-                ranges.push(range);
-            }
-            if !domains.contains(&domain) {
-                domains.push(domain);
-            }
-        }
+        let ranges = distinct(cells(notes).iter().map(|cell| positions(&cell["positions"])));
+        let domains = distinct(cells(notes).iter().map(|cell| cell["domain"].as_str()));
         let row = |domain: &Option<&str>| {
             let loss = |range: &String| {
-                let own =
-                    cells(notes).iter().find(|c| c["domain"].as_str() == *domain && positions(c) == *range);
+                let own = cells(notes)
+                    .iter()
+                    .find(|c| c["domain"].as_str() == *domain && positions(&c["positions"]) == *range);
                 own.map(|cell| (real(&cell["loss"]), cell["error"].as_f64()))
             };
             (domain.unwrap_or("all").to_owned(), ranges.iter().map(loss).collect())

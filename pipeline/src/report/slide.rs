@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use resvg::{tiny_skia, usvg};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::charts::{thinned, tick_label, ticks};
-use super::evaluation::{Grid, Losses, colour, heat, positions};
+use super::evaluation::{Grid, Losses, colour, heat, positions, real};
 use super::text::{escape, number, percent};
 use crate::compare::{Comparison, Side, firsts};
 use crate::{Error, Result};
@@ -44,7 +44,7 @@ enum Body {
 /// An evaluation's picture; none of those that give but one number.
 pub fn evaluation(name: &str, notes: &Value) -> Vec<Panel> {
     if let Some(grid) = heat(name, notes, None) {
-        let title = format!("{name}: {} % on average", percent(notes["score"].as_f64().unwrap_or(f64::NAN)));
+        let title = format!("{name}: {} % on average", percent(real(&notes["score"])));
         return vec![Panel { title, body: Body::Heat(grid) }];
     }
     if name != "loss" {
@@ -80,15 +80,14 @@ pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
     }
     if !compared.loss.is_empty() {
         let row = |row: &crate::compare::LossRow| {
-            let range = positions(&json!({ "positions": row.positions }));
-            let name = format!("{} {range}", row.domain.as_deref().unwrap_or("all"));
+            let name = format!("{} {}", row.domain(), positions(&row.positions));
             let differences = row.differences.iter().map(|difference| match difference {
                 None => (String::new(), INK),
                 Some(d) => {
-                    let tone = match (d.counts(), d.mean > 0.0) {
-                        (false, _) => SOFT,
-                        (true, false) => BETTER,
-                        (true, true) => WORSE,
+                    let tone = match d.better() {
+                        None => SOFT,
+                        Some(true) => BETTER,
+                        Some(false) => WORSE,
                     };
                     let error = d.error.map_or(String::new(), |error| format!(" ±{error:.3}"));
                     (format!("{:+.3}{error}", d.mean), tone)
@@ -101,11 +100,8 @@ pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
         let title = "Loss, and the others' difference; coloured where it counts".into();
         panels.push(Panel { title, body });
     }
-    let point = |line: &Value| Some((line["tokens"].as_f64()?, line["loss"].as_f64()?));
-    let line = |side: &&Side| -> (String, Vec<_>) {
-        (side.name.clone(), side.metrics.iter().filter_map(point).collect())
-    };
-    let lines: Vec<_> = sides.iter().map(line).filter(|(_, points)| points.len() > 1).collect();
+    let lines = sides.iter().map(|side| (side.name.clone(), side.training()));
+    let lines: Vec<_> = lines.filter(|(_, points)| points.len() > 1).collect();
     if !lines.is_empty() {
         panels.push(Panel { title: "Loss by tokens trained".into(), body: Body::Lines(lines) });
     }
@@ -114,7 +110,7 @@ pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
             let trained = side.manifest.conf.pack.sequence_tokens.0;
             let notes = side.manifest.summary.evaluations.get(name);
             if let Some((notes, grid)) = notes.and_then(|n| Some((n, heat(name, n, Some(trained))?))) {
-                let score = percent(notes["score"].as_f64().unwrap_or(f64::NAN));
+                let score = percent(real(&notes["score"]));
                 panels.push(Panel {
                     title: format!("{}: {name} {score} %", side.name),
                     body: Body::Heat(grid),
@@ -393,6 +389,7 @@ impl Drawing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn needle() -> Value {
         let cell =
