@@ -1,9 +1,9 @@
 """The same training step as step_speed.rs in PyTorch: transformers' Llama with SDPA, and one written by hand.
 
     pip install torch==2.9.0 transformers==4.57.3
-    python step_speed.py transformers|by-hand SEQUENCE_TOKENS f32|bf16 [--checkpointing] [--steps N]
+    python step_speed.py transformers|by-hand SEQUENCE_TOKENS f32|bf16 [--checkpointing] [--steps N] [--device cuda] [--config FILE]
 
-Prints a line of JSON: the median step, and the most memory above that of the process without the model.
+Prints a line of JSON: the median step, and the most memory, on a CPU above that of the process without the model.
 """
 
 import json
@@ -17,9 +17,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 name, length, dtype = sys.argv[1], int(sys.argv[2]), {"f32": torch.float32, "bf16": torch.bfloat16}[sys.argv[3]]
 checkpointing = "--checkpointing" in sys.argv
+option = lambda name, default: sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
 D, LAYERS, HEADS, KV, FF, VOCAB = 256, 4, 8, 4, 688, 2048
+if file := option("--config", None):
+    shape = json.load(open(file))
+    D, LAYERS, HEADS, FF, VOCAB = (
+        shape[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"))
+    KV = shape.get("num_key_value_heads", HEADS)
 HD = D // HEADS
+device = option("--device", "cpu")
 torch.manual_seed(0)
+torch.set_default_device(device)
 
 
 class Norm(torch.nn.Module):
@@ -82,13 +90,15 @@ def step_of(model, logits):
     ids = torch.tensor([[(i * i * 31 + i * 7) % VOCAB for i in range(length)]])
 
     def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             out = logits(model, ids)
         loss = F.cross_entropy(out.float().view(-1, VOCAB), ids.view(-1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step
 
@@ -97,7 +107,7 @@ config = LlamaConfig(
     vocab_size=VOCAB, hidden_size=D, intermediate_size=FF, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
     num_key_value_heads=KV, rms_norm_eps=1e-5, max_position_embeddings=length, attn_implementation="sdpa", use_cache=False,
 )
-steps = int(sys.argv[sys.argv.index("--steps") + 1]) if "--steps" in sys.argv else 5
+steps = int(option("--steps", 5))
 
 
 def transformers():
@@ -112,6 +122,7 @@ def by_hand():
     return step_of(ByHand(), lambda m, i: m(i))
 
 
+most = torch.cuda.max_memory_allocated if device == "cuda" else lambda: memory("VmHWM:") - before
 before = memory("VmRSS:")
 with open("/proc/self/clear_refs", "w") as clear:
     clear.write("5")
@@ -125,5 +136,5 @@ for _ in range(steps):
 measured = sorted(times[1:] or times)
 print(json.dumps({
     "model": name, "tokens": length, "checkpointing": checkpointing, "threads": torch.get_num_threads(),
-    "seconds": round(measured[len(measured) // 2], 3), "megabytes": (memory("VmHWM:") - before) // 1_000_000,
+    "seconds": round(measured[len(measured) // 2], 3), "megabytes": most() // 1_000_000,
 }))

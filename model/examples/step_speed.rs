@@ -1,9 +1,11 @@
-//! Seconds and memory of training steps of a small Llama (256 wide, 4 layers, 8/4 heads, vocabulary 2,048):
+//! Seconds and memory of training steps of a small Llama (256 wide, 4 layers, 8/4 heads, vocabulary 2,048), or of one of
+//! the shape that a config.json says:
 //!
-//!     cargo run --release --features libtorch --example step_speed -- DEVICE SEQUENCE_TOKENS f32|bf16 [--keep] [--ranks N] [--steps N]
+//!     cargo run --release --features libtorch --example step_speed -- DEVICE SEQUENCE_TOKENS f32|bf16
+//!         [--keep] [--ranks N] [--steps N] [--config FILE]
 //!
-//! `--keep` is recompute = false. Prints a line of JSON: the median step, and the most memory above that of the process
-//! without a model, of all ranks together, beside what `lengthwise plan` says.
+//! `--keep` is recompute = false. Prints a line of JSON: the median step, and the most memory of all ranks together on a GPU,
+//! or on a CPU above that of the process without a model, beside what `lengthwise plan` says.
 
 use std::time::{Duration, Instant};
 
@@ -20,36 +22,35 @@ use lengthwise_model::shards::{Shards, Unit};
 use lengthwise_model::{checkpoint, device};
 use serde_json::json;
 
-/// The most memory since the last call, in bytes.
-fn peak() -> u64 {
-    let peak = device::peak().unwrap_or(0);
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
-    peak
-}
-
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let option = |name: &str| {
         let at = arguments.iter().position(|argument| argument == name)?;
-        arguments.get(at + 1)?.parse::<usize>().ok()
+        arguments.get(at + 1)
     };
+    let number = |name: &str| option(name)?.parse::<usize>().ok();
     let [name, length, precision] = &arguments[..3] else { return Err("see the top of the file".into()) };
     let name = Name::parse(name)?;
     let length: usize = length.parse()?;
     let precision = if precision == "bf16" { FloatDType::BF16 } else { FloatDType::F32 };
     let recompute = !arguments.iter().any(|argument| argument == "--keep");
-    let (ranks, steps) = (option("--ranks").unwrap_or(1), option("--steps").unwrap_or(5));
-    let config: Config = serde_json::from_value(json!({
-        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "vocab_size": 2048, "rms_norm_eps": 1e-5,
-    }))?;
+    let (ranks, steps) = (number("--ranks").unwrap_or(1), number("--steps").unwrap_or(5));
+    let config: Config = match option("--config") {
+        Some(file) => serde_json::from_str(&std::fs::read_to_string(file)?)?,
+        None => serde_json::from_value(json!({
+            "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 2048, "rms_norm_eps": 1e-5,
+        }))?,
+    };
     let ids: Vec<i32> = (0..length as i64).map(|i| ((i * i * 31 + i * 7) % 2048) as i32).collect();
     let results = threads::run(ranks, ranks, Duration::from_secs(3600), |world, sequence| {
         let device = name.open()?;
         world.barrier()?;
-        let before = if world.rank() == 0 { device::resident().unwrap_or(0) } else { 0 };
-        if world.rank() == 0 {
-            peak();
+        let mut before = 0;
+        if world.rank() == 0 && name.host().is_none() {
+            before = device::resident().unwrap_or(0);
+            // the system counts the most anew
+            let _ = std::fs::write("/proc/self/clear_refs", "5");
         }
         let units = Unit::all(&config);
         let read = |i: usize, range| Ok(checkpoint::fresh(&units, i, range, 1));
@@ -81,7 +82,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             world.barrier()?;
             seconds.push(started.elapsed().as_secs_f64());
         }
-        Ok((seconds, if world.rank() == 0 { peak().saturating_sub(before) } else { 0 }))
+        Ok((seconds, name.peak().unwrap_or(0).saturating_sub(before)))
     })?;
     let (mut seconds, memory) = results.into_iter().next().ok_or("no rank")?;
     if seconds.len() > 1 {

@@ -306,7 +306,7 @@ mod tests {
         {
             let case = Case::new(config(tied, 6, 2), length, masked, 3);
             let want = case.whole_graph();
-            for device in Name::anywhere() {
+            for device in Name::at_hand() {
                 for ranks in [1, 2, 4, 8] {
                     let recompute = ranks != 2;
                     let how = How { ranks, device, precision: FloatDType::F32, recompute };
@@ -336,7 +336,7 @@ mod tests {
             let mut targets = vec![NO_TARGET; 80];
             targets[64..79].copy_from_slice(&ids[65..]);
             let largest = logits.iter().fold(0f32, |most, w| most.max(w.abs()));
-            for device in Name::anywhere() {
+            for device in Name::at_hand() {
                 for ranks in [1, 2, 3, 4] {
                     let losses = tokio::task::block_in_place(|| {
                         threads::run(ranks, ranks, Duration::from_secs(60), |world, sequence| {
@@ -386,7 +386,7 @@ mod tests {
     fn bf16_stays_within_its_bound_at_every_size_of_the_ring() {
         let case = Case::new(config(false, 4, 2), 131, false, 5);
         let want = case.whole_graph();
-        for device in Name::anywhere() {
+        for device in Name::at_hand() {
             for ranks in [1, 2, 4, 8] {
                 let how = How { ranks, device, precision: FloatDType::BF16, recompute: true };
                 let (loss, gradients) = sharded(&case, how);
@@ -426,7 +426,7 @@ mod tests {
         ) {
             let case = Case::new(config(tied, kv * groups, kv), length, masked, salt);
             let want = case.whole_graph();
-            for device in Name::anywhere() {
+            for device in Name::at_hand() {
                 let how = How { ranks, device, precision: FloatDType::F32, recompute };
                 let (loss, gradients) = sharded(&case, how);
                 prop_assert!((loss - want.loss).abs() <= 1e-5 * want.loss.abs() + 1e-6);

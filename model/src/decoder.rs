@@ -340,7 +340,7 @@ pub mod tests {
             let (ids, want) = expected(&at).await;
             let checkpoint = Checkpoint::open(&at).await.unwrap();
             let wait = Handle::current();
-            for device in Name::anywhere() {
+            for device in Name::at_hand() {
                 for ranks in [1, 2, 3, 4, 7] {
                     let parts = tokio::task::block_in_place(|| {
                         let model = Model::open(&checkpoint, device, FloatDType::F32, &wait)?;
@@ -388,7 +388,7 @@ pub mod tests {
             let (ids, want) = expected(&at).await;
             let checkpoint = Checkpoint::open(&at).await.unwrap();
             let wait = Handle::current();
-            for device in Name::anywhere() {
+            for device in Name::at_hand() {
                 let model = tokio::task::block_in_place(|| {
                     Model::open(&checkpoint, device, FloatDType::F32, &wait).unwrap()
                 });

@@ -33,10 +33,11 @@ impl Name {
         })
     }
 
-    /// Devices of this build that compute on any machine.
+    /// Devices of this build that compute on this machine, its first GPU among them.
     #[cfg(test)]
-    pub fn anywhere() -> Vec<Self> {
-        [Self::Flex, Self::LibtorchCpu].into_iter().filter(|name| name.open().is_ok()).collect()
+    pub fn at_hand() -> Vec<Self> {
+        let names = [Self::Flex, Self::LibtorchCpu, Self::LibtorchCuda(0)];
+        names.into_iter().filter(|name| name.open().is_ok()).collect()
     }
 
     /// The device itself.
@@ -51,11 +52,34 @@ impl Name {
             Self::LibtorchCpu => Ok(Device::libtorch()),
             #[cfg(feature = "libtorch")]
             #[allow(deprecated)]
-            Self::LibtorchCuda(i) => Ok(Device::libtorch_cuda(i)),
+            Self::LibtorchCuda(i) => match usize::try_from(tch::Cuda::device_count()) {
+                Ok(count) if i < count => Ok(Device::libtorch_cuda(i)),
+                count => Err(Error::Conf(format!(
+                    "train.devices: there is no `{self}`: LibTorch sees {} GPUs; it has to be the one for CUDA, \
+                     `model/libtorch.sh DIR --cuda`, and the machine needs NVIDIA's driver",
+                    count.unwrap_or(0),
+                ))),
+            },
             #[cfg(not(feature = "libtorch"))]
             Self::LibtorchCpu | Self::LibtorchCuda(_) => Err(Error::Conf(format!(
                 "train.devices: `{self}` needs LibTorch, and this build is without; build with --features libtorch"
             ))),
+        }
+    }
+
+    /// The most bytes that this process has had on this device, where anyone counts them: the system for the host's
+    /// memory, LibTorch's allocator for a GPU's.
+    pub fn peak(self) -> Option<u64> {
+        match self {
+            #[cfg(feature = "libtorch")]
+            Self::LibtorchCuda(i) => {
+                unsafe extern "C" {
+                    fn lw_cuda_peak(device: std::ffi::c_int) -> i64;
+                }
+                // Safety: reads a count of the allocator's
+                u64::try_from(unsafe { lw_cuda_peak(i.try_into().ok()?) }).ok()
+            }
+            _ => memory("VmHWM:"),
         }
     }
 
@@ -105,11 +129,6 @@ impl std::fmt::Display for Name {
 /// Bytes of this process that are in memory, where the system says so.
 pub fn resident() -> Option<u64> {
     memory("VmRSS:")
-}
-
-/// The most that there ever were.
-pub fn peak() -> Option<u64> {
-    memory("VmHWM:")
 }
 
 fn memory(what: &str) -> Option<u64> {

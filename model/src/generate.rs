@@ -126,7 +126,7 @@ mod tests {
     async fn a_continuation_is_the_same_on_any_ranks_and_devices() {
         for choice in [Choice::Greedy, Choice::Sampled { temperature: 1.0, seed: 3 }] {
             let mut all = vec![];
-            for device in Name::anywhere() {
+            for device in Name::at_hand() {
                 for ranks in [1, 2, 4] {
                     let mut said = vec![];
                     let new = generate(&job(device, ranks, choice), &mut |id| said.push(id)).await.unwrap();

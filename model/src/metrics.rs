@@ -20,7 +20,7 @@ pub struct Step {
     /// Of what the devices can do at most, where the conf says what that is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_fraction: Option<f64>,
-    /// The most bytes of the host's memory that any rank's process has had, where the system says so.
+    /// The most bytes that any rank's process has had on its device, where anyone counts them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<u64>,
     /// Since the epoch.

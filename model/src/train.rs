@@ -328,7 +328,7 @@ impl<'a> Rank<'a> {
             }
         }
         seen[2 * POSITIONS.len()] = f64::from(stop.load(Ordering::Relaxed));
-        seen.extend(self.of_this_rank(device::peak().unwrap_or(0) as f64));
+        seen.extend(self.of_this_rank(self.name.peak().unwrap_or(0) as f64));
         let seen = total(self.world, &seen, &machine.device)?;
         let memory = seen[2 * POSITIONS.len() + 1..].iter().copied().fold(0.0, f64::max);
         let gradients: Vec<Tensor<1>> = sums.into_iter().flatten().collect();

@@ -320,13 +320,14 @@ fn losses(groups: &[Vec<&Side>]) -> Vec<LossRow> {
             let difference = |group: &Vec<&Side>| {
                 let seeds = own.iter().zip(group).map(|(own, side)| {
                     let theirs = side.sums(domain, range);
-                    let pair = |(document, (sum, n)): (_, &(f64, u64))| {
+                    let pair = |(document, (sum, n)): (&(&str, &str), &(f64, u64))| {
                         let (before, _) = own.get(document).filter(|(_, m)| m == n)?;
-                        Some((sum - before, *n as f64))
+                        let document = (document.0.to_owned(), document.1.to_owned());
+                        Some((document, (sum - before, *n as f64)))
                     };
-                    paired(&theirs.iter().filter_map(pair).collect::<Vec<_>>())
+                    theirs.iter().filter_map(pair).collect()
                 });
-                over_seeds(&seeds.collect::<Option<Vec<_>>>()?)
+                over_seeds(&seeds.collect::<Vec<_>>())
             };
             let loss = |own: &BTreeMap<_, (f64, u64)>| {
                 let (sum, count) = own.values().fold((0.0, 0), |(s, c), (sum, count)| (s + sum, c + count));
@@ -335,7 +336,7 @@ fn losses(groups: &[Vec<&Side>]) -> Vec<LossRow> {
             rows.push(LossRow {
                 domain: domain.map(str::to_owned),
                 positions: positions.clone(),
-                documents: own[0].len(),
+                documents: own.iter().flat_map(BTreeMap::keys).collect::<BTreeSet<_>>().len(),
                 loss: mean(own.iter().map(loss)),
                 differences: others.iter().map(difference).collect(),
             });
@@ -356,16 +357,24 @@ fn paired(pairs: &[(f64, f64)]) -> Option<Difference> {
     Some(Difference { mean, error })
 }
 
-/// The mean of the differences with several seeds. Its error is that over documents, which seeds share, and that over seeds.
-fn over_seeds(seeds: &[Difference]) -> Option<Difference> {
-    let count = seeds.len() as f64;
-    let average = mean(seeds.iter().map(|seed| seed.mean));
-    let documents = seeds.iter().map(|seed| seed.error).collect::<Option<Vec<_>>>();
-    let documents = documents.map(|errors| mean(errors.into_iter().map(|error| error * error)));
-    let chance: f64 = seeds.iter().map(|seed| (seed.mean - average).powi(2)).sum();
+/// A seed's differences, summed over each document by domain and id, and counts.
+type Pairs = BTreeMap<(String, String), (f64, f64)>;
+
+/// The mean of the differences with several seeds. Its error is that over documents, of which seeds may share some, and that
+/// over seeds.
+fn over_seeds(seeds: &[Pairs]) -> Option<Difference> {
+    let (mut all, count) = (Pairs::new(), seeds.len() as f64);
+    for (document, (difference, n)) in seeds.iter().flatten() {
+        let of = all.entry(document.clone()).or_default();
+        (of.0, of.1) = (of.0 + difference, of.1 + n);
+    }
+    let values = |pairs: &Pairs| pairs.values().copied().collect::<Vec<_>>();
+    let means = seeds.iter().map(|pairs| Some(paired(&values(pairs))?.mean)).collect::<Option<Vec<f64>>>()?;
+    let average = mean(means.iter().copied());
+    let chance: f64 = means.iter().map(|mean| (mean - average).powi(2)).sum();
     let chance = if count > 1.0 { chance / (count - 1.0) / count } else { 0.0 };
-    let error = documents.map(|documents| (documents + chance).sqrt());
-    (count > 0.0).then_some(Difference { mean: average, error })
+    let error = paired(&values(&all))?.error.map(|documents| (documents * documents + chance).sqrt());
+    Some(Difference { mean: average, error })
 }
 
 #[cfg(test)]
@@ -388,15 +397,26 @@ mod tests {
 
     #[test]
     fn what_seeds_do_not_agree_on_is_in_the_error() {
-        let seed = |mean, error| Difference { mean, error: Some(error) };
-        let one = over_seeds(&[seed(0.2, 0.03)]).unwrap();
-        assert!((one.mean - 0.2).abs() < 1e-12 && (one.error.unwrap() - 0.03).abs() < 1e-12);
+        // documents of ten tokens each, by name, with the difference of each token
+        let seed = |documents: &[(&str, f64)]| -> Pairs {
+            let pair =
+                |(name, mean): &(&str, f64)| (("d".to_owned(), (*name).to_owned()), (mean * 10.0, 10.0));
+            documents.iter().map(pair).collect()
+        };
+        let error = |seeds: &[Pairs]| over_seeds(seeds).unwrap().error.unwrap();
+        let one = [seed(&[("a", 0.1), ("b", 0.3)])];
+        let (mean, alone) = (over_seeds(&one).unwrap().mean, error(&one));
+        assert!((mean - 0.2).abs() < 1e-12 && (alone - 0.1).abs() < 1e-12, "{alone}");
         // 0.1 and 0.3: a deviation of √0.02 over two seeds is an error of 0.1
-        let two = over_seeds(&[seed(0.1, 0.0), seed(0.3, 0.0)]).unwrap();
-        assert!((two.mean - 0.2).abs() < 1e-12 && (two.error.unwrap() - 0.1).abs() < 1e-12, "{two:?}");
-        let both = over_seeds(&[seed(0.1, 0.1), seed(0.3, 0.1)]).unwrap();
-        assert!((both.error.unwrap() - 0.02f64.sqrt()).abs() < 1e-12, "{both:?}");
-        assert!(!both.counts() && over_seeds(&[]).is_none());
+        let flat = [seed(&[("a", 0.1), ("b", 0.1)]), seed(&[("a", 0.3), ("b", 0.3)])];
+        assert!((error(&flat) - 0.1).abs() < 1e-12, "{}", error(&flat));
+        // the same documents again are no more documents, others are
+        let again = [one[0].clone(), one[0].clone()];
+        assert!((error(&again) - alone).abs() < 1e-12, "{}", error(&again));
+        let others = [one[0].clone(), seed(&[("c", 0.1), ("d", 0.3)])];
+        assert!((error(&others) - (0.01f64 / 3.0).sqrt()).abs() < 1e-12, "{}", error(&others));
+        let apart = [seed(&[("a", 0.1), ("b", 0.1)]), seed(&[("a", 0.4), ("b", 0.4)])];
+        assert!(over_seeds(&[]).is_none() && !over_seeds(&apart).unwrap().counts());
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! <output>/stages/<stage>/<key>/   without a manifest: a run that died, unless it is still at work
 //!                                  with one: what it doesn't name, such as jobs/, which nobody reads any more
 //! <output>/runs/<run>/             without a manifest
-//! <output>/tasks/, tokenizers/     messages to executors
+//! <output>/tasks/<key>.json        messages to executors
 //! ```
 //!
 //! Nothing goes that is younger than a given age, or whose folder has something younger: a run marks what it works on. What a
@@ -13,10 +13,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use clap::ValueEnum;
 use object_store::ObjectMeta;
 use object_store::path::Path;
 use serde::Serialize;
 
+use crate::run::Stage;
 use crate::stage::Manifest;
 use crate::store::Location;
 use crate::{Error, Result, seal};
@@ -42,7 +44,8 @@ pub async fn leftovers(output: &Location, before: i64) -> Result<Vec<Leftover>> 
 pub async fn collect(output: &Location, before: i64, mut gone: impl FnMut(&Leftover)) -> Result<()> {
     for folder in folders(output).await?.into_keys() {
         let at = output.join(&folder);
-        let objects = below(output, at.list().await?);
+        let mut objects = below(output, at.list().await?);
+        objects.retain(|(path, _)| folder_of(path).is_some());
         for leftover in of_folder(output, &folder, &objects, before).await? {
             output.join(&leftover.path).delete().await?;
             gone(&leftover);
@@ -55,16 +58,31 @@ pub async fn collect(output: &Location, before: i64, mut gone: impl FnMut(&Lefto
 async fn folders(output: &Location) -> Result<BTreeMap<String, Vec<(String, ObjectMeta)>>> {
     let mut folders: BTreeMap<String, Vec<_>> = BTreeMap::new();
     for (path, meta) in below(output, output.list().await?) {
-        let parts: Vec<&str> = path.split('/').collect();
-        let depth = match parts[..] {
-            ["stages", _, _, _, ..] => 3,
-            ["runs", _, _, ..] => 2,
-            ["tasks" | "tokenizers", _] => 1,
-            _ => continue,
-        };
-        folders.entry(parts[..depth].join("/")).or_default().push((path, meta));
+        if let Some(folder) = folder_of(&path) {
+            folders.entry(folder).or_default().push((path, meta));
+        }
     }
     Ok(folders)
+}
+
+/// The folder that a file is looked at with; `None` where it is none of ours.
+fn folder_of(path: &str) -> Option<String> {
+    let parts: Vec<&str> = path.split('/').collect();
+    let depth = match parts[..] {
+        ["stages", stage, key, _, ..] if is_stage(stage) && is_hex(key, 32) => 3,
+        ["runs", run, _, ..] if run.rsplit_once('-').is_some_and(|(_, key)| is_hex(key, 12)) => 2,
+        ["tasks", file] if file.strip_suffix(".json").is_some_and(|key| is_hex(key, 32)) => 1,
+        _ => return None,
+    };
+    Some(parts[..depth].join("/"))
+}
+
+fn is_stage(name: &str) -> bool {
+    Stage::value_variants().iter().any(|stage| stage.name() == name)
+}
+
+fn is_hex(text: &str, digits: usize) -> bool {
+    text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 fn below(output: &Location, objects: Vec<ObjectMeta>) -> Vec<(String, ObjectMeta)> {
@@ -84,7 +102,7 @@ async fn of_folder(
 ) -> Result<Vec<Leftover>> {
     let old = |meta: &ObjectMeta| meta.last_modified.timestamp() < before;
     let kind = folder.split('/').next().unwrap_or_default();
-    if kind == "tasks" || kind == "tokenizers" {
+    if kind == "tasks" {
         let old = objects.iter().filter(|(_, meta)| old(meta));
         return Ok(old.map(|(path, meta)| Leftover { path: path.clone(), bytes: meta.size }).collect());
     }
@@ -126,6 +144,11 @@ mod tests {
     use crate::store::Stores;
     use proptest::prelude::*;
 
+    const DONE: &str = "d0e0d0e0d0e0d0e0d0e0d0e0d0e0d0e0";
+    /// What others keep where an output is.
+    const FOREIGN: [&str; 5] = ["elsewhere/x", "runs/exp1", "stages/a/b", "stages/tokens/b", "tokenizers"];
+    const DEAD: &str = "deaddeaddeaddeaddeaddeaddeaddead";
+
     /// An output with a folder of each kind; `names` are files, of which the manifest names those that are `true`.
     async fn output(names: &[(String, bool)]) -> Location {
         let output = Stores::new("/").open("memory:///out").unwrap();
@@ -141,19 +164,30 @@ mod tests {
             notes: Default::default(),
         };
         for (name, _) in names {
+            let (done, dead) = (format!("stages/tokens/{DONE}"), format!("stages/tokens/{DEAD}"));
             for folder in
-                ["stages/tokens/done", "stages/tokens/dead", "runs/done", "runs/dead", "elsewhere/x"]
+                [&done[..], &dead, "runs/t-d0e0d0e0d0e0", "runs/t-deaddeaddead"].into_iter().chain(FOREIGN)
             {
                 output.join(folder).join(name).put("x").await.unwrap();
             }
-            output.join("stages/train/dead/checkpoints/step-5").join(name).put("x").await.unwrap();
+            output
+                .join(&format!("stages/train/{DEAD}/checkpoints/step-5"))
+                .join(name)
+                .put("x")
+                .await
+                .unwrap();
         }
-        output.join("stages/tokens/done/manifest.json").put(seal::seal(&manifest)).await.unwrap();
-        output.join("stages/train/dead/checkpoints/step-5/manifest.json").put("{}").await.unwrap();
-        output.join("stages/train/dead/attempt-1/log").put("x").await.unwrap();
-        output.join("runs/done/manifest.json").put("{}").await.unwrap();
+        output.join(&format!("stages/tokens/{DONE}/manifest.json")).put(seal::seal(&manifest)).await.unwrap();
+        output
+            .join(&format!("stages/train/{DEAD}/checkpoints/step-5/manifest.json"))
+            .put("{}")
+            .await
+            .unwrap();
+        output.join(&format!("stages/train/{DEAD}/attempt-1/log")).put("x").await.unwrap();
+        output.join("runs/t-d0e0d0e0d0e0/manifest.json").put("{}").await.unwrap();
         output.join("latest/t.json").put("{}").await.unwrap();
-        output.join("tasks/1.json").put("{}").await.unwrap();
+        output.join(&format!("tasks/{DEAD}.json")).put("{}").await.unwrap();
+        output.join("tasks/todo.json").put("{}").await.unwrap();
         output
     }
 
@@ -179,16 +213,20 @@ mod tests {
                 let after = paths(&output).await;
                 assert_eq!(before.difference(&after).cloned().collect::<BTreeSet<_>>(), gone);
                 for (name, named) in &names {
-                    assert_eq!(after.contains(&format!("stages/tokens/done/{name}")), *named, "{name}");
-                    for dead in ["stages/tokens/dead", "runs/dead"] {
+                    assert_eq!(after.contains(&format!("stages/tokens/{DONE}/{name}")), *named, "{name}");
+                    for dead in [format!("stages/tokens/{DEAD}"), "runs/t-deaddeaddead".into()] {
                         assert!(!after.contains(&format!("{dead}/{name}")), "{name}");
                     }
-                    for kept in ["runs/done", "elsewhere/x", "stages/train/dead/checkpoints/step-5"] {
+                    let checkpoint = format!("stages/train/{DEAD}/checkpoints/step-5");
+                    for kept in [&checkpoint[..], "runs/t-d0e0d0e0d0e0"].into_iter().chain(FOREIGN) {
                         assert!(after.contains(&format!("{kept}/{name}")), "{name}");
                     }
                 }
-                assert!(!after.contains("tasks/1.json") && !after.contains("stages/train/dead/attempt-1/log"));
-                for kept in ["latest/t.json", "stages/tokens/done/manifest.json", "runs/done/manifest.json"] {
+                for dead in [format!("tasks/{DEAD}.json"), format!("stages/train/{DEAD}/attempt-1/log")] {
+                    assert!(!after.contains(&dead), "{dead}");
+                }
+                let done = format!("stages/tokens/{DONE}/manifest.json");
+                for kept in ["latest/t.json", &done, "runs/t-d0e0d0e0d0e0/manifest.json", "tasks/todo.json"] {
                     assert!(after.contains(kept), "{kept}");
                 }
                 assert_eq!(leftovers(&output, LATER).await.unwrap(), []);
@@ -207,7 +245,7 @@ mod tests {
     #[tokio::test]
     async fn a_manifest_that_can_not_be_read_ends_it() {
         let output = output(&[("a.json".into(), true)]).await;
-        output.join("stages/tokens/done/manifest.json").put("{\"stage\": 1}").await.unwrap();
+        output.join(&format!("stages/tokens/{DONE}/manifest.json")).put("{\"stage\": 1}").await.unwrap();
         let error = leftovers(&output, LATER).await.unwrap_err();
         assert!(matches!(error, Error::Corrupt { .. }), "{error}");
     }

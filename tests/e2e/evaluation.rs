@@ -166,12 +166,29 @@ fn what_an_evaluation_can_not_be_asked_of_is_said() {
         (&["eval", "loss", run, "--device", "gpu"], 2, "there is no device `gpu`"),
         (&["eval", "loss", run, "--rope-scaling", "{"], 2, "--rope-scaling is not JSON"),
         (&["eval", "loss", run, "--rope-scaling", "{\"type\": \"yarn\"}"], 2, "needs `factor`"),
+        (&["eval", "loss", run, "--rope-scaling", "\"yarn\""], 2, "has no `rope_type`"),
+        (&["eval", "loss", run, "--rope-scaling", "{\"factor\": 4.0}"], 2, "has no `rope_type`"),
     ] {
         let said = bench.say(arguments);
         assert!(said.code == code && said.err.contains(message), "{arguments:?} {said:?}");
     }
     let wrong = bench.say(&["run", "conf.toml", "--set", "eval={ needel = { haystack = \"essays\" } }"]);
     assert!(wrong.code == 2 && wrong.err.contains("needel"), "{wrong:?}");
+}
+
+#[test]
+fn a_sweep_with_a_mistake_in_its_last_recipe_computes_nothing() {
+    let bench = Bench::new(3);
+    bench.write("mine/cut_128k.sql", std::fs::read(recipe("cut_128k")).unwrap());
+    let own = recipe("cut_128k");
+    for (recipes, message) in [
+        (format!("{own},nosuch"), "--recipes nosuch"),
+        (format!("{own},mine/cut_128k.sql"), "two recipes of --recipes are called cut_128k"),
+    ] {
+        let said = bench.say(&["sweep", "conf.toml", "--recipes", &recipes]);
+        assert!(said.code == 2 && said.err.contains(message), "{said:?}");
+        assert!(tree(&bench.path("out")).is_empty());
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! End to end: the program as users run it, on inputs made here.
 
+mod azure;
 mod bench;
 mod broken;
 mod caching;
@@ -7,6 +8,8 @@ mod cluster;
 mod ecosystem;
 mod evaluation;
 mod faults;
+mod hostile;
+mod network;
 mod packed;
 mod rejects;
 mod s3;

@@ -274,6 +274,18 @@ fn held_out_documents_are_packed_by_themselves() {
     }
 }
 
+/// A loss by position needs a document in one piece, or in pieces one after the other.
+#[test]
+fn held_out_documents_are_packed_alike_in_either_mode() {
+    let bench = Bench::new(5);
+    let heldout = |mode: &str| {
+        let run = bench.run(&["--set", "mixture.holdout=0.2", "--set", &format!("pack.mode={mode}")]);
+        let files = crate::bench::packed(&run).into_iter();
+        files.filter(|(name, _)| name.starts_with("heldout/")).collect::<Vec<_>>()
+    };
+    assert!(heldout("concat") == heldout("best_fit"));
+}
+
 #[test]
 fn best_fit_cuts_no_document_that_fits() {
     let bench = Bench::new(6);

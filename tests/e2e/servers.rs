@@ -87,6 +87,11 @@ impl S3 {
         Some(Self { ports, program, store, process, dir })
     }
 
+    /// Where its S3 is.
+    pub fn port(&self) -> u16 {
+        self.ports[3]
+    }
+
     /// Kills the server with SIGKILL, and starts it again.
     pub fn restart(&mut self) {
         self.process.kill();
@@ -105,7 +110,7 @@ impl S3 {
     /// Has a program find the server.
     pub fn credentials<'a>(&self, command: &'a mut Command, secret: &str) -> &'a mut Command {
         command
-            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.ports[3]))
+            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.port()))
             .env("AWS_ALLOW_HTTP", "true")
             .env("AWS_REGION", "us-east-1")
             .env("AWS_ACCESS_KEY_ID", "key")
@@ -120,7 +125,9 @@ fn serve(program: &str, dir: &std::path::Path, [master, volume, filer, port]: [u
         .args(["server", "-ip", "127.0.0.1", "-dir", ".", "-volume.max=20"])
         .args(["-master.volumeSizeLimitMB=64", "-s3", "-s3.config", "s3.json"])
         .args([format!("-master.port={master}"), format!("-volume.port={volume}")])
-        .args([format!("-filer.port={filer}"), format!("-s3.port={port}")]);
+        .args([format!("-filer.port={filer}"), format!("-s3.port={port}")])
+        // whose ports are the same for all servers
+        .args(["-s3.port.iceberg=0", "-s3.port.lance=0"]);
     Process(quiet(&mut command).spawn().unwrap())
 }
 
@@ -174,6 +181,6 @@ fn schedule(port: u16) -> Process {
     Process(quiet(&mut command).spawn().unwrap())
 }
 
-fn quiet(command: &mut Command) -> &mut Command {
+pub fn quiet(command: &mut Command) -> &mut Command {
     command.stdout(Stdio::null()).stderr(Stdio::null())
 }

@@ -75,6 +75,69 @@ fn openlineage_hears_of_the_run_and_of_each_stage_that_was_computed() {
 }
 
 #[test]
+fn opentelemetry_hears_a_span_of_each_stage_inside_the_run_s_and_its_measures() {
+    let bench = Bench::new(3);
+    let (url, heard) = listener();
+    let mut command = bench.command(&["run", "conf.toml"]);
+    command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &url).env("OTEL_SERVICE_NAME", "nightly");
+    command.env("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Basic planted-secret,x-tenant=t1");
+    let done = said(command.output().unwrap());
+    assert_eq!(done.code, 0, "{done:?}");
+    let (mut spans, mut gauges) = (vec![], vec![]);
+    for (head, body) in heard.try_iter() {
+        assert!(head.contains("Basic planted-secret") && head.contains("x-tenant: t1"), "{head}");
+        let (all, kind) = match head.split(' ').nth(1).unwrap() {
+            "/v1/traces" => (&body["resourceSpans"][0], "Spans"),
+            "/v1/metrics" => (&body["resourceMetrics"][0], "Metrics"),
+            other => panic!("{other}"),
+        };
+        let service = &all["resource"]["attributes"][0];
+        assert_eq!(
+            (&service["key"], &service["value"]["stringValue"]),
+            (&"service.name".into(), &"nightly".into())
+        );
+        let scope = &all[format!("scope{kind}")][0];
+        let those = scope[kind.to_lowercase()].as_array().unwrap().clone();
+        if kind == "Spans" { spans.extend(those) } else { gauges = those }
+    }
+    let run = spans.iter().find(|span| span["name"] == "t").unwrap();
+    let time = |span: &Value, key: &str| span[key].as_str().unwrap().parse::<u128>().unwrap();
+    let (began, ended) = (time(run, "startTimeUnixNano"), time(run, "endTimeUnixNano"));
+    assert!(run["traceId"].as_str().unwrap().len() == 32 && run.get("parentSpanId").is_none(), "{run}");
+    for stage in ["tokens", "catalog", "domains", "mixture", "draw", "shuffle", "pack"] {
+        let span =
+            spans.iter().find(|span| span["name"] == stage).unwrap_or_else(|| panic!("{stage}: {spans:?}"));
+        assert_eq!(span["traceId"], run["traceId"]);
+        assert_eq!(span["parentSpanId"], run["spanId"]);
+        assert!(span["spanId"].as_str().unwrap().len() == 16 && span["status"]["code"] == 1, "{span}");
+        // a stage's seconds are rounded
+        let slack = 10_000_000;
+        assert!(time(span, "startTimeUnixNano") + slack >= began, "{span} {run}");
+        assert!(time(span, "endTimeUnixNano") <= ended, "{span} {run}");
+    }
+    let counted = gauges.iter().find(|gauge| gauge["name"] == "lengthwise_stage_count").unwrap();
+    let points = counted["gauge"]["dataPoints"].as_array().unwrap();
+    let is = |point: &Value, key: &str, value: &str| {
+        point["attributes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|a| a["key"] == key && a["value"]["stringValue"] == value)
+    };
+    let documents =
+        points.iter().find(|point| is(point, "stage", "tokens") && is(point, "count", "documents"));
+    assert_eq!(documents.unwrap()["asDouble"], 240.0);
+    assert!(!done.err.contains("planted-secret"));
+
+    let mut command = bench.command(&["run", "conf.toml", "--set", "mixture.budget=400M"]);
+    let (url, heard) = listener();
+    let failed = said(command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &url).output().unwrap());
+    assert_eq!(failed.code, 3, "{failed:?}");
+    let (_, last) = heard.try_iter().last().unwrap();
+    assert_eq!(last["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["status"]["code"], 2, "{last}");
+}
+
+#[test]
 fn a_run_that_fails_is_heard_to_fail_and_one_that_nobody_hears_goes_on() {
     let bench = Bench::new(3);
     let (url, heard) = listener();
@@ -84,10 +147,12 @@ fn a_run_that_fails_is_heard_to_fail_and_one_that_nobody_hears_goes_on() {
     let (_, last) = heard.try_iter().last().unwrap();
     assert_eq!(last["eventType"], "FAIL");
     assert!(last["run"]["facets"]["errorMessage"]["message"].is_string(), "{last}");
-    let mut command = bench.command(&["run", "conf.toml"]);
-    let deaf = said(command.env("OPENLINEAGE_URL", "http://127.0.0.1:9").output().unwrap());
-    assert_eq!(deaf.code, 0, "{deaf:?}");
-    assert_eq!(deaf.err.matches("OPENLINEAGE_URL").count(), 1, "{deaf:?}");
+    for listener in ["OPENLINEAGE_URL", "OTEL_EXPORTER_OTLP_ENDPOINT"] {
+        let mut command = bench.command(&["run", "conf.toml"]);
+        let deaf = said(command.env(listener, "http://127.0.0.1:9").output().unwrap());
+        assert_eq!(deaf.code, 0, "{deaf:?}");
+        assert_eq!(deaf.err.matches(listener).count(), 1, "{deaf:?}");
+    }
 }
 
 #[test]
@@ -111,11 +176,38 @@ fn prometheus_reads_how_a_run_ended() {
     ] {
         assert!(text.lines().any(|there| there == line), "{line}: {text}");
     }
+    let series: Vec<&str> = text.lines().filter_map(|line| Some(line.rsplit_once(' ')?.0)).collect();
+    let different: std::collections::BTreeSet<&&str> = series.iter().collect();
+    assert_eq!(different.len(), series.len(), "a series stands there once: {text}");
     // each line is a comment, or a name with labels and a number
     for line in text.lines().filter(|line| !line.starts_with('#')) {
         let (name, value) = line.rsplit_once(' ').unwrap();
         assert!(name.ends_with('}') && name.contains("{run=") && value.parse::<f64>().is_ok(), "{line}");
     }
+}
+
+#[test]
+fn a_run_that_is_told_to_stop_says_so_to_all_who_listen() {
+    let bench = Bench::new(3);
+    bench.write("endless.sql", crate::hostile::ENDLESS[0]);
+    let ((lineage, events), (telemetry, spans), file) = (listener(), listener(), bench.path("run.prom"));
+    let mut command = bench.command(&["run", "conf.toml", "--set", "mixture.recipe=endless.sql"]);
+    command.env("OPENLINEAGE_URL", lineage).env("OTEL_EXPORTER_OTLP_ENDPOINT", telemetry);
+    let mut child = command.env("LENGTHWISE_METRICS", &file).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    assert!(
+        std::process::Command::new("kill")
+            .args(["-TERM", &child.id().to_string()])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    assert_eq!(events.try_iter().last().unwrap().1["eventType"], "ABORT");
+    let (_, span) = spans.try_iter().filter(|(head, _)| head.contains("/v1/traces")).last().unwrap();
+    assert_eq!(span["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["status"]["code"], 2, "{span}");
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains("lengthwise_run_exit_code{run=\"t\"} 75\n"), "{text}");
 }
 
 #[test]

@@ -1,7 +1,8 @@
-// Flash attention on CUDA, whose forward tch 0.22 does not bind (its schema returns SymInt). Tensors cross as at::Tensor*.
+// What `tch` does not bind of CUDA's: most of all flash attention, whose forward tch 0.22 does not bind (its schema returns SymInt). Tensors cross as at::Tensor*.
 // Every function returns 0, or 1 with a message in lw_flash_error; tensors in `out` are owned by the caller.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <cstdlib>
 #include <string>
 
@@ -16,6 +17,16 @@ const char* lw_flash_error() { return error.c_str(); }
 void lw_deterministic() {
   setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);
   at::globalContext().setDeterministicAlgorithms(true, false);
+}
+
+// The most bytes that were allocated at once on this GPU; -1 if that can't be had.
+int64_t lw_cuda_peak(int device) {
+  try {
+    auto stats = c10::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    return stats.allocated_bytes[0].peak; // [0]: of all pools
+  } catch (const std::exception&) {
+    return -1;
+  }
 }
 
 // out: attention, log-sum-exp, and the two that the backward wants back (the state of a dropout of 0).

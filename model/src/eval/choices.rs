@@ -87,10 +87,14 @@ pub fn ask(
     question: &Question,
 ) -> Result<Case> {
     let started = std::time::Instant::now();
-    let ids = text.ids(&prompt(subject, examples, question), true)?;
-    let letter = |i| text.ids(&format!(" {}", letter(i)), false);
-    let letters = (0..question.choices.len()).map(letter).collect::<Result<Vec<_>>>()?;
-    // an empty piece that some tokenizers put before a text is the same for all
+    let prompt = prompt(subject, examples, question);
+    let mut ids = text.ids(&prompt, true)?;
+    // as they stand behind the prompt: by itself a letter may have other pieces
+    let answered = |i| text.ids(&format!("{prompt} {}", letter(i)), true);
+    let answered = (0..question.choices.len()).map(answered).collect::<Result<Vec<_>>>()?;
+    let common = |all: &Vec<i32>| all.iter().zip(&ids).take_while(|(a, b)| a == b).count();
+    ids.truncate(answered.iter().map(common).min().unwrap_or(0));
+    let letters: Vec<Vec<i32>> = answered.iter().map(|all| all[ids.len()..].to_vec()).collect();
     let likelihoods = model.likelihoods(&ids, &letters)?;
     let best = |best: usize, i: usize| if likelihoods[i] > likelihoods[best] { i } else { best };
     let chosen = (0..likelihoods.len()).reduce(best).unwrap_or_default();

@@ -146,14 +146,29 @@ impl Text {
     /// # Errors
     /// `json` is no `tokenizer.json`.
     pub fn new(json: &[u8]) -> Result<Self> {
-        let tokenizer = tokenizers::Tokenizer::from_bytes(json);
-        tokenizer.map(Self).map_err(|e| Error::Conf(format!("tokenizer.json: {e}")))
+        let failed = |e| Error::Conf(format!("tokenizer.json: {e}"));
+        let mut tokenizer = tokenizers::Tokenizer::from_bytes(json).map_err(failed)?;
+        // a text is as long as it is
+        tokenizer.with_truncation(None).map_err(failed)?.with_padding(None);
+        Ok(Self(tokenizer))
     }
 
-    /// With what the tokenizer puts around a text, if `whole`.
-    pub fn ids(&self, text: &str, whole: bool) -> Result<Vec<i32>> {
-        let encoded = self.0.encode(text, whole).map_err(|e| Error::Conf(format!("tokenizer: {e}")))?;
-        Ok(encoded.get_ids().iter().map(|id| *id as i32).collect())
+    /// With what the tokenizer puts before a text, if it `begins` here. What it puts after one would end it.
+    pub fn ids(&self, text: &str, begins: bool) -> Result<Vec<i32>> {
+        let encode = |specials| {
+            let encoded =
+                self.0.encode(text, specials).map_err(|e| Error::Conf(format!("tokenizer: {e}")))?;
+            Ok(encoded.get_ids().iter().map(|id| *id as i32).collect::<Vec<i32>>())
+        };
+        let plain = encode(false)?;
+        if !begins {
+            return Ok(plain);
+        }
+        let mut whole = encode(true)?;
+        if let Some(at) = whole.windows(plain.len().max(1)).position(|ids| ids == plain) {
+            whole.truncate(at + plain.len());
+        }
+        Ok(whole)
     }
 
     /// Without what stands for no text.
@@ -184,6 +199,31 @@ pub mod tests {
             "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]" },
         });
         Text::new(json.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_text_begins_as_the_tokenizer_says_and_neither_ends_nor_is_cut() {
+        let vocab = json!({ "<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4 });
+        let special = |id: u32, name: &str| json!({ "id": id, "content": name, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true });
+        let piece = |name: &str| json!({ "SpecialToken": { "id": name, "type_id": 0 } });
+        let of =
+            |name: &str, id: u32| (name.to_owned(), json!({ "id": name, "ids": [id], "tokens": [name] }));
+        let json = json!({
+            "version": "1.0", "added_tokens": [special(0, "<s>"), special(1, "</s>")], "normalizer": null, "decoder": null,
+            "truncation": { "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0 },
+            "padding": { "strategy": { "Fixed": 9 }, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 4, "pad_type_id": 0, "pad_token": "c" },
+            "pre_tokenizer": { "type": "Whitespace" },
+            "post_processor": {
+                "type": "TemplateProcessing", "pair": [],
+                "single": [piece("<s>"), { "Sequence": { "id": "A", "type_id": 0 } }, piece("</s>")],
+                "special_tokens": serde_json::Map::from_iter([of("<s>", 0), of("</s>", 1)]),
+            },
+            "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "c" },
+        });
+        let text = Text::new(json.to_string().as_bytes()).unwrap();
+        assert_eq!(text.ids("a b a b", true).unwrap(), [0, 2, 3, 2, 3]);
+        assert_eq!(text.ids("a b a b", false).unwrap(), [2, 3, 2, 3]);
+        assert_eq!(text.ids("", true).unwrap(), [0, 1]);
     }
 
     async fn subject(ranks: usize) -> Subject {

@@ -82,6 +82,13 @@ pub async fn main(arguments: CompareArguments) -> Result<()> {
         for (side, name) in sides.iter_mut().zip(&names) {
             side.name = if all { name.clone() } else { side.manifest.run.clone() };
         }
+        // one run in two outputs
+        for i in 0..sides.len() {
+            let same = sides[..i].iter().filter(|side| side.manifest.run == sides[i].manifest.run).count();
+            if same > 0 {
+                sides[i].name += &format!(" ({})", same + 1);
+            }
+        }
     }
     arguments.output.print(&sides)
 }

@@ -227,10 +227,13 @@ fn laid_over<T: Serialize + DeserializeOwned>(table: &Option<T>, needed: &str, f
 async fn model(arguments: &EvalArguments, target: Target) -> Result<Model> {
     let Target { checkpoint, heldout, output, mut conf, train } = target;
     let rope_scaling = arguments.rope_scaling.as_ref().map(|text| {
-        serde_json::from_str(text).map_err(|e| {
-            let help = "write it as in config.json: '{\"rope_type\": \"yarn\", \"factor\": 4.0}'";
-            Error::usage(format!("--rope-scaling is not JSON: {e}"), help)
-        })
+        let help = "write it as in config.json: '{\"rope_type\": \"yarn\", \"factor\": 4.0}'";
+        let scaling: Value = serde_json::from_str(text)
+            .map_err(|e| Error::usage(format!("--rope-scaling is not JSON: {e}"), help))?;
+        match scaling.get("rope_type").or(scaling.get("type")) {
+            Some(Value::String(_)) => Ok(scaling),
+            _ => Err(Error::usage("--rope-scaling has no `rope_type`", help)),
+        }
     });
     if !arguments.devices.is_empty() {
         (conf.devices, conf.ranks) = (Some(arguments.devices.clone()), None);

@@ -56,7 +56,7 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
     }
     let run = arguments.conf.open(Goal::Compute { from: arguments.from })?;
     let started = jiff::Timestamp::now();
-    let folder = until_stopped(&run, go(&run, arguments.until, started)).await?;
+    let folder = go(&run, arguments.until, started).await?;
     let steps = run.steps.lock().expect("no panic while held").clone();
     if arguments.json || folder.is_some() {
         print(arguments.json, &json!({ "run": folder, "stages": steps }), || {
@@ -180,7 +180,8 @@ async fn follow(run: &Run, until: Option<Stage>) -> Result<()> {
 
 /// Runs to the end or to `until`; the run's directory, where it came to one.
 pub async fn go(run: &Run, until: Option<Stage>, started: jiff::Timestamp) -> Result<Option<String>> {
-    let folder = Watch::new(started).during(run, through(run, until, started)).await?;
+    let work = until_stopped(run, through(run, until, started));
+    let folder = Watch::new(started).during(run, work).await?;
     let steps = run.steps.lock().expect("no panic while held").clone();
     tracing::info!("{}", summary(&steps, folder.as_deref(), started));
     Ok(folder)

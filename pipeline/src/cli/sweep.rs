@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::compare::OutputArguments;
-use super::{ConfArguments, run, run_folder, until_stopped};
+use super::{ConfArguments, run, run_folder};
 use crate::compare::Side;
 use crate::recipe::Recipe;
 use crate::run::{Goal, Run};
@@ -28,16 +28,27 @@ pub struct SweepArguments {
 }
 
 pub async fn main(arguments: SweepArguments) -> Result<()> {
-    let mut sides = vec![];
-    let all = arguments.recipes.len() * usize::from(arguments.seeds);
+    // all of them are read before the first one begins
+    let mut runs = vec![];
     for seed in 0..arguments.seeds {
         for recipe in &arguments.recipes {
             let (name, run) = open(&arguments, recipe, seed)?;
-            tracing::info!("sweep: {name} with seed {}, {} of {all}", seed + 1, sides.len() + 1);
-            let done = until_stopped(&run, run::go(&run, None, jiff::Timestamp::now())).await?;
-            let Some(folder) = done else { unreachable!("the run goes to its end") };
-            sides.push(Side::read(name, &run_folder(&folder)?).await?);
+            if runs.iter().any(|(other, of, _)| *other == name && *of == seed) {
+                let help =
+                    "recipes are told apart by their files' names and parameters: give one another name";
+                return Err(Error::usage(format!("two recipes of --recipes are called {name}"), help));
+            }
+            runs.push((name, seed, run));
         }
+    }
+    let mut sides = vec![];
+    let all = runs.len();
+    for (name, seed, run) in runs {
+        tracing::info!("sweep: {name} with seed {}, {} of {all}", seed + 1, sides.len() + 1);
+        let Some(folder) = run::go(&run, None, jiff::Timestamp::now()).await? else {
+            unreachable!("the run goes to its end")
+        };
+        sides.push(Side::read(name, &run_folder(&folder)?).await?);
     }
     arguments.output.print(&sides)
 }
@@ -69,13 +80,19 @@ fn open(arguments: &SweepArguments, recipe: &str, seed: u16) -> Result<(String, 
             train.insert("seed".into(), (before + i64::from(seed)).into());
         }
     }
-    // runs of one name are the same with other seeds
+    // runs of one name are the same with other seeds; the name becomes a folder's, whatever a parameter has in it
+    let plain: String =
+        name.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect();
     run.conf.run.name = match arguments.seeds {
-        1 => format!("{}-{name}", run.conf.run.name),
-        _ => format!("{}-{name}-{}", run.conf.run.name, seed + 1),
+        1 => format!("{}-{plain}", run.conf.run.name),
+        _ => format!("{}-{plain}-{}", run.conf.run.name, seed + 1),
     };
     // parameters of the conf are for its own recipe; another one takes those that it knows
-    let parsed = Recipe::parse(&path, &run.files.read(&path)?)?;
+    let text = run.files.read(&path).map_err(|e| {
+        let help = "--recipes names files of sql/mixtures/ without their .sql, or files by path";
+        Error::usage(format!("--recipes {recipe}: {e}"), help)
+    })?;
+    let parsed = Recipe::parse(&path, &text)?;
     run.conf
         .mixture
         .params

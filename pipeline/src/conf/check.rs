@@ -193,6 +193,7 @@ fn pack(conf: &Conf) -> Result<()> {
 fn engine(conf: &Conf) -> Result<()> {
     let engine = &conf.engine;
     ensure(conf, engine.partitions != Some(0), &["engine", "partitions"], "must be 1 or more")?;
+    ensure(conf, engine.recipe_seconds != Some(0), &["engine", "recipe_seconds"], "must be 1 or more")?;
     ensure(conf, engine.memory.0 >= MIN_MEMORY, &["engine", "memory"], "must be 64MB or more")?;
     let host = |url: &String| url.strip_prefix("df://").is_some_and(|host| !host.is_empty());
     let good = engine.url.as_ref().is_none_or(host);

@@ -248,6 +248,9 @@ pub struct Engine {
     pub partitions: Option<usize>,
     /// Where queries begin to spill. 2GB by default, 64MB at least.
     pub memory: Size,
+    /// How many seconds a recipe may run, 21,600 by default: one that multiplies documents with each other would for years.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recipe_seconds: Option<u64>,
     /// The folder for what spills. By default the system's temporary folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spill: Option<String>,
@@ -258,7 +261,7 @@ pub struct Engine {
 
 impl Default for Engine {
     fn default() -> Self {
-        Self { partitions: None, memory: Size(2_000_000_000), spill: None, url: None }
+        Self { partitions: None, memory: Size(2_000_000_000), recipe_seconds: None, spill: None, url: None }
     }
 }
 

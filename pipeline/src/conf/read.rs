@@ -71,6 +71,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("pack.sequences_per_row_group", "sequences_per_row_group = 16"),
     ("engine", "[engine]\nmemory = \"2GB\""),
     ("engine.partitions", "partitions = 8"),
+    ("engine.recipe_seconds", "recipe_seconds = 3600"),
     ("engine.memory", "memory = \"2GB\""),
     ("engine.spill", "spill = \"/mnt/scratch\""),
     ("engine.url", "url = \"df://scheduler:50050\""),

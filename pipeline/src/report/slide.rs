@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::charts::{thinned, tick_label, ticks};
 use super::evaluation::{Grid, Losses, colour, heat, positions, real};
 use super::text::{escape, number, percent};
-use crate::compare::{Comparison, Side, firsts};
+use crate::compare::{Comparison, LossRow, Side, firsts};
 use crate::{Error, Result};
 
 const WIDTH: f64 = 1920.0;
@@ -20,13 +20,17 @@ const SOFT: &str = "#667085";
 const RULE: &str = "#d5dae1";
 const BETTER: &str = "#0a7d4f";
 const WORSE: &str = "#b3261e";
-/// Okabe and Ito's, which people who don't see all colours can tell apart; the corpus is grey.
-const SERIES: [&str; 8] =
-    ["#9aa3af", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195"];
+/// Okabe and Ito's, which people who don't see all colours can tell apart, and some more; the corpus is grey.
+const SERIES: [&str; 11] = [
+    "#9aa3af", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#1d2430",
+    "#8c564b", "#b5bd3a",
+];
 /// What a letter is wide, of its size, on average.
 const LETTER: f64 = 0.6;
 /// More points than this a line doesn't show.
 const MOST_POINTS: usize = 200;
+/// More rows than this can't be read from afar.
+const MOST_ROWS: usize = 20;
 
 /// What one panel shows.
 pub struct Panel {
@@ -79,7 +83,7 @@ pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
         panels.push(Panel { title: title.into(), body });
     }
     if !compared.loss.is_empty() {
-        let row = |row: &crate::compare::LossRow| {
+        let row = |row: &LossRow| {
             let name = format!("{} {}", row.domain(), positions(&row.positions));
             let differences = row.differences.iter().map(|difference| match difference {
                 None => (String::new(), INK),
@@ -96,7 +100,11 @@ pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
             [(name, INK), (format!("{:.3}", row.loss), INK)].into_iter().chain(differences).collect()
         };
         let head = [String::new()].into_iter().chain(compared.names.clone()).collect();
-        let body = Body::Numbers { head, rows: compared.loss.iter().map(row).collect() };
+        // the paper's Table 5 has these two
+        let few = compared.loss.len() <= MOST_ROWS;
+        let shown = |row: &&LossRow| few || ["0–4K", "4K–128K"].contains(&positions(&row.positions).as_str());
+        let rows = compared.loss.iter().filter(shown).map(row).collect();
+        let body = Body::Numbers { head, rows };
         let title = "Loss, and the others' difference; coloured where it counts".into();
         panels.push(Panel { title, body });
     }
@@ -193,7 +201,7 @@ impl Drawing {
         self.0 += &format!("<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" {style}/>\n");
     }
 
-    /// A line of text that is cut where it would be wider than `room`.
+    /// A line of text, without its middle where it would be wider than `room`: names that begin alike end differently.
     #[allow(clippy::too_many_arguments)]
     fn text(
         &mut self,
@@ -206,10 +214,15 @@ impl Drawing {
         text: &str,
         room: f64,
     ) {
-        let fits = ((room / (size * LETTER)) as usize).max(1);
-        let text = match text.char_indices().nth(fits) {
-            None => text.to_owned(),
-            Some(_) => text.chars().take(fits - 1).chain(['…']).collect(),
+        let (fits, long) = (((room / (size * LETTER)) as usize).max(1), text.chars().count());
+        let text: String = match fits < long {
+            false => text.to_owned(),
+            true => text
+                .chars()
+                .take(fits / 2)
+                .chain(['…'])
+                .chain(text.chars().skip(long - (fits - 1) / 2))
+                .collect(),
         };
         let anchor = match anchor {
             Anchor::Start => "start",
@@ -239,7 +252,7 @@ impl Drawing {
         let names = grid.rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0) as f64;
         let left = (names * 15.0 * LETTER + 12.0).min(area.width / 3.0);
         let wide = (area.width - left) / grid.lengths.len().max(1) as f64;
-        let tall = ((area.height - 28.0) / grid.rows.len().max(1) as f64).min(96.0);
+        let tall = (area.height - 28.0) / grid.rows.len().max(1) as f64;
         for (row, (name, scores)) in grid.rows.iter().enumerate() {
             let y = area.y + row as f64 * tall;
             self.text(area.x + left - 8.0, y + tall / 2.0 + 5.0, 15.0, Anchor::End, SOFT, false, name, left);
@@ -293,6 +306,9 @@ impl Drawing {
         // names have two columns' room
         let wide = area.width / (head.len() + 1) as f64;
         let head: Vec<(String, &'static str)> = head.iter().map(|name| (name.clone(), SOFT)).collect();
+        let letters = (wide * 0.96 / (size * LETTER)) as usize;
+        let crowded =
+            rows.iter().flat_map(|row| row.iter().skip(1)).any(|(text, _)| text.chars().count() > letters);
         for (i, row) in [&head].into_iter().chain(rows).enumerate() {
             let y = area.y + (i as f64 + 0.7) * tall;
             for (column, (text, tone)) in row.iter().enumerate() {
@@ -300,6 +316,11 @@ impl Drawing {
                     0 => self.text(area.x, y, size, Anchor::Start, tone, false, text, wide * 1.9),
                     _ => {
                         let x = area.x + (column + 2) as f64 * wide;
+                        // errors have no room where numbers have none
+                        let text = text
+                            .split_once(" ±")
+                            .filter(|_| crowded)
+                            .map_or(text.as_str(), |(number, _)| number);
                         self.text(x, y, size, Anchor::End, tone, false, text, wide * 0.96);
                     }
                 }
@@ -410,10 +431,10 @@ mod tests {
     fn a_grid_is_red_and_green_where_its_scores_are_and_has_the_dashed_line() {
         let grid = heat("needle", &needle(), Some(1024)).unwrap();
         let png = png("a model", &[Panel { title: "needle".into(), body: Body::Heat(grid) }]).unwrap();
-        // rows of 96 from y = 150; the left column is 1,024 tokens, the right one 2,048
+        // two rows of 427 from y = 150; the left column is 1,024 tokens, the right one 2,048
         let (green, red) = ((12, 215, 159), (240, 73, 110));
         assert_eq!(
-            [(300, 160), (1500, 160), (300, 256), (1500, 256)].map(|(x, y)| pixel(&png, x, y)),
+            [(300, 160), (1500, 160), (300, 600), (1500, 600)].map(|(x, y)| pixel(&png, x, y)),
             [green, red, green, green]
         );
         let between: Vec<bool> = (900..1100).map(|x| pixel(&png, x, 154) == (255, 255, 255)).collect();

@@ -176,14 +176,15 @@ pub async fn obtain(
             let help = "set `mixture.holdout` in the run's conf, or name a folder of packed documents with --heldout";
             Error::data("there are no held-out documents to measure the loss of", help)
         })?;
-        let mut all = vec![];
+        let mut all = BTreeMap::new();
         for meta in heldout.list().await? {
-            let name = meta.location.filename().unwrap_or_default().to_owned();
+            let below = meta.location.prefix_match(&heldout.path).into_iter().flatten();
+            let name = below.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/");
             if name.ends_with(".parquet") {
-                all.push(json!([name, heldout.join(&name).digest().await?]));
+                all.insert(name.clone(), heldout.join(&name).digest().await?);
             }
         }
-        digests.insert("heldout", json!(all));
+        digests.insert("heldout", json!(all.iter().collect::<Vec<_>>()));
     }
     let list = ingredients([
         ("version", json!(VERSION)),

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::array::{
     Array, ArrayRef, AsArray, FixedSizeBinaryBuilder, Float64Builder, Int64Builder, RecordBatch,
@@ -14,17 +15,21 @@ use arrow::array::{
 use arrow::datatypes::{Float64Type, Int64Type};
 use datafusion::common::ScalarValue;
 use datafusion::logical_expr::LogicalPlanBuilder;
-use datafusion::prelude::col;
-use futures::{Stream, StreamExt, TryStreamExt};
+use datafusion::prelude::{DataFrame, col};
+use futures::{Stream, StreamExt};
 use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
 
 use super::catalog::register_documents;
 use super::domains::Domain;
 use crate::conf::{Param, Shortfall};
 use crate::engine::{TableWriter, query, scan};
 use crate::hash::hex;
+use crate::progress::Bar;
 use crate::recipe::{Bound, Recipe};
 use crate::run::{Run, Stage, ingredients};
 use crate::sql::scalar_json;
@@ -35,6 +40,9 @@ const VERSION: u32 = 2;
 
 /// Fixed-point one: `copies` are multiples of 2⁻³².
 pub const ONE: u64 = 1 << 32;
+
+/// A recipe that has not ended by then is taken for one that never does.
+const MOST_SECONDS: u64 = 6 * 3600;
 
 /// More expected copies of one span than this are a mistake, whatever `max_copies` says.
 const MOST_COPIES: f64 = 1e6;
@@ -398,15 +406,56 @@ pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: 
         LogicalPlanBuilder::from(plan).sort([col("doc_id").sort(true, false)]).and_then(|b| b.build());
     let frame = session.execute_logical_plan(sorted.map_err(failed)?).await.map_err(failed)?;
     let bar = run.progress.stage("mixture", catalog.count("documents"));
-    let rows = bar.watch(frame.execute_stream().await.map_err(failed)?);
-    let doing = format!("{recipe} failed while it ran");
-    let rows = rows.map_err(move |e| query(&doing, e));
+    let seconds = run.conf.engine.recipe_seconds.unwrap_or(MOST_SECONDS);
+    let rows = bounded(frame, bar, recipe.clone(), Duration::from_secs(seconds));
     let known =
         scan(catalog.folder.clone(), catalog.table("catalog"), Some(vec!["doc_id", "domain", "tokens"]));
     let heldout = catalog.table("heldout");
     let heldout = (heldout.rows > 0)
         .then(|| Box::pin(scan(catalog.folder.clone(), heldout, Some(vec!["doc_id"]))) as Batches);
     Ok(Weaver::new(recipe, Box::pin(rows), Box::pin(known), heldout))
+}
+
+/// The rows of a query that may take so long. It runs on a thread of its own: one that is busy with a single batch for
+/// years keeps nobody from hearing the clock, or a signal.
+fn bounded(frame: DataFrame, bar: Bar, recipe: String, most: Duration) -> Batches {
+    let deadline = Instant::now() + most;
+    let (send, rows) = mpsc::channel(1);
+    let running = tokio::spawn(async move {
+        let mut rows = match frame.execute_stream().await {
+            Ok(rows) => bar.watch(rows),
+            Err(error) => return drop(send.send(Err(error)).await),
+        };
+        while let Some(batch) = rows.next().await {
+            // nobody waits for more
+            if send.send(batch).await.is_err() {
+                return;
+            }
+        }
+    });
+    let next = move |(mut rows, running): (mpsc::Receiver<_>, JoinHandle<()>)| {
+        let failed = format!("{recipe} failed while it ran");
+        let endless = format!("{recipe} has run for {} seconds and is not done", most.as_secs());
+        async move {
+            match timeout_at(deadline, rows.recv()).await {
+                Ok(Some(Ok(batch))) => Ok(Some((batch, (rows, running)))),
+                Ok(Some(Err(error))) => Err(query(&failed, error)),
+                // it has ended, or fallen
+                Ok(None) => match running.await {
+                    Ok(()) => Ok(None),
+                    Err(panic) => {
+                        Err(Error::data(format!("{failed}: {panic}"), "is it a bug of DataFusion's?"))
+                    }
+                },
+                Err(_) => Err(Error::data(
+                    endless,
+                    "does it join documents with each other, or call itself without end? If it takes long for good \
+                     reason, set engine.recipe_seconds",
+                )),
+            }
+        }
+    };
+    Box::pin(futures::stream::try_unfold((rows, running), next))
 }
 
 /// Table `mixture`; its notes are what the recipe asks for, as [`Asked`].

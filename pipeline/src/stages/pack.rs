@@ -24,6 +24,7 @@ use serde_json::json;
 
 use super::shuffle::{self, Drawn, Layout};
 use super::tokens::Tokens;
+use crate::conf::Mode;
 use crate::engine::{put_file, query, scan, stream};
 use crate::hash::{RowDigest, hex};
 use crate::run::{Run, Stage, ingredients};
@@ -293,7 +294,8 @@ pub async fn obtain(
     let layout = Layout {
         sequence_tokens: conf.sequence_tokens.0 as usize,
         sequences_per_file: conf.sequences_per_file as usize,
-        mode: conf.mode,
+        // losses by position need documents whole, or in pieces one after the other
+        mode: if split == "heldout" { Mode::Concat } else { conf.mode },
         bos: bos.is_some(),
         eos: eos.is_some(),
     };

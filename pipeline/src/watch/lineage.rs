@@ -1,0 +1,143 @@
+//! OpenLineage's events: <https://openlineage.io>.
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{Listener, id, set, span};
+use crate::Error;
+use crate::run::{Run, Step};
+use crate::stages::upstream;
+
+const PRODUCER: &str = concat!("lengthwise/", env!("CARGO_PKG_VERSION"));
+
+/// Where events go.
+pub struct Lineage {
+    listener: Listener,
+    namespace: String,
+}
+
+impl Lineage {
+    /// As `OPENLINEAGE_URL`, `OPENLINEAGE_API_KEY` and `OPENLINEAGE_NAMESPACE` say.
+    pub fn new() -> Option<Self> {
+        let key = set("OPENLINEAGE_API_KEY").map(|key| ("authorization".into(), format!("Bearer {key}")));
+        Some(Self {
+            listener: Listener::new("OPENLINEAGE_URL", &set("OPENLINEAGE_URL")?, key.into_iter().collect()),
+            namespace: set("OPENLINEAGE_NAMESPACE").unwrap_or_else(|| "lengthwise".into()),
+        })
+    }
+
+    /// That a run has begun.
+    pub async fn begun(&mut self, run: &Run, started: Timestamp) {
+        let event = self.of_run("START", run, started);
+        self.send(&event).await;
+    }
+
+    /// That it has ended, and how.
+    pub async fn ended(&mut self, run: &Run, started: Timestamp, error: Option<&Error>) {
+        let what = match error {
+            None => "COMPLETE",
+            Some(Error::Stopped) => "ABORT",
+            Some(_) => "FAIL",
+        };
+        let mut event = self.of_run(what, run, started);
+        if let Some(error) = error.filter(|_| what == "FAIL") {
+            let message = json!({ "message": error.to_string(), "programmingLanguage": "Rust" });
+            event["run"]["facets"] = json!({ "errorMessage": facet("1-0-1/ErrorMessageRunFacet", message) });
+        }
+        self.send(&event).await;
+    }
+
+    /// That a stage began, and that it is complete, with what it read and wrote.
+    pub async fn computed(&mut self, run: &Run, step: &Step, steps: &[Step], started: Timestamp) {
+        let folder = |step: &Step| run.output.join("stages").join(&step.stage).join(&step.key).url();
+        let inputs: Vec<Value> = match step.stage.as_str() {
+            "tokens" => run.conf.source.iter().map(|source| dataset(&source.url)).collect(),
+            stage => {
+                let above = steps.iter().filter(|other| upstream(stage).contains(&other.stage.as_str()));
+                above.map(|step| dataset(&folder(step))).collect()
+            }
+        };
+        let mut output = dataset(&folder(step));
+        let rows =
+            ["documents", "sequences", "tokens", "rows"].iter().find_map(|name| step.counts.get(*name));
+        let statistics = facet("1-0-2/OutputStatisticsOutputDatasetFacet", json!({ "rowCount": rows }));
+        output["outputFacets"] = json!({ "outputStatistics": statistics });
+        let parent = json!({
+            "run": { "runId": uuid(run, started, "") },
+            "job": { "namespace": self.namespace, "name": run.conf.run.name },
+        });
+        let parent = facet("1-1-0/ParentRunFacet", parent);
+        let (began, ended) = span(step);
+        for (what, time) in [("START", began), ("COMPLETE", ended)] {
+            let job = format!("{}.{}", run.conf.run.name, step.stage);
+            let mut event = self.event(what, time, &job, &uuid(run, started, &step.key));
+            event["run"]["facets"] = json!({ "parent": parent });
+            event["inputs"] = json!(inputs);
+            event["outputs"] = json!([output]);
+            self.send(&event).await;
+        }
+    }
+
+    fn of_run(&self, what: &str, run: &Run, started: Timestamp) -> Value {
+        let mut event = self.event(what, Timestamp::now(), &run.conf.run.name, &uuid(run, started, ""));
+        event["inputs"] = run.conf.source.iter().map(|source| dataset(&source.url)).collect();
+        event["outputs"] = json!([dataset(&run.output.url())]);
+        event
+    }
+
+    fn event(&self, what: &str, time: Timestamp, job: &str, run: &str) -> Value {
+        json!({
+            "eventType": what,
+            "eventTime": time.to_string(),
+            "producer": PRODUCER,
+            "schemaURL": "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent",
+            "run": { "runId": run },
+            "job": { "namespace": self.namespace, "name": job },
+        })
+    }
+
+    async fn send(&mut self, event: &Value) {
+        self.listener.send("/api/v1/lineage", event).await;
+    }
+}
+
+fn facet(schema: &str, mut facet: Value) -> Value {
+    facet["_producer"] = PRODUCER.into();
+    facet["_schemaURL"] = format!("https://openlineage.io/spec/facets/{schema}.json").into();
+    facet
+}
+
+/// An id as OpenLineage wants it: as a UUID, of version 8.
+fn uuid(run: &Run, started: Timestamp, key: &str) -> String {
+    let mut bytes = id(run, started, key);
+    (bytes[6], bytes[8]) = (bytes[6] & 0x0f | 0x80, bytes[8] & 0x3f | 0x80);
+    let hex = crate::hash::hex(&bytes);
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// A URL as OpenLineage names datasets.
+fn dataset(url: &str) -> Value {
+    match url.split_once("://") {
+        Some((scheme, rest)) => {
+            let (bucket, name) = rest.split_once('/').unwrap_or((rest, ""));
+            json!({ "namespace": format!("{scheme}://{bucket}"), "name": if name.is_empty() { "/" } else { name } })
+        }
+        None => json!({ "namespace": "file", "name": url }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn datasets_have_the_names_that_openlineage_gives_them() {
+        for (url, namespace, name) in [
+            ("s3://bucket/corpus/*.jsonl", "s3://bucket", "corpus/*.jsonl"),
+            ("s3://bucket", "s3://bucket", "/"),
+            ("/data/corpus", "file", "/data/corpus"),
+        ] {
+            assert_eq!(dataset(url), json!({ "namespace": namespace, "name": name }));
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! What monitoring sees of a run that nobody watches: a Prometheus text file, OpenLineage events, OpenTelemetry's traces and
+//! metrics, and a line at its end.
+//!
+//! ```text
+//! LENGTHWISE_METRICS=FILE           rewritten while the run goes and at its end, for node_exporter's textfile collector
+//! OPENLINEAGE_URL=URL               an event when a run begins, when a stage has ended, and when the run has
+//! OTEL_EXPORTER_OTLP_ENDPOINT=URL   a span of the run and one of each stage that was computed; the text file's numbers as metrics
+//! ```
+//!
+//! Whoever doesn't listen costs a warning, not the run.
+
+mod lineage;
+mod otlp;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde_json::Value;
+
+use crate::hash::{Digest, hex};
+use crate::run::{Run, Step};
+use crate::{Error, Result};
+
+use lineage::Lineage;
+use otlp::Telemetry;
+
+/// How often the file is rewritten and stages that have ended are told.
+const EVERY: Duration = Duration::from_secs(5);
+
+/// How long whoever is told may take to hear it.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Who is told.
+pub struct Watch {
+    started: Timestamp,
+    metrics: Option<PathBuf>,
+    lineage: Option<Lineage>,
+    telemetry: Option<Telemetry>,
+    /// Steps that they were told of.
+    told: usize,
+}
+
+impl Watch {
+    /// As the environment says.
+    pub fn new(started: Timestamp) -> Self {
+        Self {
+            started,
+            metrics: set("LENGTHWISE_METRICS").map(PathBuf::from),
+            lineage: Lineage::new(),
+            telemetry: Telemetry::new(),
+            told: 0,
+        }
+    }
+
+    /// Tells of a run while `work` does it.
+    pub async fn during<T>(&mut self, run: &Run, work: impl Future<Output = Result<T>>) -> Result<T> {
+        if let Some(lineage) = &mut self.lineage {
+            lineage.begun(run, self.started).await;
+        }
+        let mut work = std::pin::pin!(work);
+        let done = loop {
+            tokio::select! {
+                done = &mut work => break done,
+                () = tokio::time::sleep(EVERY) => self.refresh(run, None).await,
+            }
+        };
+        let error = done.as_ref().err();
+        self.refresh(run, Some(error)).await;
+        if let Some(lineage) = &mut self.lineage {
+            lineage.ended(run, self.started, error).await;
+        }
+        if let Some(telemetry) = &mut self.telemetry {
+            telemetry.ended(run, self.started, error).await;
+        }
+        done
+    }
+
+    /// Rewrites the file, and tells of the stages that have ended since; `ended` says whether the run has, and how.
+    async fn refresh(&mut self, run: &Run, ended: Option<Option<&Error>>) {
+        let steps = run.steps.lock().expect("no panic while held").clone();
+        let gauges = gauges(&steps, self.started, ended);
+        if let Some(path) = &self.metrics {
+            let text = prometheus(&run.conf.run.name, &gauges);
+            // a reader never sees half of it
+            let beside = path.with_extension(format!("{}.tmp", std::process::id()));
+            let written = std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, path));
+            if let Err(error) = written {
+                tracing::warn!("cannot write the metrics to {}: {error}", path.display());
+                self.metrics = None;
+            }
+        }
+        // a broken output has steps start over
+        self.told = self.told.min(steps.len());
+        // what was there is not told of
+        let new = || steps[self.told..].iter().filter(|step| !step.cached);
+        if let Some(lineage) = &mut self.lineage {
+            for step in new() {
+                lineage.computed(run, step, &steps, self.started).await;
+            }
+        }
+        if let Some(telemetry) = &mut self.telemetry {
+            telemetry.computed(run, new(), self.started).await;
+            telemetry.measured(run, &gauges).await;
+        }
+        self.told = steps.len();
+    }
+}
+
+/// A variable of the environment.
+fn set(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// Something that is measured of a run.
+struct Gauge {
+    name: &'static str,
+    help: &'static str,
+    /// Each with its labels.
+    samples: Vec<(Labels, f64)>,
+}
+
+type Labels = Vec<(&'static str, String)>;
+
+/// `ended` says whether the run has, and how.
+fn gauges(steps: &[Step], started: Timestamp, ended: Option<Option<&Error>>) -> Vec<Gauge> {
+    let now = Timestamp::now();
+    let of_run = |name, help, value| Gauge { name, help, samples: vec![(vec![], value)] };
+    let mut gauges = vec![
+        of_run("run_seconds", "How long the run has taken.", now.duration_since(started).as_secs_f64()),
+        of_run("run_updated_timestamp_seconds", "When this was written.", now.as_second() as f64),
+    ];
+    if let Some(error) = ended {
+        let help = "How the run ended, as documented; absent while it goes.";
+        gauges.push(of_run("run_exit_code", help, error.map_or(0, Error::exit_code).into()));
+    }
+    // of two outputs of one stage, packed and held out, the sum
+    let mut stages: Vec<(&str, f64, bool, BTreeMap<&str, u64>)> = vec![];
+    for step in steps {
+        if stages.iter().all(|(stage, ..)| *stage != step.stage) {
+            stages.push((&step.stage, 0.0, true, BTreeMap::new()));
+        }
+        let (_, seconds, cached, counts) =
+            stages.iter_mut().find(|(stage, ..)| *stage == step.stage).expect("it is there now");
+        *seconds += step.seconds;
+        *cached &= step.cached;
+        for (name, count) in &step.counts {
+            *counts.entry(name).or_default() += count;
+        }
+    }
+    let stage = |stage: &str| ("stage", stage.to_owned());
+    gauges.push(Gauge {
+        name: "stage_seconds",
+        help: "How long a stage took to find or to compute.",
+        samples: stages.iter().map(|(name, seconds, ..)| (vec![stage(name)], *seconds)).collect(),
+    });
+    gauges.push(Gauge {
+        name: "stage_cached",
+        help: "1 where a stage's output was there.",
+        samples: stages
+            .iter()
+            .map(|(name, _, cached, _)| (vec![stage(name)], f64::from(u8::from(*cached))))
+            .collect(),
+    });
+    let counts = stages.iter().flat_map(|(name, _, _, counts)| {
+        let sample =
+            move |(count, n): (&&str, &u64)| (vec![stage(name), ("count", (*count).to_owned())], *n as f64);
+        counts.iter().map(sample)
+    });
+    gauges.push(Gauge {
+        name: "stage_count",
+        help: "What a stage counted: documents, tokens, rejects, ...",
+        samples: counts.collect(),
+    });
+    gauges
+}
+
+/// In Prometheus's text format.
+fn prometheus(run: &str, gauges: &[Gauge]) -> String {
+    let quoted = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+    let run = quoted(run);
+    let mut text = String::new();
+    for Gauge { name, help, samples } in gauges {
+        text += &format!("# HELP lengthwise_{name} {help}\n# TYPE lengthwise_{name} gauge\n");
+        for (labels, value) in samples {
+            let labels: String =
+                labels.iter().map(|(label, value)| format!(",{label}=\"{}\"", quoted(value))).collect();
+            text += &format!("lengthwise_{name}{{run=\"{run}\"{labels}}} {value}\n");
+        }
+    }
+    text
+}
+
+/// The run's last line in the log.
+pub fn summary(steps: &[Step], folder: Option<&str>, started: Timestamp) -> String {
+    let computed = steps.iter().filter(|step| !step.cached).count();
+    let counted = |name: &str| {
+        let counts = steps.iter().filter_map(|step| step.counts.get(name));
+        indicatif::HumanCount(counts.copied().max().unwrap_or(0))
+    };
+    format!(
+        "done in {:.1} s: {computed} of {} stages computed, {} documents, {} rejects, {} sequences{}",
+        Timestamp::now().duration_since(started).as_secs_f64(),
+        steps.len(),
+        counted("documents"),
+        counted("rejects"),
+        counted("sequences"),
+        folder.map_or(String::new(), |folder| format!(", {folder}")),
+    )
+}
+
+/// Names this attempt at a run, or at a stage's output with this key.
+fn id(run: &Run, started: Timestamp, key: &str) -> [u8; 16] {
+    let text = format!("{} {} {} {key}", run.conf.run.name, started.as_nanosecond(), std::process::id());
+    Digest::of(text.as_bytes()).0[..16].try_into().expect("16 of 32 bytes")
+}
+
+/// When a stage was computed.
+fn span(step: &Step) -> (Timestamp, Timestamp) {
+    let ended: Timestamp = step.ended.parse().unwrap_or_else(|_| Timestamp::now());
+    (ended - jiff::SignedDuration::try_from_secs_f64(step.seconds).unwrap_or_default(), ended)
+}
+
+/// Where JSON is posted to.
+struct Listener {
+    /// The variable that names it.
+    variable: &'static str,
+    url: String,
+    headers: Vec<(String, String)>,
+    client: reqwest::Client,
+    /// Whether it was said that nobody listens.
+    deaf: bool,
+}
+
+impl Listener {
+    fn new(variable: &'static str, url: &str, headers: Vec<(String, String)>) -> Self {
+        let url = url.trim_end_matches('/').to_owned();
+        Self { variable, url, headers, client: reqwest::Client::new(), deaf: false }
+    }
+
+    async fn send(&mut self, path: &str, what: &Value) {
+        let mut request = self.client.post(format!("{}{path}", self.url)).timeout(PATIENCE);
+        request = request.header("content-type", "application/json").body(what.to_string());
+        for (name, value) in &self.headers {
+            request = request.header(name, value);
+        }
+        let heard = request.send().await.and_then(reqwest::Response::error_for_status);
+        if let Err(error) = heard
+            && !std::mem::replace(&mut self.deaf, true)
+        {
+            tracing::warn!("{}: {}", self.variable, error.without_url());
+        }
+    }
+}

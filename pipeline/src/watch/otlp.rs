@@ -1,0 +1,128 @@
+//! OpenTelemetry's traces and metrics, in OTLP's JSON over HTTP, which collectors take at port 4318:
+//! <https://opentelemetry.io/docs/specs/otlp/>.
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{Gauge, Listener, hex, id, set, span};
+use crate::Error;
+use crate::run::{Run, Step};
+
+/// Where they go.
+pub struct Telemetry {
+    listener: Listener,
+    /// What all of it is of.
+    resource: Value,
+}
+
+impl Telemetry {
+    /// As `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_EXPORTER_OTLP_HEADERS` and `OTEL_SERVICE_NAME` say.
+    pub fn new() -> Option<Self> {
+        let headers = set("OTEL_EXPORTER_OTLP_HEADERS").unwrap_or_default();
+        let headers = headers.split(',').filter_map(|header| header.split_once('='));
+        let headers =
+            headers.map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned())).collect();
+        let name = set("OTEL_SERVICE_NAME").unwrap_or_else(|| "lengthwise".into());
+        Some(Self {
+            listener: Listener::new(
+                "OTEL_EXPORTER_OTLP_ENDPOINT",
+                &set("OTEL_EXPORTER_OTLP_ENDPOINT")?,
+                headers,
+            ),
+            resource: json!({ "attributes": [
+                attribute("service.name", &name),
+                attribute("service.version", env!("CARGO_PKG_VERSION")),
+            ] }),
+        })
+    }
+
+    /// A span of each stage.
+    pub async fn computed<'a>(
+        &mut self,
+        run: &Run,
+        steps: impl Iterator<Item = &'a Step>,
+        started: Timestamp,
+    ) {
+        let mut spans = vec![];
+        for step in steps {
+            let mut span = trace(run, started, &step.key, span(step), None);
+            span["name"] = step.stage.as_str().into();
+            span["parentSpanId"] = hex(&id(run, started, "")[8..]).into();
+            let counts = step.counts.iter().map(|(name, count)| {
+                let value = json!({ "intValue": count.to_string() });
+                json!({ "key": format!("lengthwise.{name}"), "value": value })
+            });
+            span["attributes"] = counts.chain([attribute("lengthwise.key", &step.key)]).collect();
+            spans.push(span);
+        }
+        if !spans.is_empty() {
+            self.send_spans(spans).await;
+        }
+    }
+
+    /// The span of the run.
+    pub async fn ended(&mut self, run: &Run, started: Timestamp, error: Option<&Error>) {
+        let mut span = trace(run, started, "", (started, Timestamp::now()), error);
+        span["name"] = run.conf.run.name.as_str().into();
+        span["attributes"] = json!([attribute("lengthwise.output", &run.output.url())]);
+        self.send_spans(vec![span]).await;
+    }
+
+    async fn send_spans(&mut self, spans: Vec<Value>) {
+        let spans = json!([{ "scope": scope(), "spans": spans }]);
+        let body = json!({ "resourceSpans": [{ "resource": self.resource, "scopeSpans": spans }] });
+        self.listener.send("/v1/traces", &body).await;
+    }
+
+    /// What was measured so far.
+    pub async fn measured(&mut self, run: &Run, gauges: &[Gauge]) {
+        let time = nanoseconds(Timestamp::now());
+        let metrics = gauges.iter().map(|Gauge { name, help, samples }| {
+            let points = samples.iter().map(|(labels, value)| {
+                let labels = labels.iter().map(|(label, value)| attribute(label, value));
+                let attributes: Vec<Value> = labels.chain([attribute("run", &run.conf.run.name)]).collect();
+                json!({ "timeUnixNano": time, "asDouble": value, "attributes": attributes })
+            });
+            let points: Vec<Value> = points.collect();
+            json!({ "name": format!("lengthwise_{name}"), "description": help, "gauge": { "dataPoints": points } })
+        });
+        let metrics = json!([{ "scope": scope(), "metrics": metrics.collect::<Vec<_>>() }]);
+        let body = json!({ "resourceMetrics": [{ "resource": self.resource, "scopeMetrics": metrics }] });
+        self.listener.send("/v1/metrics", &body).await;
+    }
+}
+
+/// A span of the run, or, with its key, of one of its stages; it still needs a name.
+fn trace(
+    run: &Run,
+    started: Timestamp,
+    key: &str,
+    span: (Timestamp, Timestamp),
+    error: Option<&Error>,
+) -> Value {
+    let status = match error {
+        None => json!({ "code": 1 }),
+        Some(error) => json!({ "code": 2, "message": error.to_string() }),
+    };
+    json!({
+        "traceId": hex(&id(run, started, "")),
+        "spanId": hex(&id(run, started, key)[8..]),
+        "kind": 1,
+        "startTimeUnixNano": nanoseconds(span.0),
+        "endTimeUnixNano": nanoseconds(span.1),
+        "status": status,
+    })
+}
+
+fn scope() -> Value {
+    json!({ "name": "lengthwise", "version": env!("CARGO_PKG_VERSION") })
+}
+
+fn attribute(key: &str, value: &str) -> Value {
+    json!({ "key": key, "value": { "stringValue": value } })
+}
+
+/// Numbers of 64 bits are strings in OTLP's JSON.
+fn nanoseconds(time: Timestamp) -> String {
+    time.as_nanosecond().to_string()
+}
