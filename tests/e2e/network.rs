@@ -205,7 +205,9 @@ fn a_run_outlasts(rounds: std::ops::Range<usize>) {
     assert!(table.values().sum::<usize>() > 20, "{table:?}");
 }
 
+/// `cargo test --release -p lengthwise-tests --test e2e -- --ignored requests_that_fail_once_in_five --nocapture`
 #[test]
+#[ignore = "minutes: the library waits longer and longer between tries"]
 fn requests_that_fail_once_in_five_change_no_byte() {
     a_run_outlasts(0..5);
 }
