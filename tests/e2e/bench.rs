@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
@@ -203,6 +203,11 @@ pub fn packed(run: &Path) -> BTreeMap<String, Vec<u8>> {
     }
     assert!(files.len() >= 2, "{} has no packed files", run.display());
     files
+}
+
+/// Tells a program to stop, with SIGTERM.
+pub fn terminate(child: &Child) {
+    assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
 }
 
 /// All files below a folder.

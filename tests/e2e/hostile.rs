@@ -10,7 +10,7 @@ use arrow::datatypes::{DataType, Field, Fields, Schema};
 use parquet::arrow::ArrowWriter;
 use parquet::file::properties::WriterProperties;
 
-use crate::bench::Bench;
+use crate::bench::{Bench, terminate};
 
 /// Runs to the end of `tokens`. Returns the exit code, the most megabytes that were resident, and what was said.
 fn run(bench: &Bench, sets: &[&str]) -> (i32, u64, String) {
@@ -139,8 +139,7 @@ fn a_recipe_that_never_ends_is_ended_by_the_clock_and_by_a_signal() {
 
         let mut child = bench.command(&run).spawn().unwrap();
         std::thread::sleep(Duration::from_secs(2));
-        let id = child.id().to_string();
-        assert!(std::process::Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        terminate(&child);
         let told = std::time::Instant::now();
         assert_eq!(child.wait().unwrap().code(), Some(75));
         assert!(told.elapsed() < Duration::from_secs(5), "{:?}", told.elapsed());

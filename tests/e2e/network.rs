@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -165,7 +164,7 @@ fn packed_there(server: &S3, run: &str) -> BTreeMap<String, Vec<u8>> {
                 .unwrap();
         }
     });
-    packed(Path::new(copy.path()))
+    packed(copy.path())
 }
 
 fn arguments(output: &str) -> Vec<String> {

@@ -38,7 +38,7 @@ fn sigterm_is_a_stop_that_goes_on() {
     while !tree(&bench.path("out/stages/pack")).iter().any(|path| path.ends_with("manifest.json")) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    crate::bench::terminate(&child);
     let said = said(child.wait_with_output().unwrap());
     assert_eq!(said.code, 75, "{said:?}");
     assert!(said.err.contains("stopped by a signal") && said.out.is_empty(), "{said:?}");
@@ -214,7 +214,7 @@ mod processes {
         let bench = Bench::new(3);
         let train = train("steps = 400, checkpoint_every = 5, devices = [\"libtorch-cpu\"]");
         let (child, _) = started(&bench, &train);
-        std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+        crate::bench::terminate(&child);
         let said = said(child.wait_with_output().unwrap());
         assert!(said.code == 75 && said.out.is_empty(), "{said:?}");
         let again = bench.say(&["train", "conf.toml", "--nproc", "2", "--set", &train]);

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 
 use serde_json::Value;
 
-use crate::bench::{Bench, said};
+use crate::bench::{Bench, said, terminate};
 
 /// Hears what is posted to it, and answers with success.
 fn listener() -> (String, mpsc::Receiver<(String, Value)>) {
@@ -195,13 +195,7 @@ fn a_run_that_is_told_to_stop_says_so_to_all_who_listen() {
     command.env("OPENLINEAGE_URL", lineage).env("OTEL_EXPORTER_OTLP_ENDPOINT", telemetry);
     let mut child = command.env("LENGTHWISE_METRICS", &file).spawn().unwrap();
     std::thread::sleep(std::time::Duration::from_secs(3));
-    assert!(
-        std::process::Command::new("kill")
-            .args(["-TERM", &child.id().to_string()])
-            .status()
-            .unwrap()
-            .success()
-    );
+    terminate(&child);
     assert_eq!(child.wait().unwrap().code(), Some(75));
     assert_eq!(events.try_iter().last().unwrap().1["eventType"], "ABORT");
     let (_, span) = spans.try_iter().filter(|(head, _)| head.contains("/v1/traces")).last().unwrap();

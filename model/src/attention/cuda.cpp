@@ -1,4 +1,5 @@
-// What `tch` does not bind of CUDA's: most of all flash attention, whose forward tch 0.22 does not bind (its schema returns SymInt). Tensors cross as at::Tensor*.
+// What tch 0.22 does not bind of CUDA's: most of all the forward of flash attention (its schema returns SymInt).
+// Tensors cross as at::Tensor*.
 // Every function returns 0, or 1 with a message in lw_flash_error; tensors in `out` are owned by the caller.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>

@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{print, run, run_folder, until_stopped};
+use super::{print, run, run_folder};
 use crate::publish::{self, RunManifest, output_of};
 use crate::run::{Goal, Run};
 use crate::sql::Files;
@@ -40,7 +40,7 @@ pub async fn main(arguments: ReproduceArguments) -> Result<()> {
             "name another place: nothing would be computed",
         ));
     }
-    let second = until_stopped(&again, go(&again)).await?;
+    let second = go(&again).await?;
 
     let mut lines = vec![];
     if manifest.inputs != second.inputs {
