@@ -30,7 +30,7 @@ pub async fn checkpoint_parts(folder: &Location) -> Result<Vec<String>> {
 }
 
 fn wrong(folder: &Location, message: String) -> Error {
-    Error::Checkpoint { at: folder.path.to_string(), message }
+    Error::Checkpoint { at: folder.url(), message }
 }
 
 /// The files that an index names.

@@ -44,7 +44,7 @@ pub struct Segment {
 
 /// Sequences of a folder's `*.parquet`, in the order of their names. One row group is in memory at a time.
 pub struct Dataset {
-    store: Arc<dyn ObjectStore>,
+    folder: Location,
     /// Each with the number of sequences in the files before it.
     files: Vec<(Path, u64)>,
     pub sequences: u64,
@@ -62,12 +62,12 @@ impl Dataset {
             .list(Some(&folder.path))
             .try_collect()
             .await
-            .map_err(|source| Error::Storage { doing: "list", path: folder.path.to_string(), source })?;
+            .map_err(|source| Error::Storage { doing: "list", path: folder.url(), source })?;
         let mut paths: Vec<Path> = listed.into_iter().map(|meta| meta.location).collect();
         paths.retain(|path| path.filename().is_some_and(|name| name.ends_with(".parquet")));
         paths.sort();
         let mut new = Self {
-            store: folder.store.clone(),
+            folder: folder.clone(),
             files: vec![],
             sequences: 0,
             vocab_size,
@@ -76,7 +76,7 @@ impl Dataset {
         };
         for path in paths {
             let builder = new.builder(&path).await?;
-            check(builder.schema()).map_err(|message| Error::Dataset { file: path.to_string(), message })?;
+            check(builder.schema()).map_err(|message| Error::Dataset { file: new.url(&path), message })?;
             let rows = builder.metadata().file_metadata().num_rows() as u64;
             new.files.push((path, new.sequences));
             new.sequences += rows;
@@ -84,17 +84,22 @@ impl Dataset {
         if new.sequences == 0 {
             let message =
                 if new.files.is_empty() { "there is no *.parquet" } else { "no file has a sequence" };
-            return Err(Error::Dataset { file: folder.path.to_string(), message: message.into() });
+            return Err(Error::Dataset { file: folder.url(), message: message.into() });
         }
         Ok(new)
     }
 
+    /// What a person can paste.
+    fn url(&self, path: &Path) -> String {
+        Location { path: path.clone(), ..self.folder.clone() }.url()
+    }
+
     async fn builder(&self, path: &Path) -> Result<ParquetRecordBatchStreamBuilder<Object>> {
-        let meta = self.store.head(path).await;
-        let meta = meta.map_err(|source| Error::Storage { doing: "read", path: path.to_string(), source })?;
-        let object = Object { store: self.store.clone(), path: path.clone(), size: meta.size };
+        let meta = self.folder.store.head(path).await;
+        let meta = meta.map_err(|source| Error::Storage { doing: "read", path: self.url(path), source })?;
+        let object = Object { store: self.folder.store.clone(), path: path.clone(), size: meta.size };
         let builder = ParquetRecordBatchStreamBuilder::new(object).await;
-        builder.map_err(|e| Error::Dataset { file: path.to_string(), message: e.to_string() })
+        builder.map_err(|e| Error::Dataset { file: self.url(path), message: e.to_string() })
     }
 
     /// A sequence by its place in training: after the last one comes the first.
@@ -102,7 +107,8 @@ impl Dataset {
         let index = place % self.sequences;
         let file = self.files.partition_point(|(_, before)| *before <= index) - 1;
         let (path, before) = self.files[file].clone();
-        let wrong = |message: String| Error::Dataset { file: path.to_string(), message };
+        let url = self.url(&path);
+        let wrong = |message: String| Error::Dataset { file: url.clone(), message };
         let (mut next, mut stream) = match self.reading.take() {
             // a few sequences on are read over, rather than sought
             Some((same, next, stream))
@@ -279,8 +285,11 @@ pub(crate) mod tests {
     }
 
     pub(crate) async fn folder(files: &[(&str, Vec<u8>)]) -> Location {
-        let folder =
-            Location { store: Arc::new(object_store::memory::InMemory::new()), path: Path::from("data") };
+        let folder = Location {
+            store: Arc::new(object_store::memory::InMemory::new()),
+            path: Path::from("data"),
+            base: "memory:///".into(),
+        };
         for (name, bytes) in files {
             folder.join(name).put(bytes.clone()).await.unwrap();
         }
@@ -340,7 +349,7 @@ pub(crate) mod tests {
         for (bytes, message) in [
             (good, "id 12 is not in the model's vocabulary of 10"),
             (writer.into_inner().unwrap(), "there is no column `input_ids`"),
-            (b"no parquet".to_vec(), "train-00000-of-00001.parquet"),
+            (b"no parquet".to_vec(), "memory:///data/train-00000-of-00001.parquet: "),
         ] {
             let folder = folder(&[("train-00000-of-00001.parquet", bytes)]).await;
             let error = match Dataset::open(&folder, 10).await {

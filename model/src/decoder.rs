@@ -304,7 +304,7 @@ pub mod tests {
     pub fn fixture(name: &str) -> Location {
         let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
         let store = LocalFileSystem::new_with_prefix(root).unwrap();
-        Location { store: Arc::new(store), path: name.into() }
+        Location { store: Arc::new(store), path: name.into(), base: format!("{root}/") }
     }
 
     /// A fixture's ids, and transformers' logits after each of the last 16 of them, `[16 × 64]`.

@@ -81,6 +81,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub struct Location {
     pub store: Arc<dyn ObjectStore>,
     pub path: Path,
+    /// What stands before `path` in what a person is told: `s3://bucket/`, or `/`.
+    pub base: String,
 }
 
 /// A file that was written.
@@ -94,8 +96,13 @@ pub struct Written {
 impl Location {
     /// What lies at `name` in this folder.
     pub fn join(&self, name: &str) -> Self {
-        let parts = name.split('/');
-        Self { store: self.store.clone(), path: parts.fold(self.path.clone(), |path, part| path.join(part)) }
+        let path = name.split('/').fold(self.path.clone(), |path, part| path.join(part));
+        Self { path, ..self.clone() }
+    }
+
+    /// What a person can paste.
+    pub fn url(&self) -> String {
+        format!("{}{}", self.base, self.path)
     }
 
     /// The object's bytes; `None` where there is none.
@@ -104,7 +111,7 @@ impl Location {
         match got.await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(source) => Err(Error::Storage { doing: "read", path: self.path.to_string(), source }),
+            Err(source) => Err(Error::Storage { doing: "read", path: self.url(), source }),
         }
     }
 
@@ -112,7 +119,7 @@ impl Location {
         let name = self.path.filename().unwrap_or_default().to_owned();
         let written = Written { name, bytes: bytes.len() as u64, blake3: *blake3::hash(&bytes).as_bytes() };
         let put = self.store.put(&self.path, bytes.into()).await;
-        put.map_err(|source| Error::Storage { doing: "write", path: self.path.to_string(), source })?;
+        put.map_err(|source| Error::Storage { doing: "write", path: self.url(), source })?;
         Ok(written)
     }
 }

@@ -51,11 +51,8 @@ pub fn ranks_file(rank: usize, ranks: usize) -> String {
 /// The steps that have a folder, the last first.
 async fn steps(checkpoints: &Location) -> Result<Vec<u64>> {
     let listed = checkpoints.store.list_with_delimiter(Some(&checkpoints.path)).await;
-    let listed = listed.map_err(|source| Error::Storage {
-        doing: "list",
-        path: checkpoints.path.to_string(),
-        source,
-    })?;
+    let listed =
+        listed.map_err(|source| Error::Storage { doing: "list", path: checkpoints.url(), source })?;
     let number = |path: &object_store::path::Path| path.filename()?.strip_prefix("step-")?.parse().ok();
     let mut steps: Vec<u64> = listed.common_prefixes.iter().filter_map(number).collect();
     steps.sort_by_key(|step| std::cmp::Reverse(*step));
@@ -71,7 +68,7 @@ impl Resume {
         for step in steps(checkpoints).await? {
             let folder = checkpoints.join(&format!("step-{step}"));
             let Some(manifest) = folder.join(MANIFEST).get().await? else { continue };
-            let wrong = |message: String| Error::Checkpoint { at: folder.path.to_string(), message };
+            let wrong = |message: String| Error::Checkpoint { at: folder.url(), message };
             let manifest: Manifest =
                 serde_json::from_slice(&manifest).map_err(|e| wrong(format!("{MANIFEST}: {e}")))?;
             if manifest.dataset != dataset {
@@ -95,7 +92,7 @@ impl Resume {
                         return Err(wrong(format!("there is no {name}")));
                     }
                     Err(source) => {
-                        return Err(Error::Storage { doing: "read", path: at.path.to_string(), source });
+                        return Err(Error::Storage { doing: "read", path: at.url(), source });
                     }
                 }
             }
@@ -187,7 +184,7 @@ pub async fn clear(checkpoints: &Location) -> Result<()> {
 
 /// Removes a checkpoint, its manifest first, so that nobody finds half of it.
 async fn remove(folder: &Location) -> Result<()> {
-    let failed = |source| Error::Storage { doing: "remove", path: folder.path.to_string(), source };
+    let failed = |source| Error::Storage { doing: "remove", path: folder.url(), source };
     let manifest = folder.join(MANIFEST).path;
     match folder.store.delete(&manifest).await {
         Ok(()) | Err(object_store::Error::NotFound { .. }) => {}

@@ -46,8 +46,8 @@ impl Reader {
     /// # Errors
     /// There is no such file, or its header is not that of a safetensors file of its size.
     pub async fn open(at: Location) -> Result<Self> {
-        let wrong = |message: String| Error::Checkpoint { at: at.path.to_string(), message };
-        let failed = |source| Error::Storage { doing: "read", path: at.path.to_string(), source };
+        let wrong = |message: String| Error::Checkpoint { at: at.url(), message };
+        let failed = |source| Error::Storage { doing: "read", path: at.url(), source };
         let size = at.store.head(&at.path).await.map_err(failed)?.size;
         if size < 8 {
             return Err(wrong(format!("{size} bytes are no safetensors file")));
@@ -81,7 +81,7 @@ impl Reader {
 
     /// Some of a tensor's numbers, counted row by row, as f32.
     pub async fn read(&self, name: &str, range: Range<usize>) -> Result<Vec<f32>> {
-        let wrong = |message: String| Error::Checkpoint { at: self.at.path.to_string(), message };
+        let wrong = |message: String| Error::Checkpoint { at: self.at.url(), message };
         let entry = self.entries.get(name).ok_or_else(|| wrong(format!("missing {name}")))?;
         let (width, number) = numbers(&entry.dtype)
             .ok_or_else(|| wrong(format!("{name} is of type {}; F32, F16 and BF16 are read", entry.dtype)))?;
@@ -95,7 +95,7 @@ impl Reader {
         let from = self.data + entry.data_offsets[0];
         let bytes = from + (range.start * width) as u64..from + (range.end * width) as u64;
         let read = self.at.store.get_range(&self.at.path, bytes).await;
-        let path = || self.at.path.to_string();
+        let path = || self.at.url();
         let read = read.map_err(|source| Error::Storage { doing: "read", path: path(), source })?;
         Ok(read.chunks_exact(width).map(number).collect())
     }
@@ -151,7 +151,7 @@ impl Writer {
 
     fn failed(&self, source: std::io::Error) -> Error {
         let source = object_store::Error::Generic { store: "checkpoint", source: Box::new(source) };
-        Error::Storage { doing: "write", path: self.at.path.to_string(), source }
+        Error::Storage { doing: "write", path: self.at.url(), source }
     }
 
     /// The next numbers.

@@ -192,7 +192,7 @@ impl<'a> Rank<'a> {
                 let lines =
                     wait.block_on(saved.folder.join("metrics.jsonl").get())?.unwrap_or_default().to_vec();
                 let done = metrics::steps(&lines).map_err(|e| Error::Checkpoint {
-                    at: saved.folder.path.to_string(),
+                    at: saved.folder.url(),
                     message: format!("metrics.jsonl: {e}"),
                 })?;
                 (shards, optimizer, done, lines)
@@ -392,7 +392,7 @@ impl<'a> Rank<'a> {
             &self.job.conf.content(),
         ));
         let good = match saved {
-            Ok(Some(saved)) => saved.folder.path.to_string(),
+            Ok(Some(saved)) => saved.folder.url(),
             Ok(None) => "none: set train.checkpoint_every".to_owned(),
             Err(error) => format!("not to be read: {error}"),
         };
@@ -408,7 +408,7 @@ impl<'a> Rank<'a> {
             what,
             sequences,
             good,
-            metrics: self.job.checkpoints.join(DIVERGED).path.to_string(),
+            metrics: self.job.checkpoints.join(DIVERGED).url(),
         })
     }
 

@@ -27,7 +27,7 @@ pub struct Side {
 
 /// A held-out document's losses, as the evaluation wrote them.
 #[derive(Deserialize)]
-struct Losses {
+pub struct Losses {
     domain: String,
     doc_id: String,
     sums: Vec<(f64, u64)>,
@@ -96,9 +96,9 @@ pub struct Difference {
 }
 
 impl Difference {
-    /// Whether it is beyond what counts, and beyond twice its error.
+    /// Whether it is beyond what counts, and beyond twice its error; one document's alone may be chance.
     pub fn counts(&self) -> bool {
-        self.mean.abs() > COUNTS && self.error.is_none_or(|error| self.mean.abs() > 2.0 * error)
+        self.mean.abs() > COUNTS && self.error.is_some_and(|error| self.mean.abs() > 2.0 * error)
     }
 
     /// Whether it is for the better; `None` where it doesn't count.
@@ -124,8 +124,7 @@ impl Side {
             lines.map_err(|e| Error::Corrupt { url: at.url(), message: e.to_string() })
         };
         let metrics = lines("checkpoint/metrics.jsonl").await?;
-        let losses = lines("eval/loss/cases.jsonl").await?;
-        let losses = losses.into_iter().filter_map(|case| serde_json::from_value(case).ok()).collect();
+        let losses = losses_of(lines("eval/loss/cases.jsonl").await?);
         Ok(Self { name, manifest, losses, metrics })
     }
 
@@ -173,6 +172,8 @@ pub fn compare(sides: &[Side]) -> Comparison {
         groups.iter().map(|group| group.iter().map(|side| side.preview()).collect()).collect();
     let scores = sides.iter().flat_map(|side| side.manifest.summary.evaluations.keys());
     let scores: BTreeSet<&String> = scores.collect();
+    let losses_by_group: Vec<Vec<&[Losses]>> =
+        groups.iter().map(|group| group.iter().map(|side| side.losses.as_slice()).collect()).collect();
     // of all seeds, if all have it
     let of_all = |group: &Vec<&Side>, value: &dyn Fn(&Side) -> Option<f64>| {
         let values: Option<Vec<f64>> = group.iter().map(|side| value(side)).collect();
@@ -195,7 +196,7 @@ pub fn compare(sides: &[Side]) -> Comparison {
             })
             .collect(),
         long: by_domain(&previews, |mixed| mixed.long_before, |mixed| mixed.long_after),
-        loss: losses(&groups),
+        loss: loss_rows(&ranges(&firsts), &losses_by_group),
         scores: scores
             .into_iter()
             .filter(|name| *name != "loss")
@@ -290,36 +291,51 @@ fn sql(sides: &[&Side]) -> Vec<SqlDiff> {
     all
 }
 
-impl Side {
-    /// Sum and count of the losses in a range of each document of a domain that reaches there, by domain and id.
-    fn sums(&self, domain: Option<&str>, range: usize) -> BTreeMap<(&str, &str), (f64, u64)> {
-        let of = self.losses.iter().filter(|losses| domain.is_none_or(|domain| losses.domain == domain));
-        of.filter_map(|losses| {
-            let (sum, count) = *losses.sums.get(range).filter(|(_, count)| *count > 0)?;
-            Some(((losses.domain.as_str(), losses.doc_id.as_str()), (sum, count)))
-        })
-        .collect()
-    }
+/// The losses among an evaluation's cases.
+pub fn losses_of(cases: impl IntoIterator<Item = Value>) -> Vec<Losses> {
+    cases.into_iter().filter_map(|case| serde_json::from_value(case).ok()).collect()
 }
 
-fn losses(groups: &[Vec<&Side>]) -> Vec<LossRow> {
+/// Sum and count of the losses in a range of each document of a domain that reaches there, by domain and id.
+fn sums<'a>(
+    losses: &'a [Losses],
+    domain: Option<&str>,
+    range: usize,
+) -> BTreeMap<(&'a str, &'a str), (f64, u64)> {
+    let of = losses.iter().filter(|losses| domain.is_none_or(|domain| losses.domain == domain));
+    of.filter_map(|losses| {
+        let (sum, count) = *losses.sums.get(range).filter(|(_, count)| *count > 0)?;
+        Some(((losses.domain.as_str(), losses.doc_id.as_str()), (sum, count)))
+    })
+    .collect()
+}
+
+/// The ranges of positions of the first run's losses.
+fn ranges(sides: &[&Side]) -> Vec<Value> {
+    let notes = sides.first().and_then(|side| side.manifest.summary.evaluations.get("loss"));
+    notes.and_then(|notes| notes["ranges"].as_array().cloned()).unwrap_or_default()
+}
+
+/// The first group's loss by domain and range of positions, and the others' difference; in a group, a model a seed.
+pub fn loss_rows(ranges: &[Value], groups: &[Vec<&[Losses]>]) -> Vec<LossRow> {
     let Some((firsts, others)) = groups.split_first() else { return vec![] };
-    let first = firsts[0];
-    let Some(notes) = first.manifest.summary.evaluations.get("loss") else { return vec![] };
-    let ranges = notes["ranges"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let domains: BTreeSet<Option<&str>> =
-        first.losses.iter().map(|losses| Some(losses.domain.as_str())).chain([None]).collect();
+    let domains: BTreeSet<Option<&str>> = firsts
+        .iter()
+        .flat_map(|losses| losses.iter())
+        .map(|losses| Some(losses.domain.as_str()))
+        .chain([None])
+        .collect();
     let mut rows = vec![];
     for domain in domains {
         for (range, positions) in ranges.iter().enumerate() {
-            let own: Vec<_> = firsts.iter().map(|side| side.sums(domain, range)).collect();
+            let own: Vec<_> = firsts.iter().map(|losses| sums(losses, domain, range)).collect();
             if own.iter().any(BTreeMap::is_empty) {
                 continue;
             }
             // each seed with the first recipe's of the same seed
-            let difference = |group: &Vec<&Side>| {
-                let seeds = own.iter().zip(group).map(|(own, side)| {
-                    let theirs = side.sums(domain, range);
+            let difference = |group: &Vec<&[Losses]>| {
+                let seeds = own.iter().zip(group).map(|(own, losses)| {
+                    let theirs = sums(losses, domain, range);
                     let pair = |(document, (sum, n)): (&(&str, &str), &(f64, u64))| {
                         let (before, _) = own.get(document).filter(|(_, m)| m == n)?;
                         let document = (document.0.to_owned(), document.1.to_owned());
@@ -393,6 +409,8 @@ mod tests {
         let small = paired(&[(-0.01, 10.0), (-0.01, 10.0)]).unwrap();
         assert!(!small.counts());
         assert!(paired(&[]).is_none());
+        let alone = paired(&[(-5.0, 10.0)]).unwrap();
+        assert!(alone.error.is_none() && !alone.counts() && alone.better().is_none());
     }
 
     #[test]

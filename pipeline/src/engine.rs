@@ -142,7 +142,7 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
             Ok(ours) => *ours,
             Err(other) => Error::Query {
                 doing: doing.to_owned(),
-                source: Box::new(DataFusionError::External(other)),
+                cause: Box::new(DataFusionError::External(other)),
                 help: None,
             },
         };
@@ -159,7 +159,7 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
     let help = matches!(source.find_root(), DataFusionError::ResourcesExhausted(_)).then(|| {
         "the query needs more memory than `engine.memory` allows even with spilling: raise it, or lower `engine.partitions`".to_owned()
     });
-    Error::Query { doing: doing.to_owned(), source: Box::new(source), help }
+    Error::Query { doing: doing.to_owned(), cause: Box::new(source), help }
 }
 
 /// Runs one SELECT and hands its rows on as they come, in one stream.

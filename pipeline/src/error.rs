@@ -32,7 +32,7 @@ pub enum Error {
 
     /// Object storage or a file system refused, failed or timed out.
     #[error("cannot {doing} {url}")]
-    #[diagnostic(help("{}", storage_help(url)))]
+    #[diagnostic(help("{}", storage_help(url, source)))]
     Storage {
         doing: &'static str,
         url: String,
@@ -69,11 +69,11 @@ pub enum Error {
     Differs(String),
 
     /// A query failed while it ran.
-    #[error("{doing}: {source}")]
+    #[error("{doing}: {cause}")]
     Query {
         doing: String,
-        #[source]
-        source: Box<datafusion::error::DataFusionError>,
+        // not its `source`: it says its own causes
+        cause: Box<datafusion::error::DataFusionError>,
         #[help]
         help: Option<String>,
     },
@@ -159,10 +159,27 @@ impl Error {
         Error::Usage { message: message.into(), help: Some(help.into()) }
     }
 
-    /// Why it came about, the nearest cause first.
+    /// Why it came about, the nearest cause first. Libraries say their causes twice, in their own message, too: what was said
+    /// is left out.
     pub fn causes(&self) -> Vec<String> {
         let first = std::error::Error::source(self);
-        std::iter::successors(first, |cause| cause.source()).map(ToString::to_string).collect()
+        let mut said: Vec<String> = vec![self.to_string()];
+        for cause in std::iter::successors(first, |cause| cause.source()) {
+            let cause = cause.to_string();
+            if !said.iter().any(|before| before.contains(&cause)) {
+                said.push(cause);
+            }
+        }
+        said.split_off(1)
+    }
+
+    /// As it is shown on a terminal: what is wrong, where, why, and what to do.
+    pub fn shown(self) -> miette::Report {
+        let mut cause = None;
+        for message in self.causes().into_iter().rev() {
+            cause = Some(Box::new(Cause { message, cause }));
+        }
+        Shown { error: self, cause }.into()
     }
 
     /// The error and its causes in a line.
@@ -192,6 +209,37 @@ impl Error {
     }
 }
 
+/// An error whose causes are those of [`Error::causes`].
+#[derive(Debug, Error)]
+#[error("{error}")]
+struct Shown {
+    error: Error,
+    #[source]
+    cause: Option<Box<Cause>>,
+}
+
+#[derive(Debug, Error)]
+#[error("{message}")]
+struct Cause {
+    message: String,
+    #[source]
+    cause: Option<Box<Cause>>,
+}
+
+impl Diagnostic for Shown {
+    fn help<'a>(&'a self) -> Option<Box<dyn std::fmt::Display + 'a>> {
+        self.error.help()
+    }
+
+    fn source_code(&self) -> Option<&dyn miette::SourceCode> {
+        self.error.source_code()
+    }
+
+    fn labels(&self) -> Option<Box<dyn Iterator<Item = miette::LabeledSpan> + '_>> {
+        self.error.labels()
+    }
+}
+
 /// The headline over a failure of the model crate.
 #[cfg(feature = "train")]
 fn model_failed(error: &lengthwise_model::Error) -> &'static str {
@@ -204,20 +252,46 @@ fn model_failed(error: &lengthwise_model::Error) -> &'static str {
     }
 }
 
-/// What to look at where storage refuses.
-fn storage_help(url: &str) -> &'static str {
-    match url.split_once("://").map(|(scheme, _)| scheme) {
+/// What to do where storage refuses.
+fn storage_help(url: &str, why: &object_store::Error) -> String {
+    let cure = storage_cure(url, why).map(|cure| cure + "; ").unwrap_or_default();
+    cure + "the same command goes on where this one was"
+}
+
+/// What to look at; `None` for a disk's errors, which say it themselves.
+fn storage_cure(url: &str, why: &object_store::Error) -> Option<String> {
+    let first: Option<&dyn std::error::Error> = Some(why);
+    let why: String =
+        std::iter::successors(first, |cause| cause.source()).map(|cause| cause.to_string() + "\n").collect();
+    let says = |signs: &[&str]| signs.iter().any(|sign| why.contains(sign));
+    let variables = match url.split_once("://").map(|(scheme, _)| scheme) {
         Some("s3" | "s3a") => {
-            "credentials and endpoint come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT; the same command goes on where this one was"
+            "credentials and endpoint come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT"
         }
         Some("gs") => {
-            "credentials come from the environment: GOOGLE_SERVICE_ACCOUNT, GOOGLE_APPLICATION_CREDENTIALS; the same command goes on where this one was"
+            "credentials come from the environment: GOOGLE_SERVICE_ACCOUNT, GOOGLE_APPLICATION_CREDENTIALS"
         }
         Some("az" | "abfs" | "abfss" | "adl") => {
-            "credentials come from the environment: AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY; the same command goes on where this one was"
+            "credentials come from the environment: AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY"
         }
-        _ => "the same command goes on where this one was",
+        _ => return None,
+    };
+    // what stores say in their answers, and where clouds tell their machines who they are
+    if says(&["URL scheme is not allowed"]) {
+        return Some(
+            "the endpoint is an http:// address: set AWS_ALLOW_HTTP=true where that is meant".into(),
+        );
     }
+    if says(&["169.254.169.254", "metadata.google.internal", "169.254.170.2"]) {
+        return Some(format!("no credentials were found; {variables}"));
+    }
+    if says(&["NoSuchBucket", "ContainerNotFound", "specified bucket does not exist"]) {
+        return Some("there is no such bucket: make it, or name another one".into());
+    }
+    let refused =
+        ["SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "AccessDenied", "403 Forbidden"];
+    let refused = says(&refused).then_some("the credentials are wrong, expired, or not allowed to do this; ");
+    Some(refused.unwrap_or_default().to_owned() + variables)
 }
 
 /// Attaches what was being done to an I/O error.
@@ -228,5 +302,34 @@ pub trait Doing<T> {
 impl<T> Doing<T> for std::io::Result<T> {
     fn doing(self, what: impl FnOnce() -> String) -> Result<T> {
         self.map_err(|source| Error::Io { doing: what(), source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(url: &str, answer: &str) -> Error {
+        let source = object_store::Error::Generic { store: "S3", source: answer.to_owned().into() };
+        Error::Storage { doing: "read", url: url.into(), source }
+    }
+
+    #[test]
+    fn what_storage_refuses_is_said_once_with_its_cure() {
+        for (answer, cure) in [
+            ("HTTP error: URL scheme is not allowed", "AWS_ALLOW_HTTP=true"),
+            ("Error performing PUT http://169.254.169.254/latest/api/token", "no credentials were found"),
+            ("404 Not Found: <Code>NoSuchBucket</Code>", "there is no such bucket"),
+            ("403 Forbidden: <Code>SignatureDoesNotMatch</Code>", "wrong, expired, or not allowed"),
+            ("500", "AWS_ENDPOINT"),
+        ] {
+            let error = refused("s3://bucket/x", answer);
+            let help = error.help().expect("there is help").to_string();
+            assert!(help.contains(cure) && help.ends_with("where this one was"), "{help}");
+            // the library's message has its cause's in it
+            assert_eq!(error.causes(), [format!("Generic S3 error: {answer}")]);
+            let shown = format!("{:?}", error.shown());
+            assert_eq!(shown.matches("Generic S3 error").count(), 1, "{shown}");
+        }
     }
 }

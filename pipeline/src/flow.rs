@@ -75,12 +75,21 @@ impl Flow {
             stages::train::conf(run)?;
             stages::eval::conf(run)?;
         }
-        if run.goal != Goal::Look && !ends(Stage::Pack) {
+        let trains = run.goal != Goal::Look && !ends(Stage::Pack);
+        if trains {
             can_train(run)?;
         }
         mixture::recipe(run)?;
+        #[cfg(feature = "train")]
+        if run.goal != Goal::Look && !ends(Stage::Train) {
+            stages::eval::check(run).await?;
+        }
 
         let tokenizer = stages::tokenizer::obtain(run).await?;
+        #[cfg(feature = "train")]
+        if trains {
+            stages::train::check_checkpoint(run, &tokenizer).await?;
+        }
         let tokenizer = self.tokenizer.insert(tokenizer);
         if ends(Stage::Tokenizer) {
             return Ok(());

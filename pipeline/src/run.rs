@@ -115,7 +115,8 @@ pub struct Run {
 impl Run {
     pub fn new(conf: Conf, conf_file: &str, files: Files, goal: Goal) -> Result<Self> {
         let stores = Stores::new(std::path::absolute(&files.root).unwrap_or(files.root.clone()));
-        let output = stores.open(&conf.run.output)?;
+        let output = stores.open(&conf.run.output);
+        let output = output.map_err(|e| conf.names_wrong(&["run", "output"], e))?;
         if let (Goal::Compute { .. }, Some(all)) = (goal, machine_memory(std::path::Path::new("/")))
             && conf.engine.memory.0 > all
         {
@@ -129,7 +130,13 @@ impl Run {
             conf.engine.partitions.unwrap_or(cores),
             conf.engine.memory.0,
             conf.engine.spill.as_deref(),
-        )?;
+        )
+        .map_err(|e| match &conf.engine.spill {
+            Some(_) => {
+                conf.wrong(&["engine", "spill"], e.to_string(), "a folder that can be written to", None)
+            }
+            None => e,
+        })?;
         let stop: Arc<AtomicBool> = Arc::default();
         let worker =
             Worker::new(stores.clone(), conf.engine.spill.as_deref(), engine.partitions, stop.clone());

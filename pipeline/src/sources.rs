@@ -78,8 +78,10 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
         let spec = spec(conf).map_err(|e| {
             run.conf.wrong(&["source", &i.to_string(), "domain"], e.to_string(), "here", None)
         })?;
-        let at = run.stores.open(&conf.url)?;
-        let mut files = source::list(at.store.as_ref(), &at.path, &at.url(), spec.format).await?;
+        let wrong = |error| run.conf.names_wrong(&["source", &i.to_string(), "url"], error);
+        let at = run.stores.open(&conf.url).map_err(wrong)?;
+        let listed = source::list(at.store.as_ref(), &at.path, &at.url(), spec.format).await;
+        let mut files = listed.map_err(wrong)?;
         if at.store_url() == run.output.store_url() {
             // what runs wrote is no source of the next one
             let own = ["stages", "runs", "latest"].map(|name| run.output.join(name).path);

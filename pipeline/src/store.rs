@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::path::Path;
-use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutPayload};
 use url::Url;
 
 use crate::hash::Digest;
@@ -27,7 +27,7 @@ pub struct Location {
 #[cfg(feature = "train")]
 impl From<&Location> for lengthwise_model::Location {
     fn from(at: &Location) -> Self {
-        Self { store: at.store.clone(), path: at.path.clone() }
+        Self { store: at.store.clone(), path: at.path.clone(), base: at.base.clone() }
     }
 }
 
@@ -178,6 +178,9 @@ impl Stores {
         let url = if base == "/" { "file:///" } else { &base };
         let failed = |source| Error::Storage { doing: "open", url: text.to_owned(), source };
         let url = Url::parse(url).map_err(|e| unusable(text, e))?;
+        if ObjectStoreScheme::parse(&url).is_err() {
+            return Err(unusable(text, "no such storage is known"));
+        }
         let environment = std::env::vars()
             .filter(|(key, _)| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|cloud| key.starts_with(cloud)));
         let (store, _) = object_store::parse_url_opts(&url, environment).map_err(failed)?;
@@ -212,7 +215,7 @@ impl Stores {
 }
 
 fn unusable(text: &str, why: impl std::fmt::Display) -> Error {
-    Error::data(
+    Error::usage(
         format!("`{text}` cannot be used as a URL or path: {why}"),
         "write it as `s3://bucket/folder`, `gs://…`, `az://…` or a path",
     )

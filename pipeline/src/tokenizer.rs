@@ -71,6 +71,11 @@ impl Tokenizer {
         self.vocab_size
     }
 
+    /// How many ids there are without tokens that were added later, for padding or chats.
+    pub fn own_vocab_size(&self) -> usize {
+        self.plain.get_vocab_size(false)
+    }
+
     /// What the file's own post-processor puts before a text.
     pub fn bos(&self) -> Option<u32> {
         self.bos

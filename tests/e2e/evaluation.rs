@@ -129,12 +129,25 @@ fn a_conf_a_run_and_a_checkpoint_are_evaluated_alike() {
     assert_eq!(single(&all), single(&of_conf));
     // the loss needs documents, which a checkpoint doesn't have
     let said = bench.say(&["eval", "loss", checkpoint.to_str().unwrap()]);
-    assert!(said.code == 3 && said.err.contains("--heldout"), "{said:?}");
+    assert!(said.code == 2 && said.err.contains("--heldout"), "{said:?}");
     let heldout = run.join("heldout");
     let given =
         bench.say(&["eval", "loss", checkpoint.to_str().unwrap(), "--heldout", heldout.to_str().unwrap()]);
     let own = bench.say(&["eval", "loss", run.to_str().unwrap()]);
     assert_eq!((given.code, own.code), (0, 0), "{given:?} {own:?}");
+    // beside another checkpoint, here itself: no difference
+    let beside = bench.say(&[
+        "eval",
+        "loss",
+        run.to_str().unwrap(),
+        "--against",
+        checkpoint.to_str().unwrap(),
+        "--json",
+    ]);
+    assert_eq!(beside.code, 0, "{beside:?}");
+    let rows = serde_json::from_str::<Value>(&beside.out).unwrap()["against"].clone();
+    assert!(rows.as_array().unwrap().iter().all(|row| row["differences"][0]["mean"] == 0.0), "{rows}");
+    assert!(rows.as_array().unwrap().iter().any(|row| row["domain"] == "book"), "{rows}");
     let numbers = |out: &str| out.lines().rev().skip(1).map(str::to_owned).collect::<Vec<_>>();
     assert_eq!(numbers(&given.out), numbers(&own.out));
 }
@@ -145,6 +158,8 @@ fn what_an_evaluation_can_not_be_asked_of_is_said() {
     texts(&bench);
     let run = bench.run(&["--set", TRAIN]);
     let run = run.to_str().unwrap();
+    let data = bench.run(&[]);
+    let data = data.to_str().unwrap();
     bench.write("bad.csv", "q,a,b,A\nq,a,b,X\n");
     bench.write("latin.txt", b"caf\xe9");
     for (arguments, code, message) in [
@@ -159,9 +174,11 @@ fn what_an_evaluation_can_not_be_asked_of_is_said() {
             2,
             "`1x` is not a number of tokens",
         ),
-        (&["eval", "needle", run, "--haystack", "nowhere"], 3, "has no files"),
-        (&["eval", "needle", run, "--haystack", "latin.txt"], 3, "is not UTF-8"),
-        (&["eval", "choices", run, "--file", "bad.csv"], 2, "line 2: the answer `X`"),
+        (&["eval", "needle", run, "--haystack", "nowhere"], 2, "has no files"),
+        (&["eval", "needle", run, "--haystack", "latin.txt"], 2, "is not UTF-8"),
+        (&["eval", "loss", run, "--heldout", "nowhere"], 2, "no packed documents below"),
+        (&["eval", "loss", data, "--haystack", "essays"], 2, "trained nothing"),
+        (&["eval", "choices", run, "--file", "bad.csv"], 2, "bad.csv, line 2: the answer `X`"),
         (&["eval", "loss", "conf.toml"], 2, "there is no model to evaluate"),
         (&["eval", "loss", run, "--device", "gpu"], 2, "there is no device `gpu`"),
         (&["eval", "loss", run, "--rope-scaling", "{"], 2, "--rope-scaling is not JSON"),
@@ -177,6 +194,36 @@ fn what_an_evaluation_can_not_be_asked_of_is_said() {
 }
 
 #[test]
+fn what_training_and_evaluations_lack_is_said_before_documents_are_read() {
+    let bench = Bench::new(3);
+    texts(&bench);
+    bench.write("bad.csv", "q,a,b,A\nq,a,b,X\n");
+    bench.write("empty.csv", "");
+    let config = "{\"model_type\": \"llama\", \"hidden_size\": 16, \"intermediate_size\": 16, \"num_hidden_layers\": 1, \
+                  \"num_attention_heads\": 2, \"vocab_size\": 64, \"rms_norm_eps\": 1e-5}";
+    bench.write("small/config.json", config);
+    for (train, eval, message) in [
+        (Some(TRAIN), "eval.needle.haystack=nowhere", "nowhere` has no files"),
+        (Some(TRAIN), "eval.choices.file=nowhere.csv", "nowhere.csv` has no files"),
+        (Some(TRAIN), "eval.choices.file=bad.csv", "bad.csv, line 2: the answer `X`"),
+        (Some(TRAIN), "eval.choices.file=empty.csv", "empty.csv has no question"),
+        (None, "eval.loss=true", "there is no [train] table"),
+        (Some("train={ checkpoint = \"nowhere\", steps = 4 }"), "eval.loss=true", "there is no config.json"),
+        (
+            Some("train={ checkpoint = \"small\", steps = 4 }"),
+            "eval.loss=true",
+            "ids, of which the checkpoint knows 64",
+        ),
+    ] {
+        let mut arguments = vec!["run", "conf.toml", "--set", eval];
+        arguments.extend(train.iter().flat_map(|train| ["--set", train]));
+        let said = bench.say(&arguments);
+        assert!(said.code == 2 && said.err.contains(message), "{eval}: {said:?}");
+        assert!(tree(&bench.path("out/stages/tokens")).is_empty());
+    }
+}
+
+#[test]
 fn a_sweep_with_a_mistake_in_its_last_recipe_computes_nothing() {
     let bench = Bench::new(3);
     bench.write("mine/cut_128k.sql", std::fs::read(recipe("cut_128k")).unwrap());
@@ -184,6 +231,7 @@ fn a_sweep_with_a_mistake_in_its_last_recipe_computes_nothing() {
     for (recipes, message) in [
         (format!("{own},nosuch"), "--recipes nosuch"),
         (format!("{own},mine/cut_128k.sql"), "two recipes of --recipes are called cut_128k"),
+        (format!("{own},{}:long_shar=0.9", recipe("per_source")), "did you mean `long_share`"),
     ] {
         let said = bench.say(&["sweep", "conf.toml", "--recipes", &recipes]);
         assert!(said.code == 2 && said.err.contains(message), "{said:?}");

@@ -1,6 +1,6 @@
 //! Bad input: kept with file, line and reason, or refused with a clear word.
 
-use crate::bench::{Bench, Row, corpus};
+use crate::bench::{Bench, Row, corpus, recipe};
 
 #[test]
 fn every_bad_row_is_kept_with_file_line_and_reason() {
@@ -83,6 +83,14 @@ fn a_wrong_conf_recipe_or_budget_ends_with_its_code_and_the_cure() {
         "wide.sql",
         "select doc_id, cast(0 as bigint) as start, tokens + 5 as stop, 1.0 as copies from documents",
     );
+    bench.write(
+        "none.sql",
+        "select doc_id, cast(0 as bigint) as start, tokens as stop, 1.0 as copies from documents where domain = 'x'",
+    );
+    let upsample = format!("mixture.recipe={}", recipe("upsample_domain"));
+    let poem =
+        ["--set", &upsample, "--set", "mixture.params.domain=poem", "--set", "mixture.shortfall=allow"];
+    let upsampled = poem.to_vec();
     for (arguments, code, message) in [
         (vec!["--set", "pack.sequence_token=7"], 2, "sequence_tokens"),
         (vec!["--set", "mixture.budget=five"], 2, "budget"),
@@ -92,7 +100,15 @@ fn a_wrong_conf_recipe_or_budget_ends_with_its_code_and_the_cure() {
         (vec!["--set", "mixture.recipe=wide.sql"], 3, "is not inside its"),
         (vec!["--set", "mixture.params.long_shar=0.5"], 2, "long_share"),
         (vec!["--set", "mixture.budget=5B"], 3, "max_copies = 4 leaves"),
-        (vec!["--set", "source.0.url=nothing/*.jsonl"], 3, "nothing"),
+        (vec!["--set", "source.0.url=nothing/*.jsonl"], 2, "nothing/*.jsonl` has no files"),
+        (vec!["--set", "source.0.url=hdfs://there/x"], 2, "no such storage is known"),
+        (vec!["--set", "engine.spill=/proc/nowhere"], 2, "engine.spill"),
+        (
+            vec!["--set", "mixture.recipe=none.sql", "--set", "mixture.shortfall=allow"],
+            3,
+            "nothing is to be drawn",
+        ),
+        (upsampled, 2, "there are no documents of domain `poem`"),
         (vec!["--set", "tokenizer.train.vocab=12"], 2, "vocab"),
         (vec!["--set", "train.steps=0"], 2, "train"),
         (vec!["--set", "mixture.shares={ book = 0.5, poems = 0.5 }"], 3, "poems"),
@@ -115,6 +131,35 @@ fn a_wrong_conf_recipe_or_budget_ends_with_its_code_and_the_cure() {
         "mixture",
     ]);
     assert_eq!(said.code, 0, "{}", said.err);
+}
+
+#[test]
+fn a_wrong_query_is_shown_with_the_place_and_the_tables() {
+    let bench = Bench::new(1);
+    bench.run(&["--until", "domains"]);
+    for (query, message) in [
+        ("select dmain from domains", "did you mean `domain`?"),
+        ("select * form domains", "this is no SQL"),
+        (
+            "select * from nosuch",
+            "the tables are catalog, documents, domains, heldout, rejects, shares, tokens",
+        ),
+        (
+            "select * from drawn",
+            "stage mixture and those after it have not been computed: `lengthwise run conf.toml`",
+        ),
+        ("drop table domains", "a query cannot begin with `drop`"),
+        ("select 1; select 2", "a query has only one statement"),
+        ("select domain from domains where domain = $domain", "only recipes have parameters"),
+    ] {
+        let said = bench.say(&["sql", "conf.toml", query]);
+        assert!(said.code == 2 && said.err.contains(message) && said.out.is_empty(), "{said:?}");
+        assert_eq!(said.err.matches(message).count(), 1, "{}", said.err);
+    }
+    let none = bench.say(&["sql", "conf.toml", "select domain, tokens from domains where false"]);
+    assert!(none.code == 0 && none.out.contains("| domain | tokens |"), "{none:?}");
+    let divided = bench.say(&["sql", "conf.toml", "select tokens / 0 from documents"]);
+    assert_eq!((divided.code, divided.err.matches("Divide by zero").count()), (3, 1), "{divided:?}");
 }
 
 #[test]
@@ -149,5 +194,5 @@ fn no_text_of_a_folder_is_left_out_unsaid() {
     assert!(said.code == 0 && said.out.contains("\"documents\": 3"), "{said:?}");
     bench.write("in/chapter#1", "text that no listing shows");
     let said = run(&bench);
-    assert!(said.code == 3 && said.err.contains("chapter#1` cannot be read"), "{said:?}");
+    assert!(said.code == 2 && said.err.contains("chapter#1` cannot be read"), "{said:?}");
 }

@@ -15,7 +15,7 @@ fuzz_target!(|data: &[u8]| {
     runtime.block_on(async {
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         store.put(&Path::from("data/a.parquet"), data.to_vec().into()).await.unwrap();
-        let folder = Location { store, path: Path::from("data") };
+        let folder = Location { store, path: Path::from("data"), base: String::new() };
         let Ok(mut dataset) = Dataset::open(&folder, 1000).await else { return };
         for place in 0..dataset.sequences.min(4) {
             let Ok(sequence) = dataset.sequence(place).await else { return };

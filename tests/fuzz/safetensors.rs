@@ -16,7 +16,7 @@ fuzz_target!(|data: &[u8]| {
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let path = Path::from("model.safetensors");
         store.put(&path, data.to_vec().into()).await.unwrap();
-        let Ok(reader) = Reader::open(Location { store, path }).await else { return };
+        let Ok(reader) = Reader::open(Location { store, path, base: String::new() }).await else { return };
         for (name, entry) in &reader.entries {
             let numbers = entry.shape.iter().product::<usize>();
             if ["F32", "F16", "BF16"].contains(&entry.dtype.as_str()) {

@@ -559,7 +559,8 @@ mod tests {
     /// The losses of a small training in a folder.
     async fn train(folder: &str, ranks: Option<usize>) -> Result<Vec<f64>> {
         let store = Arc::new(LocalFileSystem::new_with_prefix(folder).unwrap());
-        let at = |name: &str| Location { store: store.clone(), path: name.into() };
+        let at =
+            |name: &str| Location { store: store.clone(), path: name.into(), base: format!("{folder}/") };
         let out = format!("out-{}", ranks.unwrap_or_default());
         let conf = json!({
             "shape": { "hidden_size": 16, "intermediate_size": 32, "layers": 2, "heads": 4, "kv_heads": 2 },

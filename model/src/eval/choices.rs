@@ -28,17 +28,17 @@ pub struct Case {
     pub seconds: f64,
 }
 
-/// The questions of a file.
+/// The questions of a file with a name.
 ///
 /// # Errors
-/// Names the line of what is none.
-pub fn questions(file: &str) -> Result<Vec<Question>> {
-    let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(file.as_bytes());
+/// Names file and line of what is none.
+pub fn questions(name: &str, text: &str) -> Result<Vec<Question>> {
+    let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
     let mut all = vec![];
     for record in reader.records() {
-        let record = record.map_err(|e| Error::Conf(format!("questions: {e}")))?;
+        let record = record.map_err(|e| Error::Conf(format!("{name}: {e}")))?;
         let line = record.position().map_or(0, csv::Position::line);
-        let wrong = |what: String| Error::Conf(format!("line {line}: {what}"));
+        let wrong = |what: String| Error::Conf(format!("{name}, line {line}: {what}"));
         let fields: Vec<String> = record.iter().map(str::to_owned).collect();
         let [question, choices @ .., answer] = &fields[..] else {
             return Err(wrong("a question, choices and an answer are wanted".into()));
@@ -51,7 +51,7 @@ pub fn questions(file: &str) -> Result<Vec<Question>> {
         };
         all.push(Question { question: question.clone(), choices: choices.to_vec(), answer: right });
     }
-    Ok(all)
+    if all.is_empty() { Err(Error::Conf(format!("{name} has no question"))) } else { Ok(all) }
 }
 
 fn letter(i: usize) -> char {
@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn a_file_in_mmlus_format_is_read_with_quotes_and_lines_in_them() {
         let csv = "What is 1?,1,2,3,4,A\r\n\"Two,\nthree \"\"4\"\"?\",\"a, b\",c,d,e,B\n\n";
-        let all = questions(csv).unwrap();
+        let all = questions("q.csv", csv).unwrap();
         assert_eq!(all.len(), 2);
         assert_eq!(
             (all[1].question.as_str(), all[1].choices[0].as_str(), all[1].answer),
@@ -126,14 +126,14 @@ mod tests {
             ("q\n", "line 1: a question, choices and an answer"),
             ("q,a,b,\n", "line 1: the answer `` is not"),
         ] {
-            let error = questions(csv).unwrap_err().to_string();
+            let error = questions("q.csv", csv).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
         }
     }
 
     #[test]
     fn a_prompt_is_mmlus() {
-        let all = questions("Is it?,yes,no,B\nWas it?,no,yes,A\n").unwrap();
+        let all = questions("q.csv", "Is it?,yes,no,B\nWas it?,no,yes,A\n").unwrap();
         assert_eq!(
             prompt("logic", &all[..1], &all[1]),
             "The following are multiple choice questions (with answers) about logic.\n\n\

@@ -22,7 +22,7 @@ pub enum Suite<'a> {
 impl<'a> Suite<'a> {
     /// `files` are the texts of what [`Evaluation::urls`] names.
     pub fn new(evaluation: &'a Evaluation, text: &'a Text, files: &[String]) -> Result<Self> {
-        let file = |i: usize| files.get(i).map(String::as_str).unwrap_or_default();
+        let file = |i| file(files, i);
         Ok(match evaluation {
             Evaluation::Loss => return Err(Error::Conf("the loss is of documents, not of questions".into())),
             Evaluation::Needle(conf) => {
@@ -31,11 +31,11 @@ impl<'a> Suite<'a> {
             Evaluation::Retrieval(conf) => {
                 Suite::Retrieval(retrieval::Tasks::new(text, file(0), conf.seed)?, tasks(conf))
             }
-            Evaluation::Bookqa(conf) => Suite::Bookqa(bookqa::questions(file(0))?, text, conf),
+            Evaluation::Bookqa(conf) => Suite::Bookqa(bookqa::questions(&conf.file, file(0))?, text, conf),
             Evaluation::Choices(conf) => {
-                let mut examples = choices::questions(file(1))?;
+                let mut examples = examples(conf, files)?;
                 examples.truncate(conf.shots);
-                Suite::Choices(choices::questions(file(0))?, examples, text, conf)
+                Suite::Choices(choices::questions(&conf.file, file(0))?, examples, text, conf)
             }
         })
     }
@@ -80,6 +80,30 @@ impl<'a> Suite<'a> {
             }
         })
     }
+}
+
+/// Whether the files that an evaluation names have what it asks: said before a model is trained.
+///
+/// # Errors
+/// Names file and line.
+pub fn check(evaluation: &Evaluation, files: &[String]) -> Result<()> {
+    match evaluation {
+        Evaluation::Bookqa(conf) => drop(bookqa::questions(&conf.file, file(files, 0))?),
+        Evaluation::Choices(conf) => {
+            examples(conf, files)?;
+            choices::questions(&conf.file, file(files, 0))?;
+        }
+        Evaluation::Needle(_) | Evaluation::Retrieval(_) | Evaluation::Loss => {}
+    }
+    Ok(())
+}
+
+fn file(files: &[String], i: usize) -> &str {
+    files.get(i).map(String::as_str).unwrap_or_default()
+}
+
+fn examples(conf: &ChoicesConf, files: &[String]) -> Result<Vec<choices::Question>> {
+    conf.examples.as_ref().map_or(Ok(vec![]), |name| choices::questions(name, file(files, 1)))
 }
 
 fn needles(conf: &NeedleConf) -> Vec<(usize, f64)> {

@@ -11,19 +11,22 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{ConfArguments, print, run_folder, stores, until_told, write};
+use crate::compare::{LossRow, Losses, loss_rows, losses_of};
 use crate::conf::Conf;
 use crate::flow::Flow;
 use crate::progress::Progress;
 use crate::publish;
 use crate::report;
 use crate::run::{Goal, Run};
+use crate::stage::Published;
 use crate::stages::eval::{self, Around, Model};
-use crate::store::{Location, Stores};
+use crate::store::{Location, Stores, json_lines};
 use crate::{Error, Result};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
   lengthwise eval loss conf/quickstart.toml
+  lengthwise eval loss RUN --against CHECKPOINT
   lengthwise eval needle RUN --haystack 'essays/*.txt' --lengths 1K,2K,4K --depths 0,50,100 --html needle.html
   lengthwise eval needle CHECKPOINT --haystack 'essays/*.txt' --rope-scaling '{\"rope_type\": \"yarn\", \"factor\": 4.0}'
   lengthwise eval choices CHECKPOINT --file anatomy_test.csv --examples anatomy_dev.csv --subject anatomy")]
@@ -61,6 +64,9 @@ pub struct EvalArguments {
     /// Packed documents that the model has not seen, where the target has none or others are wanted (loss)
     #[arg(long, value_name = "URL")]
     heldout: Option<String>,
+    /// Another checkpoint, whose losses of the same documents stand beside: is short context kept? (loss)
+    #[arg(long, value_name = "CHECKPOINT")]
+    against: Option<String>,
     /// "flex", "libtorch-cpu", or "libtorch-cuda:0", … with a rank each
     #[arg(long = "device", value_name = "DEVICE")]
     devices: Vec<String>,
@@ -120,13 +126,35 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
         target.heldout = Some(stores.open(heldout)?);
     }
     let evaluation = evaluation(&arguments, &target.conf)?;
+    let other = match &arguments.against {
+        Some(_) if evaluation != Evaluation::Loss => {
+            return Err(Error::usage("--against is for losses", "ask another checkpoint by itself"));
+        }
+        Some(url) => {
+            let (heldout, output) = (target.heldout.clone(), target.output.clone());
+            let (conf, train) = (target.conf.clone(), target.train.clone());
+            let other = Target { checkpoint: stores.open(url)?, heldout, output, conf, train };
+            let mut other = model(&arguments, other).await?;
+            // RoPE's flags are for what is evaluated
+            (other.rope_theta, other.rope_scaling) = (None, None);
+            Some((url, other))
+        }
+        None => None,
+    };
     let model = model(&arguments, target).await?;
     let progress = Progress::stderr();
     // a case that is under way is asked again: it takes minutes at most
     let (stop, finishes) = (AtomicBool::new(false), AtomicBool::new(false));
     let compute = Goal::Compute { from: None };
     let around = Around { stores: &stores, progress: &progress, stop: &stop };
-    let done = until_told(&stop, &finishes, eval::obtain(&around, &model, &evaluation, compute)).await?;
+    let all = async {
+        let beside = match &other {
+            Some((_, model)) => Some(eval::obtain(&around, model, &evaluation, compute).await?),
+            None => None,
+        };
+        Ok((eval::obtain(&around, &model, &evaluation, compute).await?, beside))
+    };
+    let (done, beside) = until_told(&stop, &finishes, all).await?;
     tracing::info!("{}: {}", evaluation.name(), if done.cached { "was there" } else { "computed" });
     let notes = &done.manifest.notes;
     if let Some(path) = &arguments.html {
@@ -139,9 +167,29 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
         let picture = report::slide::png(&arguments.target, &panels)?;
         write(path, picture)?;
     }
-    let value = json!({ "evaluation": evaluation.name(), "result": notes, "cases": cases });
-    print(arguments.json, &value, || format!("{}\n{cases}", text(&evaluation, notes)));
+    let rows = match &beside {
+        Some(beside) => Some(side_by_side(beside, &done).await?),
+        None => None,
+    };
+    let value = json!({ "evaluation": evaluation.name(), "result": notes, "cases": cases, "against": rows });
+    print(arguments.json, &value, || match (&rows, &other) {
+        (Some(rows), Some((url, _))) => {
+            format!("{}\n{cases}", report::comparison::losses(&[url, &arguments.target], rows))
+        }
+        _ => format!("{}\n{cases}", text(&evaluation, notes)),
+    });
     Ok(())
+}
+
+/// The first one's losses, and the other's difference over the same documents.
+async fn side_by_side(first: &Published, other: &Published) -> Result<Vec<LossRow>> {
+    let losses = async |of: &Published| -> Result<Vec<Losses>> {
+        let bytes = of.folder.join("cases.jsonl").read().await?;
+        Ok(losses_of(json_lines(&bytes).flatten()))
+    };
+    let (first_losses, other_losses) = (losses(first).await?, losses(other).await?);
+    let ranges = first.manifest.notes["ranges"].as_array().cloned().unwrap_or_default();
+    Ok(loss_rows(&ranges, &[vec![&first_losses], vec![&other_losses]]))
 }
 
 async fn target(arguments: &EvalArguments, stores: &Stores) -> Result<Target> {
@@ -157,7 +205,12 @@ async fn target(arguments: &EvalArguments, stores: &Stores) -> Result<Target> {
     }
     let manifest = publish::read(&folder).await?;
     let output = publish::output_of(&folder);
-    let heldout = manifest.files.iter().any(|file| file.name.starts_with("heldout/"));
+    let has = |part: &str| manifest.files.iter().any(|file| file.name.starts_with(part));
+    if !has("checkpoint/") {
+        let message = format!("{} trained nothing: there is no model to evaluate", folder.url());
+        return Err(Error::usage(message, "name a run with a checkpoint/, or a checkpoint"));
+    }
+    let heldout = has("heldout/");
     let (conf, train) = tables(&manifest.conf)?;
     let heldout = heldout.then(|| folder.join("heldout"));
     Ok(Target { checkpoint: folder.join("checkpoint"), heldout, output, conf, train })

@@ -35,6 +35,13 @@ pub async fn main(arguments: GcArguments) -> Result<()> {
         }
         false => run_folder(&arguments.output)?,
     };
+    let below = output.store.list_with_delimiter(Some(&output.path)).await;
+    let below = below.map_err(|source| Error::Storage { doing: "list", url: output.url(), source })?;
+    let ours =
+        |path: &object_store::path::Path| ["stages", "runs"].contains(&path.filename().unwrap_or_default());
+    if !below.common_prefixes.iter().any(ours) {
+        tracing::warn!("there are no runs in {}: is it where confs have their `run.output`?", output.url());
+    }
     let before = jiff::Timestamp::now().as_second() - seconds(&arguments.older_than)?;
     let mut gone = vec![];
     if arguments.dry_run {

@@ -168,7 +168,7 @@ pub fn main() -> ExitCode {
                 return ExitCode::from(code);
             }
             use std::io::Write;
-            let _ = writeln!(std::io::stderr(), "{:?}", miette::Report::new(error));
+            let _ = writeln!(std::io::stderr(), "{:?}", error.shown());
             ExitCode::from(code)
         }
     }

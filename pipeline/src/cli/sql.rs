@@ -1,13 +1,17 @@
 //! `lengthwise sql`
 
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
 use arrow::json::LineDelimitedWriter;
 use arrow::util::display::FormatOptions;
 use arrow::util::pretty::pretty_format_batches_with_options;
 use clap::Args;
 
 use super::ConfArguments;
-use crate::engine::{collect, query};
+use crate::engine::query;
 use crate::flow::Flow;
+use crate::recipe::plan_query;
 use crate::run::{Goal, Run};
 use crate::{Error, Result, tables};
 
@@ -36,19 +40,20 @@ pub async fn main(arguments: SqlArguments) -> Result<()> {
     let session = run.engine.session();
     crate::functions::register(&session);
     register(&run, &flow, &session).await?;
-    crate::sql::StageSql::parse("the query", &arguments.query)?;
-    let rows = collect(&session, "cannot run the query", &arguments.query).await.map_err(|error| {
-        match (error, absent) {
-            (Error::Query { doing, source, .. }, Some(stage)) => {
-                let help = format!(
-                    "stage {stage} and those after it have not been computed: `lengthwise run {}`",
-                    arguments.conf.conf
-                );
-                Error::Query { doing, source, help: Some(help) }
-            }
-            (error, _) => error,
+    let plan = plan_query("the query", &arguments.query, &session).await;
+    let plan = plan.map_err(|error| match (error, absent) {
+        (Error::Written(mut wrong), Some(stage)) => {
+            let computes = format!("`lengthwise run {}`", arguments.conf.conf);
+            let absent = format!("stage {stage} and those after it have not been computed: {computes}");
+            wrong.help = Some(wrong.help.into_iter().chain([absent]).collect::<Vec<_>>().join("; "));
+            Error::Written(wrong)
         }
+        (error, _) => error,
     })?;
+    let no_rows = RecordBatch::new_empty(Arc::new(plan.schema().as_arrow().clone()));
+    let doing = "cannot run the query";
+    let frame = session.execute_logical_plan(plan).await.map_err(|e| query(doing, e))?;
+    let mut rows = frame.collect().await.map_err(|e| query(doing, e))?;
     let failed = |e: arrow::error::ArrowError| query("cannot print the rows", e.into());
     if arguments.json {
         let mut writer = LineDelimitedWriter::new(std::io::stdout());
@@ -56,6 +61,9 @@ pub async fn main(arguments: SqlArguments) -> Result<()> {
             writer.write(batch).map_err(failed)?;
         }
         return writer.finish().map_err(failed);
+    }
+    if rows.is_empty() {
+        rows.push(no_rows);
     }
     let options = FormatOptions::default().with_display_error(true);
     let table = pretty_format_batches_with_options(&rows, &options).map_err(failed)?;

@@ -7,6 +7,7 @@ use super::{ConfArguments, run, run_folder};
 use crate::compare::Side;
 use crate::recipe::Recipe;
 use crate::run::{Goal, Run};
+use crate::stages::mixture;
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -16,7 +17,7 @@ use crate::{Error, Result};
 pub struct SweepArguments {
     #[command(flatten)]
     conf: ConfArguments,
-    /// Recipes by name or file, each with parameters if need be: cut_128k,upsample_domain:domain=Book:weight=0.6. The first is
+    /// Recipes by name or file, each with parameters if need be: cut_128k,upsample_domain:domain=RedPajamaBook:weight=0.6. The first is
     /// what the others are compared with
     #[arg(long, value_name = "RECIPE,…", value_delimiter = ',', required = true)]
     recipes: Vec<String>,
@@ -66,7 +67,7 @@ fn open(arguments: &SweepArguments, recipe: &str, seed: u16) -> Result<(String, 
     for part in parts {
         let Some((key, value)) = part.split_once('=') else {
             let message = format!("`{part}` of --recipes {recipe} is not PARAMETER=VALUE");
-            return Err(Error::usage(message, "write --recipes upsample_domain:domain=Book"));
+            return Err(Error::usage(message, "write --recipes upsample_domain:domain=RedPajamaBook"));
         };
         conf.sets.push(format!("mixture.params.{key}={value}"));
         given.push(key);
@@ -98,5 +99,6 @@ fn open(arguments: &SweepArguments, recipe: &str, seed: u16) -> Result<(String, 
         .params
         .retain(|key, _| given.contains(&key.as_str()) || parsed.parameters.iter().any(|p| p.name == *key));
     run.conf = run.conf.resolved()?;
+    mixture::recipe(&run)?;
     Ok((name, run))
 }

@@ -360,6 +360,14 @@ impl Conf {
         }
     }
 
+    /// What is wrong with a thing that the conf names, as an error that points at its name; any other error as it is.
+    pub fn names_wrong(&self, path: &[&str], error: Error) -> Error {
+        match error {
+            Error::Usage { message, help } => self.wrong(path, message, "named here", help),
+            other => other,
+        }
+    }
+
     /// The conf as it was written; for one that comes from a manifest, as it would be.
     fn tree(&self) -> Result<Arc<Tree>> {
         match &self.written.0 {

@@ -20,6 +20,7 @@ use std::ops::ControlFlow;
 
 use arrow::datatypes::DataType as ArrowType;
 use datafusion::common::ScalarValue;
+use datafusion::execution::SessionState;
 use datafusion::functions::expr_fn::coalesce;
 use datafusion::logical_expr::{Expr as PlanExpr, LogicalPlan, LogicalPlanBuilder, cast, lit};
 use datafusion::prelude::{SessionContext, ident};
@@ -59,9 +60,10 @@ impl Recipe {
         let text = Text { file: file.to_owned(), text: text.to_owned() };
         let header = header::Header::parse(&text)?;
         let parameters = own_parameters(&text, header.parameters)?;
-        let query = one_select(&text)?;
+        let cure = "a recipe is one SELECT over documents, domains and shares; WITH gives its steps names";
+        let query = one_select(&text, "a recipe", cure)?;
         rules::check_syntax(&text, &query)?;
-        let used = used_parameters(&text, &query, &parameters)?;
+        let used = used_parameters(&text, &query, Some(&parameters))?;
         Ok(Self { text, title: header.title, description: header.description, parameters, query, used })
     }
 
@@ -173,23 +175,11 @@ impl Bound {
     /// Plans the query over the tables `documents`, `domains` and `shares` of a session and enforces the rules. The
     /// plan's columns are `doc_id, start, stop, copies, stratum`, in exactly the types of the design.
     pub async fn plan(&self, session: &SessionContext) -> Result<LogicalPlan> {
-        functions::register(session);
-        let mut state = session.state();
-        let options = &mut state.config_mut().options_mut().sql_parser;
-        // errors point at the text, and a plan is the same whatever the session's own options are
-        options.collect_spans = true;
-        options.map_string_types_to_utf8view = false;
-        options.parse_float_as_decimal = false;
-        options.enable_ident_normalization = true;
-
-        let functions = state.scalar_functions().keys().chain(state.aggregate_functions().keys());
-        let functions = functions.chain(state.window_functions().keys()).cloned().collect();
-        let places = Places::of(&self.text, &self.query, functions);
+        let state = planner(session);
+        let places = Places::of(&self.text, &self.query, &state);
         let mut query = self.query.clone();
         let _ = VisitMut::visit(&mut query, &mut Literals(&self.values));
-        let statement = Statement::Query(query);
-        let plan = state.statement_to_plan(AnyStatement::Statement(Box::new(statement))).await;
-        let plan = plan.map_err(|e| places.unplanned(&e))?;
+        let plan = planned(&state, query, &places).await?;
         rules::check_plan(&self.text, &places, &plan)?;
         let analyzed = state.analyzer().execute_and_check(plan.clone(), state.config_options(), |_, _| {});
         analyzed.map_err(|e| places.unplanned(&e))?;
@@ -255,6 +245,33 @@ impl Bound {
     }
 }
 
+/// What plans queries of a session.
+fn planner(session: &SessionContext) -> SessionState {
+    functions::register(session);
+    let mut state = session.state();
+    let options = &mut state.config_mut().options_mut().sql_parser;
+    // errors point at the text, and a plan is the same whatever the session's own options are
+    options.collect_spans = true;
+    options.map_string_types_to_utf8view = false;
+    options.parse_float_as_decimal = false;
+    options.enable_ident_normalization = true;
+    state
+}
+
+async fn planned(state: &SessionState, query: Box<Query>, places: &Places<'_>) -> Result<LogicalPlan> {
+    let statement = AnyStatement::Statement(Box::new(Statement::Query(query)));
+    state.statement_to_plan(statement).await.map_err(|e| places.unplanned(&e))
+}
+
+/// Plans a query that is no recipe over the tables of a session; what is wrong with it is shown where it stands.
+pub async fn plan_query(file: &str, text: &str, session: &SessionContext) -> Result<LogicalPlan> {
+    let text = Text { file: file.to_owned(), text: text.to_owned() };
+    let query = one_select(&text, "a query", "a query is one SELECT; WITH gives its steps names")?;
+    used_parameters(&text, &query, None)?;
+    let state = planner(session);
+    planned(&state, query.clone(), &Places::of(&text, &query, &state)).await
+}
+
 /// Whether a column of the result may be cast to its type without changing what it says.
 fn fits(found: &ArrowType, wanted: &ArrowType) -> bool {
     match wanted {
@@ -282,23 +299,21 @@ fn own_parameters(text: &Text, declared: Vec<Parameter>) -> Result<Vec<Parameter
     }
 }
 
-/// The only statement of a recipe.
-fn one_select(text: &Text) -> Result<Box<Query>> {
-    const CURE: &str =
-        "a recipe is one SELECT over documents, domains and shares; WITH gives its steps names";
+/// The only statement of a recipe, or of another text; `cure` says what it should be.
+fn one_select(text: &Text, what: &str, cure: &str) -> Result<Box<Query>> {
     let unparsed = |e: datafusion::sql::sqlparser::parser::ParserError| text.unparsed(&e.to_string());
     let mut parser = Parser::new(&GenericDialect {}).try_with_sql(&text.text).map_err(unparsed)?;
     while parser.consume_token(&Token::SemiColon) {}
     let first = parser.peek_token();
     let here = |span: Span| text.word_at(span.start);
     match &first.token {
-        Token::EOF => return Err(text.wrong(None, format!("{} has no SELECT", text.file), "", CURE)),
+        Token::EOF => return Err(text.wrong(None, format!("{} has no SELECT", text.file), "", cure)),
         Token::LParen => {}
         Token::Word(word)
             if ["select", "with", "from", "values"].contains(&word.value.to_lowercase().as_str()) => {}
         token => {
-            let message = format!("a recipe cannot begin with `{token}`");
-            return Err(text.wrong(here(first.span), message, "not a SELECT", CURE));
+            let message = format!("{what} cannot begin with `{token}`");
+            return Err(text.wrong(here(first.span), message, "not a SELECT", cure));
         }
     }
     let statement = parser.parse_statement().map_err(unparsed)?;
@@ -307,8 +322,10 @@ fn one_select(text: &Text) -> Result<Box<Query>> {
     let next = parser.peek_token();
     match (statement, &next.token) {
         (Statement::Query(query), Token::EOF) => Ok(query),
-        (_, Token::EOF) => Err(text.wrong(here(first.span), "this is not a SELECT", "not a SELECT", CURE)),
-        _ if ended => Err(text.wrong(here(next.span), "a recipe has only one statement", "the second", CURE)),
+        (_, Token::EOF) => Err(text.wrong(here(first.span), "this is not a SELECT", "not a SELECT", cure)),
+        _ if ended => {
+            Err(text.wrong(here(next.span), format!("{what} has only one statement"), "the second", cure))
+        }
         (_, token) => {
             let message = format!("this is no SQL: the SELECT has ended, but `{token}` follows");
             Err(text.wrong(
@@ -321,8 +338,9 @@ fn one_select(text: &Text) -> Result<Box<Query>> {
     }
 }
 
-/// The names of the parameters that a query uses, all of which have to be declared.
-fn used_parameters(text: &Text, query: &Query, own: &[Parameter]) -> Result<BTreeSet<String>> {
+/// The names of the parameters that a query uses, all of which have to be declared: `own`, of a recipe, beside those that
+/// every recipe has. What is no recipe has none.
+fn used_parameters(text: &Text, query: &Query, own: Option<&[Parameter]>) -> Result<BTreeSet<String>> {
     struct Used(Vec<(String, Span)>);
     impl Visitor for Used {
         type Break = ();
@@ -335,8 +353,17 @@ fn used_parameters(text: &Text, query: &Query, own: &[Parameter]) -> Result<BTre
     }
     let mut used = Used(vec![]);
     let _ = Visit::visit(query, &mut used);
-    let known = || own.iter().map(|p| p.name.as_str()).chain(BUILTIN);
+    let known = || own.into_iter().flat_map(|own| own.iter().map(|p| p.name.as_str()).chain(BUILTIN));
     let declared = |(written, span): (String, Span)| match written.strip_prefix('$') {
+        _ if own.is_none() => {
+            let message = format!("`{written}` has no value");
+            Err(text.wrong(
+                text.range(span),
+                message,
+                "here",
+                "only recipes have parameters: write the value",
+            ))
+        }
         Some(name) if known().any(|k| k == name) => Ok(name.to_owned()),
         Some(name) => {
             let like = nearest(name, known()).map(|like| format!("did you mean `${like}`? Otherwise "));

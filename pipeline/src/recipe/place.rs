@@ -4,6 +4,7 @@ use std::ops::{ControlFlow, Range};
 
 use datafusion::common::{Column, SchemaError, Span as PlanSpan};
 use datafusion::error::DataFusionError;
+use datafusion::execution::SessionState;
 use datafusion::sql::sqlparser::ast::{
     Distinct, Expr, FunctionArguments, Query, Select, SelectItem, SetExpr, Spanned, Visit, Visitor,
     WindowType,
@@ -140,14 +141,25 @@ pub struct Places<'a> {
     query: &'a Query,
     /// The names of all functions there are.
     functions: Vec<String>,
+    /// … and of the session's tables.
+    tables: Vec<String>,
     calls: Vec<Call>,
     limits: Vec<Span>,
     distinct_on: Vec<Span>,
 }
 
 impl<'a> Places<'a> {
-    pub fn of(text: &'a Text, query: &'a Query, functions: Vec<String>) -> Self {
-        let mut places = Self { text, query, functions, calls: vec![], limits: vec![], distinct_on: vec![] };
+    /// `state` is what plans the query.
+    pub fn of(text: &'a Text, query: &'a Query, state: &SessionState) -> Self {
+        let functions = state.scalar_functions().keys().chain(state.aggregate_functions().keys());
+        let functions = functions.chain(state.window_functions().keys()).cloned().collect();
+        let catalog = state.catalog_list().catalog(&state.config_options().catalog.default_catalog);
+        let schema =
+            catalog.and_then(|catalog| catalog.schema(&state.config_options().catalog.default_schema));
+        let mut tables = schema.map(|schema| schema.table_names()).unwrap_or_default();
+        tables.sort();
+        let mut places =
+            Self { text, query, functions, tables, calls: vec![], limits: vec![], distinct_on: vec![] };
         let _ = query.visit(&mut places);
         places
     }
@@ -200,6 +212,11 @@ impl<'a> Places<'a> {
             let like = nearest(name, self.functions.iter().map(String::as_str));
             let cure = like.map(|like| format!("did you mean `{like}`?")).unwrap_or_default();
             return self.text.wrong(span, format!("there is no function `{name}`"), "not a function", cure);
+        }
+        if let Some(name) = plain.strip_prefix("table '").and_then(|rest| rest.strip_suffix("' not found")) {
+            let name = name.rsplit('.').next().unwrap_or_default();
+            let cure = format!("the tables are {}", self.tables.join(", "));
+            return self.text.wrong(span, format!("there is no table `{name}`"), "not a table", cure);
         }
         if plain.contains("Cannot run range queries on datatype") {
             let cure = "write the frame out: `over (… order by doc_id rows between unbounded preceding and current row)`";

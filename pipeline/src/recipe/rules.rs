@@ -18,7 +18,8 @@ use datafusion::logical_expr::{
     Volatility, WindowFrame, WindowFrameBound, WindowFrameUnits, WindowFunctionDefinition,
 };
 use datafusion::sql::sqlparser::ast::{
-    Cte, Expr as SqlExpr, ObjectName, Query, Select, SetExpr, Spanned, TableFactor, Visit, Visitor,
+    BinaryOperator, Cte, Expr as SqlExpr, ObjectName, Query, Select, SetExpr, Spanned, TableFactor, Visit,
+    Visitor,
 };
 
 use super::place::{Places, Text, nearest};
@@ -140,6 +141,9 @@ impl Visitor for Syntax<'_> {
             SqlExpr::Identifier(ident) if ident.value.starts_with('@') => {
                 let cure = "parameters are written `$name` and declared in the header";
                 self.refuse(expr, format!("a recipe has no variables, but here is `{ident}`"), "here", cure)
+            }
+            SqlExpr::BinaryOp { op: BinaryOperator::DuckIntegerDivide, .. } => {
+                self.refuse(expr, "there is no operator `//`", "here", "`/` of two integers is an integer")
             }
             _ => ControlFlow::Continue(()),
         }
@@ -499,7 +503,13 @@ fn unique(plan: &LogicalPlan) -> Vec<Columns> {
 }
 
 fn order_cure(missing: &[String]) -> String {
-    format!("add {} to ORDER BY", missing.join(" and "))
+    // a column without a name of its own goes by what computes it
+    let is_named = |name: &String| name.chars().all(|c| c.is_alphanumeric() || c == '_');
+    let columns = if missing.len() == 1 { "the column" } else { "the columns" };
+    match missing.iter().all(is_named) {
+        true => format!("add {} to ORDER BY", missing.join(" and ")),
+        false => format!("give {columns} {} a name with AS, and add it to ORDER BY", missing.join(" and ")),
+    }
 }
 
 /// Whether rows that tie may be in different frames.

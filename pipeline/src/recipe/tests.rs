@@ -878,3 +878,17 @@ async fn accepted(text: &str) {
     let corpus = a_corpus(20);
     corpus.rows(&shown_error(Recipe::parse("sql/mixtures/mine.sql", text)), &[], 2).await;
 }
+
+#[tokio::test]
+async fn what_other_dialects_write_has_a_cure_in_this_one() {
+    let said = messages(&[
+        "select doc_id, 0 as start, tokens // 2 as stop, 1.0 as copies from documents",
+        "with twice as (select tokens * 2, count(*) as n from documents group by tokens * 2 limit 3)\nselect * from twice",
+    ])
+    .await;
+    assert!(
+        said.contains("there is no operator `//`") && said.contains("`/` of two integers is an integer"),
+        "{said}"
+    );
+    assert!(said.contains("a name with AS, and add it to ORDER BY"), "{said}");
+}

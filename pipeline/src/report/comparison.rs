@@ -3,7 +3,7 @@
 use super::evaluation::{evaluation, positions};
 use super::text::{Cell, code, escape, figure, percent, table, words};
 use super::{curve, page, section};
-use crate::compare::{COUNTS, Comparison, Shares, Side, firsts};
+use crate::compare::{COUNTS, Comparison, LossRow, Shares, Side, firsts};
 
 /// The page.
 pub fn comparison(sides: &[Side], comparison: &Comparison) -> String {
@@ -179,12 +179,47 @@ fn sql(comparison: &Comparison) -> String {
     comparison.sql.iter().map(diff).collect()
 }
 
+/// A row's name, the first one's loss, and each of the others' differences.
+fn loss_line(row: &LossRow) -> (String, Vec<String>) {
+    let differences = row.differences.iter().map(|difference| match difference {
+        None => String::new(),
+        Some(d) => {
+            let error = d.error.map_or(String::new(), |error| format!(" ±{error:.3}"));
+            format!("{:+.3}{error}{}", d.mean, if d.counts() { "*" } else { " " })
+        }
+    });
+    let values = [format!("{:.3}", row.loss)].into_iter().chain(differences).collect();
+    (format!("loss {} {}", row.domain(), positions(&row.positions)), values)
+}
+
+fn loss_legend() -> String {
+    format!(
+        "the first one's loss, and what the others' differ from it over the same documents, ± standard error; \
+         *: beyond {COUNTS} and twice its error"
+    )
+}
+
+/// Losses beside each other, for a terminal.
+pub fn losses(names: &[&str], rows: &[LossRow]) -> String {
+    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(14) + 2;
+    let line = |name: &str, values: &[String]| {
+        let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
+        format!("{name:<34}{values}")
+    };
+    let head = line("", &names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+    let rows = rows.iter().map(|row| {
+        let (name, values) = loss_line(row);
+        line(&name, &values)
+    });
+    [head].into_iter().chain(rows).chain([loss_legend()]).collect::<Vec<_>>().join("\n")
+}
+
 /// For a terminal.
 pub fn text(comparison: &Comparison) -> String {
     let mut lines = vec![];
     let values = comparison.conf.iter().flat_map(|(_, values)| values);
     let width = comparison.names.iter().chain(values).map(|text| text.chars().count()).max().unwrap_or(0);
-    let width = width.max(9) + 2;
+    let width = width.max(14) + 2;
     let row = |name: &str, values: Vec<String>| {
         let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
         format!("{name:<34}{values}")
@@ -205,16 +240,53 @@ pub fn text(comparison: &Comparison) -> String {
         lines.push(String::new());
     }
     for of in &comparison.loss {
-        let name = format!("loss {} {}", of.domain(), positions(&of.positions));
-        let differences = of.differences.iter().map(|difference| match difference {
-            None => String::new(),
-            Some(d) => format!("{:+.3}{}", d.mean, if d.counts() { "*" } else { " " }),
-        });
-        lines.push(row(&name, [format!("{:.3}", of.loss)].into_iter().chain(differences).collect()));
+        let (name, values) = loss_line(of);
+        lines.push(row(&name, values));
+    }
+    if !comparison.loss.is_empty() {
+        lines.push(loss_legend());
     }
     for (name, scores) in &comparison.scores {
         let score = |score: &Option<f64>| score.map_or(String::new(), |score| percent(score) + " %");
         lines.push(row(name, scores.iter().map(score).collect()));
     }
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compare::Difference;
+
+    #[test]
+    fn a_terminal_shows_each_difference_with_its_error_and_marks_what_counts() {
+        let difference = |mean, error| Some(Difference { mean, error });
+        let names: Vec<String> = ["old", "new", "other", "none"].map(str::to_owned).into();
+        let compared = Comparison {
+            runs: vec![vec![]; 4],
+            commits: vec![None; 4],
+            names,
+            conf: vec![],
+            sql: vec![],
+            domains: vec![],
+            lengths: vec![],
+            long: vec![],
+            loss: vec![LossRow {
+                domain: None,
+                positions: serde_json::json!({ "from": 0, "until": 4096 }),
+                documents: 3,
+                loss: 2.5,
+                differences: vec![difference(-0.2, Some(0.05)), difference(-0.3, None), None],
+            }],
+            scores: vec![],
+            training: vec![None; 4],
+        };
+        let text = text(&compared);
+        let row = text.lines().find(|line| line.starts_with("loss all")).expect("a row of losses");
+        assert!(
+            row.contains("2.500") && row.contains("-0.200 ±0.050*") && row.trim_end().ends_with("-0.300"),
+            "{row}"
+        );
+        assert!(text.contains("*: beyond 0.01 and twice its error"), "{text}");
+    }
 }

@@ -105,7 +105,7 @@ pub async fn list(
         && let Some(unlisted) =
             unlisted(&std::path::Path::new("/").join(pattern.folder.as_ref()), &pattern.folder, &pattern)
     {
-        return Err(Error::data(
+        return Err(Error::usage(
             format!(
                 "`{}` cannot be read: local names that end in `#` and digits are taken for half-written files",
                 unlisted.display()
@@ -123,8 +123,8 @@ pub async fn list(
             Some(other) => format!("`{base}{other}` and what else is there does not count"),
             None => format!("there is nothing below `{base}{}`", pattern.folder),
         };
-        return Err(Error::data(
-            format!("the source `{url}` has no files"),
+        return Err(Error::usage(
+            format!("`{url}` has no files"),
             format!(
                 "looked for {looked_for}; {found} (names that start with `.`, or `_` where they are tables, are skipped)"
             ),
@@ -172,8 +172,8 @@ impl Pattern {
             .then(|| GlobBuilder::new(path.as_ref()).literal_separator(true).build())
             .transpose()
             .map_err(|error| {
-                Error::data(
-                    format!("the source `{url}` is not a glob: {}", error.kind()),
+                Error::usage(
+                    format!("`{url}` is not a glob: {}", error.kind()),
                     "`*` matches within a name, `**` across folders, `{a,b}` either; `[*]` is a star itself",
                 )
             })?;

@@ -91,11 +91,13 @@ async fn details(store: &Arc<dyn ObjectStore>, path: &str, spec: &Arc<Spec>) -> 
     details
 }
 
-/// Message and help of a data error.
+/// Message and help of an error that says what to do.
 fn words<T>(result: Result<T, Error>) -> String {
     match result.map(|_| ()) {
-        Err(Error::Data { message, help }) => format!("{message}\n{}", help.unwrap_or_default()),
-        other => panic!("a data error was expected, not {other:?}"),
+        Err(Error::Data { message, help } | Error::Usage { message, help }) => {
+            format!("{message}\n{}", help.unwrap_or_default())
+        }
+        other => panic!("such an error was expected, not {other:?}"),
     }
 }
 

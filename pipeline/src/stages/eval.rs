@@ -69,7 +69,7 @@ impl Model {
         let json_at = checkpoint.join("tokenizer.json");
         let tokenizer = json_at.get().await?.ok_or_else(|| {
             let help = "copy the model's tokenizer.json beside its config.json";
-            Error::data(format!("there is no {}", json_at.url()), help)
+            Error::usage(format!("there is no {}", json_at.url()), help)
         })?;
         Ok(Self {
             identity: identity(&checkpoint).await?,
@@ -115,8 +115,28 @@ pub struct Around<'a> {
 /// The conf's `[eval]` table; wrong values point into the conf.
 pub fn conf(run: &Run) -> Result<Option<EvalConf>> {
     let Some(conf) = run.conf.eval::<EvalConf>()? else { return Ok(None) };
+    if run.conf.train.is_none() {
+        let help = "add a [train] table, or leave this one out and name a model: `lengthwise eval needle CHECKPOINT`";
+        let message = "there is no [train] table, so there is no model to evaluate";
+        return Err(run.conf.wrong(&["eval"], message, "asked for here", Some(help.into())));
+    }
     conf.check().map_err(|e| run.conf.wrong(&["eval"], e.to_string(), "in this table", None))?;
     Ok(Some(conf))
+}
+
+/// That the files which the conf's `[eval]` names are there and have what is asked of them: said before hours are spent.
+pub async fn check(run: &Run) -> Result<()> {
+    let Some(conf) = conf(run)? else { return Ok(()) };
+    for evaluation in conf.evaluations() {
+        let (name, mut files) = (evaluation.name(), vec![]);
+        for (key, url) in evaluation.clone().urls() {
+            let text = texts(&run.stores, url).await;
+            files.push(text.map_err(|e| run.conf.names_wrong(&["eval", name, key], e))?.0);
+        }
+        suite::check(&evaluation, &files)
+            .map_err(|e| run.conf.wrong(&["eval", name], e.to_string(), "in this table", None))?;
+    }
+    Ok(())
 }
 
 /// Every evaluation that the conf asks for, of its checkpoint.
@@ -147,7 +167,7 @@ async fn texts(stores: &Stores, url: &str) -> Result<(String, Digest)> {
     for file in source::list(&*at.store, &at.path, &at.url(), Format::Text).await? {
         let bytes = stores.open(&file.url)?.read().await?;
         let text = std::str::from_utf8(&bytes).map_err(|e| {
-            Error::data(format!("{} is not UTF-8: {e}", file.url), "name the texts alone, with a glob")
+            Error::usage(format!("{} is not UTF-8: {e}", file.url), "name the texts alone, with a glob")
         })?;
         all += text;
     }
@@ -174,7 +194,7 @@ pub async fn obtain(
     if *evaluation == Evaluation::Loss {
         let heldout = model.heldout.as_ref().ok_or_else(|| {
             let help = "set `mixture.holdout` in the run's conf, or name a folder of packed documents with --heldout";
-            Error::data("there are no held-out documents to measure the loss of", help)
+            Error::usage("there are no held-out documents to measure the loss of", help)
         })?;
         let mut all = BTreeMap::new();
         for meta in heldout.list().await? {
@@ -183,6 +203,10 @@ pub async fn obtain(
             if name.ends_with(".parquet") {
                 all.insert(name.clone(), heldout.join(&name).digest().await?);
             }
+        }
+        if all.is_empty() {
+            let message = format!("there are no packed documents below {}", heldout.url());
+            return Err(Error::usage(message, "name a folder such as RUN/heldout"));
         }
         digests.insert("heldout", json!(all.iter().collect::<Vec<_>>()));
     }

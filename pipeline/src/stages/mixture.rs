@@ -14,6 +14,7 @@ use arrow::array::{
 };
 use arrow::datatypes::{Float64Type, Int64Type};
 use datafusion::common::ScalarValue;
+use datafusion::common::runtime::SpawnedTask;
 use datafusion::logical_expr::LogicalPlanBuilder;
 use datafusion::prelude::{DataFrame, col};
 use futures::{Stream, StreamExt};
@@ -21,11 +22,10 @@ use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
 use super::catalog::register_documents;
-use super::domains::Domain;
+use super::domains::{self, Domain};
 use crate::conf::{Param, Shortfall};
 use crate::engine::{TableWriter, query, scan};
 use crate::hash::hex;
@@ -401,6 +401,9 @@ pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: 
         let table = domains.table(name);
         run.engine.register(&session, name, schema, &[(&domains.folder, &table)], &[]).await?;
     }
+    if let Some(ScalarValue::Utf8(Some(name))) = bound.values.get("domain") {
+        check_domain(run, name, &domains::read(domains).await?)?;
+    }
     let plan = bound.plan(&session).await?;
     let sorted =
         LogicalPlanBuilder::from(plan).sort([col("doc_id").sort(true, false)]).and_then(|b| b.build());
@@ -416,12 +419,24 @@ pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: 
     Ok(Weaver::new(recipe, Box::pin(rows), Box::pin(known), heldout))
 }
 
+/// That the domain which a recipe's `$domain` names is there.
+fn check_domain(run: &Run, name: &str, domains: &[Domain]) -> Result<()> {
+    if domains.iter().any(|domain| domain.domain == name && domain.documents > 0) {
+        return Ok(());
+    }
+    let names: Vec<&str> = domains.iter().filter(|d| d.documents > 0).map(|d| d.domain.as_str()).collect();
+    let message = format!("there are no documents of domain `{name}`");
+    let help = format!("domains are {}", names.join(", "));
+    Err(run.conf.wrong(&["mixture", "params", "domain"], message, "this domain", Some(help)))
+}
+
 /// The rows of a query that may take so long. It runs on a thread of its own: one that is busy with a single batch for
 /// years keeps nobody from hearing the clock, or a signal.
 fn bounded(frame: DataFrame, bar: Bar, recipe: String, most: Duration) -> Batches {
     let deadline = Instant::now() + most;
     let (send, rows) = mpsc::channel(1);
-    let running = tokio::spawn(async move {
+    // it ends with whoever waits for its rows
+    let running = SpawnedTask::spawn(async move {
         let mut rows = match frame.execute_stream().await {
             Ok(rows) => bar.watch(rows),
             Err(error) => return drop(send.send(Err(error)).await),
@@ -433,7 +448,7 @@ fn bounded(frame: DataFrame, bar: Bar, recipe: String, most: Duration) -> Batche
             }
         }
     });
-    let next = move |(mut rows, running): (mpsc::Receiver<_>, JoinHandle<()>)| {
+    let next = move |(mut rows, running): (mpsc::Receiver<_>, SpawnedTask<()>)| {
         let failed = format!("{recipe} failed while it ran");
         let endless = format!("{recipe} has run for {} seconds and is not done", most.as_secs());
         async move {
@@ -441,7 +456,7 @@ fn bounded(frame: DataFrame, bar: Bar, recipe: String, most: Duration) -> Batche
                 Ok(Some(Ok(batch))) => Ok(Some((batch, (rows, running)))),
                 Ok(Some(Err(error))) => Err(query(&failed, error)),
                 // it has ended, or fallen
-                Ok(None) => match running.await {
+                Ok(None) => match running.join().await {
                     Ok(()) => Ok(None),
                     Err(panic) => {
                         Err(Error::data(format!("{failed}: {panic}"), "is it a bug of DataFusion's?"))
@@ -568,6 +583,11 @@ pub fn check_budget(run: &Run, asked: &Asked, domains: &[Domain]) -> Result<()> 
             message,
             "divide by the sum of the weights: `weight * $budget / total` is the usual form",
         ));
+    }
+    if total == 0 {
+        let names: Vec<&str> = domains.iter().map(|domain| domain.domain.as_str()).collect();
+        let help = format!("does its `where` leave anything? Domains are {}", names.join(", "));
+        return Err(Error::data(format!("{}: nothing is to be drawn", mixture.recipe), help));
     }
     if short.is_empty() || mixture.shortfall == Shortfall::Allow {
         for line in &short {

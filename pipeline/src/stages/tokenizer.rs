@@ -57,7 +57,7 @@ impl Tokenizer {
 /// The tokenizer of `[tokenizer] url`, or the one that the stage trains.
 pub async fn obtain(run: &Run) -> Result<Tokenizer> {
     if let Some(url) = &run.conf.tokenizer.url {
-        let at = run.stores.open(url)?;
+        let at = run.stores.open(url).map_err(|e| run.conf.names_wrong(&["tokenizer", "url"], e))?;
         let Some(json) = at.get().await? else {
             let help = "a Hugging Face tokenizer.json is wanted; a path is relative to the folder where the command runs";
             return Err(run.conf.wrong(

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use lengthwise_model::checkpoint;
 use lengthwise_model::comm::Place;
 use lengthwise_model::plan::Plan;
 use lengthwise_model::train::config_of;
@@ -31,6 +32,31 @@ pub fn check_devices(run: &Run) -> Result<()> {
         let help = "or end at the packed dataset with `--until pack`".to_owned();
         run.conf.wrong(&["train", "devices"], e.to_string(), "not in this build", Some(help))
     })
+}
+
+/// That the checkpoint to begin with is there, and knows the tokenizer's ids: said before hours are spent on what it trains on.
+pub async fn check_checkpoint(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
+    let Some(url) = conf(run)?.and_then(|conf| conf.checkpoint) else { return Ok(()) };
+    let place = ["train", "checkpoint"];
+    let at = run.stores.open(&url).map_err(|e| run.conf.names_wrong(&place, e))?;
+    let config = checkpoint::config(&(&at).into()).await.map_err(|e| match e {
+        lengthwise_model::Error::Checkpoint { .. } => {
+            run.conf.wrong(&place, e.to_string(), "named here", None)
+        }
+        other => other.into(),
+    })?;
+    let (ids, known) = (tokenizer.loaded.own_vocab_size(), config.vocab_size);
+    if ids > known {
+        let message = format!("the tokenizer has {ids} ids, of which the checkpoint knows {known}");
+        let help = "take the tokenizer.json that the checkpoint was trained with".to_owned();
+        return Err(run.conf.wrong(&["tokenizer"], message, "this tokenizer", Some(help)));
+    }
+    if let Some(own) = at.join("tokenizer.json").get().await?
+        && Digest::of(&own) != tokenizer.fingerprint
+    {
+        tracing::warn!("the tokenizer is not the checkpoint's own {}", at.join("tokenizer.json").url());
+    }
+    Ok(())
 }
 
 /// The digests of the files of a Hugging Face folder, by name.

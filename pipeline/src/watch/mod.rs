@@ -249,7 +249,16 @@ impl Listener {
         if let Err(error) = heard
             && !std::mem::replace(&mut self.deaf, true)
         {
-            tracing::warn!("{}: {}", self.variable, error.without_url());
+            // the address may have a password in it
+            let error = error.without_url();
+            let first = std::error::Error::source(&error);
+            let causes =
+                std::iter::successors(first, |cause| cause.source()).map(|cause| format!(": {cause}"));
+            tracing::warn!(
+                "nobody is told of this run: {} names what does not answer: {error}{}",
+                self.variable,
+                causes.collect::<String>()
+            );
         }
     }
 }
