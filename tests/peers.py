@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import statistics
 import subprocess
@@ -160,7 +161,12 @@ def main():
             b = measure(python(DUCKDB, args.catalog, statistics_sql, recipe))
             rounds.append((a, b, json.loads(b[2])))
         print(rounds[0][0][2], rounds[0][1][2], file=sys.stderr)
-        row("statistics, recipe", "duckdb", [(a[0], b[0]) for a, b, _ in rounds], [(a[1], b[1]) for a, b, _ in rounds])
+        memory = [(a[1], b[1]) for a, b, _ in rounds]
+        said = lambda of, text: float(re.search(of + r" ([\d.]+) s", text)[1])
+        row("statistics", "duckdb", [(said("domains:", a[2]), b["statistics"]) for a, _, b in rounds], memory)
+        row("recipe, counted, summed", "duckdb", [(said("summed:", a[2]), b["recipe"]) for a, _, b in rounds], memory)
+        checked = statistics.median(said("tokens,", a[2]) for a, _, _ in rounds)
+        print(f"with every span checked against the catalog, which no peer does: {checked:.1f} s", file=sys.stderr)
     shutil.rmtree(work)
 
 

@@ -88,7 +88,7 @@ def stages(args, work):
 
 
 def memory(args, work):
-    print("| corpus | text, GB | tokens | wall, s | CPU, s | resident at most, MB | spilled at most, MB | written, GB |\n|---|---|---|---|---|---|---|---|")
+    print("| corpus | text, GB | tokens | wall, s | CPU, s | resident at most, MB | spilled at most, MB | written, GB | stages, s |\n|---|---|---|---|---|---|---|---|---|")
     for corpus in [args.corpus, *args.repeated]:
         shutil.rmtree(work / "out", ignore_errors=True)
         spill, spilled, done = work / "spill", [0], threading.Event()
@@ -107,11 +107,13 @@ def memory(args, work):
         threading.Thread(target=watch, daemon=True).start()
         args.corpus = corpus
         ours = run(args, [f"run.output={work}/out", f"engine.spill={spill}"])
-        counts = {step["stage"]: step["counts"] for step in ours.end()["stages"]}
+        steps = ours.end()["stages"]
         done.set()
+        counts = {step["stage"]: step["counts"] for step in steps}
+        seconds = ", ".join(f"{step['stage']} {step['seconds']:.1f}" for step in steps if step["seconds"] >= 0.1)
         written = sum(path.stat().st_size for path in (work / "out").rglob("*") if path.is_file()) / 1e9
-        tokens, text = counts["catalog"]["tokens"], counts["catalog"].get("bytes", 0) / 1e9
-        print(f"| {pathlib.Path(corpus).name} | {text:.2f} | {tokens:,} | {ours.seconds:.1f} | {ours.cpu:.1f} | {ours.most:.0f} | {spilled[0] / 1e6:.0f} | {written:.2f} |", flush=True)
+        tokens, text = counts["tokens"]["tokens"], counts["tokens"]["bytes"] / 1e9
+        print(f"| {pathlib.Path(corpus).name} | {text:.2f} | {tokens:,} | {ours.seconds:.1f} | {ours.cpu:.1f} | {ours.most:.0f} | {spilled[0] / 1e6:.0f} | {written:.2f} | {seconds} |", flush=True)
 
 
 def free_port():

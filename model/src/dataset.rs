@@ -1,6 +1,7 @@
 //! The packed dataset as a trainer reads it: sequences by their place, round and round.
 
 use std::ops::Range;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch};
@@ -98,8 +99,8 @@ impl Dataset {
         let meta = self.folder.store.head(path).await;
         let meta = meta.map_err(|source| Error::Storage { doing: "read", path: self.url(path), source })?;
         let object = Object { store: self.folder.store.clone(), path: path.clone(), size: meta.size };
-        let builder = ParquetRecordBatchStreamBuilder::new(object).await;
-        builder.map_err(|e| Error::Dataset { file: self.url(path), message: e.to_string() })
+        let builder = unbroken(ParquetRecordBatchStreamBuilder::new(object)).await;
+        builder.map_err(|message| Error::Dataset { file: self.url(path), message })
     }
 
     /// A sequence by its place in training: after the last one comes the first.
@@ -123,7 +124,7 @@ impl Dataset {
             }
         };
         loop {
-            let batch = stream.try_next().await.map_err(|e| wrong(e.to_string()))?;
+            let batch = unbroken(stream.try_next()).await.map_err(wrong)?;
             let batch = batch.ok_or_else(|| wrong("it has fewer rows than its footer says".into()))?;
             next += 1;
             if next > index {
@@ -136,6 +137,14 @@ impl Dataset {
                 return Ok(sequence);
             }
         }
+    }
+}
+
+/// What the Parquet library makes of a file; of bytes that it did not expect it may panic.
+async fn unbroken<T>(read: impl Future<Output = Result<T, ParquetError>>) -> Result<T, String> {
+    match AssertUnwindSafe(read).catch_unwind().await {
+        Ok(read) => read.map_err(|e| e.to_string()),
+        Err(_) => Err("its pages are damaged".into()),
     }
 }
 

@@ -28,7 +28,7 @@ impl Name {
         let gpu = name.strip_prefix("libtorch-cuda:").and_then(|i| i.parse().ok());
         gpu.map(Self::LibtorchCuda).ok_or_else(|| {
             Error::Conf(format!(
-                "train.devices: there is no device `{name}`; there are \"flex\", \"libtorch-cpu\" and \"libtorch-cuda:0\", …"
+                "there is no device `{name}`; there are \"flex\", \"libtorch-cpu\" and \"libtorch-cuda:0\", …"
             ))
         })
     }
@@ -55,14 +55,14 @@ impl Name {
             Self::LibtorchCuda(i) => match usize::try_from(tch::Cuda::device_count()) {
                 Ok(count) if i < count => Ok(Device::libtorch_cuda(i)),
                 count => Err(Error::Conf(format!(
-                    "train.devices: there is no `{self}`: LibTorch sees {} GPUs; it has to be the one for CUDA, \
+                    "there is no `{self}`: LibTorch sees {} GPUs; it has to be the one for CUDA, \
                      `model/libtorch.sh DIR --cuda`, and the machine needs NVIDIA's driver",
                     count.unwrap_or(0),
                 ))),
             },
             #[cfg(not(feature = "libtorch"))]
             Self::LibtorchCpu | Self::LibtorchCuda(_) => Err(Error::Conf(format!(
-                "train.devices: `{self}` needs LibTorch, and this build is without; build with --features libtorch"
+                "`{self}` needs LibTorch, and this build is without; build with --features libtorch"
             ))),
         }
     }

@@ -68,6 +68,16 @@ enum Answer {
     Err { code: u8, message: String, help: Option<String> },
 }
 
+/// Names the sources that this program was built of: a task of others is another task.
+const BUILD: &str = env!("LENGTHWISE_SOURCES");
+
+/// What is sent: a message, and by which build.
+#[derive(Serialize, Deserialize)]
+struct Sent<M> {
+    build: String,
+    message: M,
+}
+
 /// How a task is sent.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -105,7 +115,9 @@ impl Cluster {
     /// The task's own; or [`Error::Cluster`] where the cluster fails it again and again.
     pub async fn perform(&self, task: &Task) -> Result<Output> {
         let text = json(task);
-        let at = self.output.join("tasks").join(&format!("{}.json", Digest::of(text.as_bytes()).short()));
+        // of this process alone: another run may have the same task
+        let name = format!("{} {} {:?}", text, std::process::id(), std::time::SystemTime::now());
+        let at = self.output.join("tasks").join(&format!("{}.json", Digest::of(name.as_bytes()).short()));
         let stored = text.len() > MESSAGE_BYTES;
         let message = if stored {
             at.put(text).await?;
@@ -113,7 +125,7 @@ impl Cluster {
         } else {
             Message::Task(task)
         };
-        let message = json(&message);
+        let message = json(&Sent { build: BUILD.to_owned(), message });
         let mut attempt = 1;
         let output = loop {
             let failed = match self.attempt(&message).await {
@@ -210,7 +222,14 @@ async fn answer_to(message: &str, worker: &Worker) -> Answer {
             let help = "run, scheduler and executors have to be the same version of lengthwise";
             Error::data(format!("a task that this executor doesn't know: {e}"), help)
         };
-        let task: Task = match serde_json::from_str(message).map_err(unknown)? {
+        let sent: Sent<serde_json::Value> = serde_json::from_str(message).map_err(unknown)?;
+        if sent.build != BUILD {
+            // the next one that is asked may be of the run's build
+            let url = "an executor".to_owned();
+            let message = "it is another build of lengthwise than the run; their tasks may differ".to_owned();
+            return Err(Error::Cluster { url, message });
+        }
+        let task: Task = match serde_json::from_value(sent.message).map_err(unknown)? {
             Message::Task(task) => task,
             Message::At(url) => {
                 serde_json::from_slice(&worker.stores.open(&url)?.read().await?).map_err(unknown)?

@@ -93,12 +93,18 @@ pub struct Difference {
     /// Its standard error over documents, each compared with itself, and over seeds, where there are several; `None` of one
     /// document.
     pub error: Option<f64>,
+    pub documents: usize,
 }
 
+/// Of fewer documents a standard error is itself too much of a guess.
+pub const ENOUGH: usize = 5;
+
 impl Difference {
-    /// Whether it is beyond what counts, and beyond twice its error; one document's alone may be chance.
+    /// Whether it is beyond what counts, and beyond twice its error, of documents enough.
     pub fn counts(&self) -> bool {
-        self.mean.abs() > COUNTS && self.error.is_some_and(|error| self.mean.abs() > 2.0 * error)
+        self.documents >= ENOUGH
+            && self.mean.abs() > COUNTS
+            && self.error.is_some_and(|error| self.mean.abs() > 2.0 * error)
     }
 
     /// Whether it is for the better; `None` where it doesn't count.
@@ -172,8 +178,13 @@ pub fn compare(sides: &[Side]) -> Comparison {
         groups.iter().map(|group| group.iter().map(|side| side.preview()).collect()).collect();
     let scores = sides.iter().flat_map(|side| side.manifest.summary.evaluations.keys());
     let scores: BTreeSet<&String> = scores.collect();
-    let losses_by_group: Vec<Vec<&[Losses]>> =
-        groups.iter().map(|group| group.iter().map(|side| side.losses.as_slice()).collect()).collect();
+    // losses of other tokens have nothing to do with each other
+    let mut losses_by_group: Vec<Vec<&[Losses]>> = vec![];
+    for group in &groups {
+        let alike = |side: &Side| side.manifest.tokenizer == sides[0].manifest.tokenizer;
+        let own = group.iter().map(|side| if alike(side) { side.losses.as_slice() } else { &[] });
+        losses_by_group.push(own.collect());
+    }
     // of all seeds, if all have it
     let of_all = |group: &Vec<&Side>, value: &dyn Fn(&Side) -> Option<f64>| {
         let values: Option<Vec<f64>> = group.iter().map(|side| value(side)).collect();
@@ -302,12 +313,15 @@ fn sums<'a>(
     domain: Option<&str>,
     range: usize,
 ) -> BTreeMap<(&'a str, &'a str), (f64, u64)> {
-    let of = losses.iter().filter(|losses| domain.is_none_or(|domain| losses.domain == domain));
-    of.filter_map(|losses| {
-        let (sum, count) = *losses.sums.get(range).filter(|(_, count)| *count > 0)?;
-        Some(((losses.domain.as_str(), losses.doc_id.as_str()), (sum, count)))
-    })
-    .collect()
+    let mut all: BTreeMap<_, (f64, u64)> = BTreeMap::new();
+    for losses in losses.iter().filter(|losses| domain.is_none_or(|domain| losses.domain == domain)) {
+        if let Some((sum, count)) = losses.sums.get(range).filter(|(_, count)| *count > 0) {
+            // a document that was drawn several times is read as often
+            let of = all.entry((losses.domain.as_str(), losses.doc_id.as_str())).or_default();
+            *of = (of.0 + sum, of.1 + count);
+        }
+    }
+    all
 }
 
 /// The ranges of positions of the first run's losses.
@@ -370,7 +384,7 @@ fn paired(pairs: &[(f64, f64)]) -> Option<Difference> {
     let (mean, documents) = (sum / count, pairs.len() as f64);
     let squares: f64 = pairs.iter().map(|(difference, n)| (difference - mean * n).powi(2)).sum();
     let error = (documents > 1.0).then(|| (squares * documents / (documents - 1.0)).sqrt() / count);
-    Some(Difference { mean, error })
+    Some(Difference { mean, error, documents: pairs.len() })
 }
 
 /// A seed's differences, summed over each document by domain and id, and counts.
@@ -389,8 +403,9 @@ fn over_seeds(seeds: &[Pairs]) -> Option<Difference> {
     let average = mean(means.iter().copied());
     let chance: f64 = means.iter().map(|mean| (mean - average).powi(2)).sum();
     let chance = if count > 1.0 { chance / (count - 1.0) / count } else { 0.0 };
-    let error = paired(&values(&all))?.error.map(|documents| (documents * documents + chance).sqrt());
-    Some(Difference { mean: average, error })
+    let pooled = paired(&values(&all))?;
+    let error = pooled.error.map(|documents| (documents * documents + chance).sqrt());
+    Some(Difference { mean: average, error, ..pooled })
 }
 
 #[cfg(test)]
@@ -400,13 +415,15 @@ mod tests {
     #[test]
     fn a_difference_is_of_the_same_documents_and_counts_beyond_its_error() {
         // each document a tenth better a loss: no error at all
-        let same = paired(&[(-1.0, 10.0), (-2.0, 20.0)]).unwrap();
+        let five = [(-1.0, 10.0), (-2.0, 20.0), (-1.0, 10.0), (-3.0, 30.0), (-1.0, 10.0)];
+        let same = paired(&five).unwrap();
         assert!((same.mean + 0.1).abs() < 1e-12 && same.error.unwrap() < 1e-12 && same.counts());
+        assert!(!paired(&five[1..]).unwrap().counts(), "four documents are too few");
         // one better, one worse
         let noise = paired(&[(-4.0, 10.0), (3.0, 10.0)]).unwrap();
         assert!((noise.mean + 0.05).abs() < 1e-12 && !noise.counts(), "{noise:?}");
         assert!((noise.error.unwrap() - (2.0 * (3.5f64 * 3.5 * 2.0)).sqrt() / 20.0).abs() < 1e-12);
-        let small = paired(&[(-0.01, 10.0), (-0.01, 10.0)]).unwrap();
+        let small = paired(&[(-0.01, 10.0); 5]).unwrap();
         assert!(!small.counts());
         assert!(paired(&[]).is_none());
         let alone = paired(&[(-5.0, 10.0)]).unwrap();

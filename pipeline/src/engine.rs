@@ -88,7 +88,7 @@ impl Engine {
         if self.checked.lock().expect("no panic while held").contains(&url) {
             return Ok(());
         }
-        file.check(folder).await?;
+        file.checked(folder).await?;
         self.checked.lock().expect("no panic while held").insert(url);
         Ok(())
     }
@@ -341,7 +341,7 @@ pub async fn write_table(
     writer.finish().await
 }
 
-/// Reads a table's rows file by file, in order, with every file's digest checked. One file is in memory at a time.
+/// Reads a table's rows file by file, in order, with every file's digest checked, and its output withdrawn where it is broken. One file is in memory at a time.
 pub fn scan(
     folder: Location,
     table: Table,
@@ -353,7 +353,7 @@ pub fn scan(
             let (folder, columns) = (folder.clone(), columns.clone());
             async move {
                 let url = folder.join(&file.name).url();
-                let bytes = file.read(&folder).await?;
+                let bytes = file.checked(&folder).await?;
                 let corrupt = move |e: String| Error::Corrupt { url: url.clone(), message: e };
                 let mut builder =
                     ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(|e| corrupt(e.to_string()))?;
@@ -410,6 +410,6 @@ mod tests {
         bytes[20] ^= 1;
         at.put(bytes).await.unwrap();
         let read: Result<Vec<_>> = scan(folder, table, None).try_collect().await;
-        assert!(matches!(read, Err(Error::Corrupt { .. })), "{read:?}");
+        assert!(matches!(read, Err(Error::Withdrawn { .. })), "{read:?}");
     }
 }

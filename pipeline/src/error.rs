@@ -173,6 +173,15 @@ impl Error {
         said.split_off(1)
     }
 
+    /// File and line of what the user wrote wrong, with what stands under it.
+    pub fn place(&self) -> Option<String> {
+        let Error::Written(written) = self else { return None };
+        let Written { text, span, label, .. } = &**written;
+        let Some(span) = span else { return Some(text.name().to_owned()) };
+        let line = text.inner()[..span.offset().min(text.inner().len())].matches('\n').count() + 1;
+        Some(format!("{}:{line}: {label}", text.name()))
+    }
+
     /// As it is shown on a terminal: what is wrong, where, why, and what to do.
     pub fn shown(self) -> miette::Report {
         let mut cause = None;
@@ -200,7 +209,9 @@ impl Error {
             | Error::Differs(_) => 5,
             #[cfg(feature = "train")]
             Error::Train(error) => match error {
-                lengthwise_model::Error::Conf(_) => 2,
+                // the command or the conf names the checkpoint
+                lengthwise_model::Error::Conf(_) | lengthwise_model::Error::Checkpoint { .. } => 2,
+                lengthwise_model::Error::Dataset { .. } => 3,
                 lengthwise_model::Error::Storage { .. } => 4,
                 _ => 6,
             },

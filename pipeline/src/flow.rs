@@ -1,5 +1,8 @@
 //! The dataflow of a run, from sources to the trained checkpoint: which stage takes what of which.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
 use serde_json::json;
 
 use crate::publish::{self, Attempt, RunManifest, StageKey, Summary};
@@ -80,15 +83,14 @@ impl Flow {
             can_train(run)?;
         }
         mixture::recipe(run)?;
-        #[cfg(feature = "train")]
-        if run.goal != Goal::Look && !ends(Stage::Train) {
-            stages::eval::check(run).await?;
-        }
 
         let tokenizer = stages::tokenizer::obtain(run).await?;
         #[cfg(feature = "train")]
         if trains {
             stages::train::check_checkpoint(run, &tokenizer).await?;
+            if !ends(Stage::Train) {
+                stages::eval::check(run, &tokenizer).await?;
+            }
         }
         let tokenizer = self.tokenizer.insert(tokenizer);
         if ends(Stage::Tokenizer) {
@@ -215,8 +217,20 @@ impl Flow {
                 trained.folder.join(&file.name).copy_to(&folder.join("checkpoint").join(name)).await?;
             }
         }
+        let notes_of = |(name, e): &(String, Published)| (name.clone(), e.manifest.notes.clone());
+        let mut evaluations: BTreeMap<_, _> = self.evaluated.iter().map(notes_of).collect();
         for (name, evaluated) in &self.evaluated {
             files.extend(publish::copy_table(evaluated, "cases", &folder, &format!("eval/{name}")).await?);
+        }
+        // what the same model was asked before, by a conf with another [eval], is no less true
+        let before = publish::find(&folder).await.unwrap_or_default();
+        for (name, notes) in before.iter().flat_map(|before| &before.summary.evaluations) {
+            if let Entry::Vacant(vacant) = evaluations.entry(name.clone()) {
+                vacant.insert(notes.clone());
+                let prefix = format!("eval/{name}/");
+                let old = before.iter().flat_map(|before| &before.files);
+                files.extend(old.filter(|file| file.name.starts_with(&prefix)).cloned());
+            }
         }
         let mut counts = tokens.counts();
         for (name, stage, count) in [
@@ -264,11 +278,7 @@ impl Flow {
                 asked: notes(mixed)?,
                 drawn: notes(drawn)?,
                 planned: notes(packed)?,
-                evaluations: self
-                    .evaluated
-                    .iter()
-                    .map(|(name, e)| (name.clone(), e.manifest.notes.clone()))
-                    .collect(),
+                evaluations,
             },
         };
         for (name, card) in crate::cards::cards(&manifest) {

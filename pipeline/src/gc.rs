@@ -14,8 +14,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use clap::ValueEnum;
-use object_store::ObjectMeta;
 use object_store::path::Path;
+use object_store::{ObjectMeta, ObjectStoreExt};
 use serde::Serialize;
 
 use crate::run::Stage;
@@ -46,12 +46,34 @@ pub async fn collect(output: &Location, before: i64, mut gone: impl FnMut(&Lefto
         let at = output.join(&folder);
         let mut objects = below(output, at.list().await?);
         objects.retain(|(path, _)| folder_of(path).is_some());
-        for leftover in of_folder(output, &folder, &objects, before).await? {
+        let mut leftovers = of_folder(output, &folder, &objects, before).await?;
+        // what a run that goes on would take for done goes first
+        leftovers.sort_by_key(|leftover| !leftover.path.contains("/jobs/"));
+        let was = marks(&at).await?;
+        for leftover in leftovers {
+            if marks(&at).await?.iter().any(|mark| !was.contains(mark)) {
+                // somebody goes on with it
+                break;
+            }
             output.join(&leftover.path).delete().await?;
             gone(&leftover);
         }
     }
     Ok(())
+}
+
+/// What a run writes into a folder before anything else, and last, as far as it is there.
+async fn marks(folder: &Location) -> Result<Vec<ObjectMeta>> {
+    let mut marks = folder.join("attempts").list().await?;
+    for name in ["begun", "manifest.json"] {
+        let at = folder.join(name);
+        match at.store.head(&at.path).await {
+            Ok(meta) => marks.push(meta),
+            Err(object_store::Error::NotFound { .. }) => {}
+            Err(source) => return Err(Error::Storage { doing: "look at", url: at.url(), source }),
+        }
+    }
+    Ok(marks)
 }
 
 /// The objects of the folders that are looked at, by path below the output.

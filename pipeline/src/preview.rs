@@ -216,5 +216,10 @@ pub fn against(a: (&str, &Preview), b: (&str, &Preview)) -> String {
             .map(|(x, y)| format!("{:>+8.1}", (y - x) * 100.0))
             .collect();
     let _ = writeln!(out, "{:width$}{points}", "points");
+    for (name, preview) in [("a", a.1), ("b", b.1)] {
+        for shortfall in &preview.shortfalls {
+            let _ = writeln!(out, "{name}: {shortfall}");
+        }
+    }
     out
 }

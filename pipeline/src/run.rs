@@ -95,6 +95,8 @@ pub struct Run {
     pub files: Files,
     pub stores: Stores,
     pub output: Location,
+    /// What is no source, though it may be among them: the output, and that of the run which is reproduced.
+    pub outputs: Vec<Location>,
     pub engine: Engine,
     /// What does tasks in this process …
     pub worker: Worker,
@@ -153,6 +155,7 @@ impl Run {
             conf_file: conf_file.to_owned(),
             files,
             stores,
+            outputs: vec![output.clone()],
             output,
             engine,
             worker,

@@ -82,9 +82,10 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
         let at = run.stores.open(&conf.url).map_err(wrong)?;
         let listed = source::list(at.store.as_ref(), &at.path, &at.url(), spec.format).await;
         let mut files = listed.map_err(wrong)?;
-        if at.store_url() == run.output.store_url() {
-            // what runs wrote is no source of the next one
-            let own = ["stages", "runs", "latest"].map(|name| run.output.join(name).path);
+        // what runs wrote is no source of the next one
+        for output in run.outputs.iter().filter(|output| at.store_url() == output.store_url()) {
+            let own = ["stages", "runs", "latest", "reproduced", "tokenizers", "tasks"];
+            let own = own.map(|name| output.join(name).path);
             files.retain(|file| !own.iter().any(|own| file.path.prefix_matches(own)));
         }
         let reading = json!({

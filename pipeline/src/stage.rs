@@ -189,14 +189,14 @@ impl File {
     ///
     /// # Errors
     /// [`Error::Withdrawn`] where it is not what its manifest says: the output it is of is none any more.
-    pub async fn check(&self, folder: &Location) -> Result<()> {
+    pub async fn checked(&self, folder: &Location) -> Result<bytes::Bytes> {
         match self.read(folder).await {
             Err(Error::Corrupt { url, .. }) => {
                 folder.join(&self.name).delete().await?;
                 folder.join("manifest.json").delete().await?;
                 Err(Error::Withdrawn { url })
             }
-            read => read.map(drop),
+            read => read,
         }
     }
 

@@ -5,13 +5,19 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
+use object_store::RetryConfig;
+use object_store::aws::AmazonS3Builder;
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutPayload};
 use url::Url;
 
+use crate::conf::secret;
 use crate::hash::Digest;
 use crate::{Error, Result};
 
@@ -116,7 +122,8 @@ impl Location {
 
     /// Every object below this folder.
     pub async fn list(&self) -> Result<Vec<ObjectMeta>> {
-        self.store.list(Some(&self.path)).try_collect().await.map_err(self.failed("list"))
+        let listed = whole(async || self.store.list(Some(&self.path)).try_collect().await).await;
+        listed.map_err(self.failed("list"))
     }
 
     /// Copies the object inside its store; a hard link where the store is local.
@@ -139,6 +146,19 @@ impl Location {
             Err(source) => Err(self.failed("delete")(source)),
         }
     }
+}
+
+/// A listing, again where an answer breaks off: the library has handed on a part of it by then, and does not.
+pub async fn whole<T>(list: impl AsyncFn() -> object_store::Result<T>) -> object_store::Result<T> {
+    for pause in [100, 500, 2500] {
+        match list().await {
+            Err(error) if error.to_string().contains("response body") => {
+                tokio::time::sleep(Duration::from_millis(pause)).await;
+            }
+            done => return done,
+        }
+    }
+    list().await
 }
 
 /// The values of a file of JSON lines.
@@ -170,6 +190,10 @@ impl Stores {
     /// # Errors
     /// An unknown scheme, or a store whose settings in the environment don't hold together.
     pub fn open(&self, text: &str) -> Result<Location> {
+        if secret::in_url(text) {
+            let help = "credentials come from the environment, as the cloud's own tools take them";
+            return Err(Error::usage("a URL has what looks like a password in it", help));
+        }
         let (base, path) = self.split(text)?;
         let mut opened = self.opened.lock().expect("no panic while held");
         if let Some(store) = opened.get(&base) {
@@ -181,10 +205,7 @@ impl Stores {
         if ObjectStoreScheme::parse(&url).is_err() {
             return Err(unusable(text, "no such storage is known"));
         }
-        let environment = std::env::vars()
-            .filter(|(key, _)| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|cloud| key.starts_with(cloud)));
-        let (store, _) = object_store::parse_url_opts(&url, environment).map_err(failed)?;
-        let store: Arc<dyn ObjectStore> = Arc::from(store);
+        let store = store_of(&url).map_err(failed)?;
         opened.insert(base.clone(), store.clone());
         Ok(Location { store, path, base })
     }
@@ -212,6 +233,32 @@ impl Stores {
         let absolute = absolute.to_str().ok_or_else(|| unusable(text, "it is not UTF-8"))?;
         Ok(("/".into(), parse(absolute)?))
     }
+}
+
+/// How long a request is tried again, with longer and longer pauses between: storage that throttles or starts anew is
+/// away for seconds, not minutes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A store with the settings of the environment, as `object_store::parse_url_opts` takes them, and more patience.
+fn store_of(url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
+    let retry = RetryConfig { retry_timeout: PATIENCE, max_retries: usize::MAX, ..RetryConfig::default() };
+    macro_rules! build {
+        ($builder:ty, $cloud:literal) => {{
+            let settings = std::env::vars().filter(|(key, _)| key.starts_with($cloud));
+            let begun = <$builder>::new().with_url(url.as_str()).with_retry(retry);
+            let set = settings.fold(begun, |builder, (key, value)| match key.to_ascii_lowercase().parse() {
+                Ok(key) => builder.with_config(key, value),
+                Err(_) => builder,
+            });
+            Arc::new(set.build()?)
+        }};
+    }
+    Ok(match ObjectStoreScheme::parse(url)?.0 {
+        ObjectStoreScheme::AmazonS3 => build!(AmazonS3Builder, "AWS_"),
+        ObjectStoreScheme::GoogleCloudStorage => build!(GoogleCloudStorageBuilder, "GOOGLE_"),
+        ObjectStoreScheme::MicrosoftAzure => build!(MicrosoftAzureBuilder, "AZURE_"),
+        _ => Arc::from(object_store::parse_url(url)?.0),
+    })
 }
 
 fn unusable(text: &str, why: impl std::fmt::Display) -> Error {

@@ -1,7 +1,7 @@
 -- More of one domain: its weight is set to 0.60, then all are normalised (Fu et al. 2024, §3, "Upsample Arxiv / Book / Github").
 -- One row: a span of at most $max_span tokens to draw from, with its expected copies.
 -- The mixture of domains changes, and lengths only as far as domains differ: inside a domain all tokens are alike.
---   $domain    varchar = required   the domain, as documents name it
+--   $domain    domain = required    the domain, as documents name it
 --   $weight    double = 0.60        its weight; the other domains' weights are their shares
 --   $budget    bigint               tokens to draw
 --   $max_span  bigint               a longer document gives several spans
@@ -17,7 +17,6 @@ shares as (
     select domain, share from shares
 ),
 
--- a $domain that there isn't gets its weight too, so that the run stops for want of its tokens
 weighted as (
     select domain, share as weight from shares where domain <> $domain
     union all

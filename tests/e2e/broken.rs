@@ -98,6 +98,23 @@ fn a_damaged_file_is_found_by_verify_and_computed_again_by_run() {
     }
 }
 
+#[test]
+fn a_file_that_breaks_before_the_first_run_has_ended_is_computed_again() {
+    let bench = Bench::new(6);
+    let whole = Bench::new(6);
+    let want = packed(&whole.run(&[]));
+    for name in ["tokens-", "domains-00000"] {
+        bench.run(&["--until", "domains"]);
+        let files = tree(&bench.path("out"));
+        let path = files
+            .iter()
+            .find(|path| path.file_name().is_some_and(|file| file.to_string_lossy().starts_with(name)));
+        rewrite(path.unwrap_or_else(|| panic!("no {name}")), |bytes| flip(bytes));
+        assert!(packed(&bench.run(&[])) == want, "{name}");
+        std::fs::remove_dir_all(bench.path("out")).unwrap();
+    }
+}
+
 /// The slow proof: `cargo test --release -p lengthwise-tests -- --ignored every_file`
 #[test]
 #[ignore = "a slow proof: run it by name"]

@@ -74,6 +74,29 @@ fn an_executor_killed_while_it_packs_changes_nothing() {
 }
 
 #[test]
+fn two_runs_at_once_share_a_cluster() {
+    let bench = Bench::empty();
+    // tasks that go by way of storage, for they name thousands of files
+    for (i, row) in corpus(9, 2000).into_iter().enumerate() {
+        bench.jsonl(&format!("in/{i:05}.jsonl"), &[row]);
+    }
+    bench.conf("in/*", "jsonl", "");
+    bench.keep_tokenizer();
+    let cluster = Cluster::start(1, |_| ());
+    let arguments = ["run", "conf.toml", "--set", &cluster.set(), "--set", "run.output=together"];
+    let runs: Vec<_> = (0..2)
+        .map(|_| {
+            let child = bench.command(&arguments).spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+            child
+        })
+        .collect();
+    let done: Vec<_> = runs.into_iter().map(|run| said(run.wait_with_output().unwrap())).collect();
+    assert!(done.iter().all(|said| said.code == 0), "{done:?}");
+    assert_eq!(done[0].out, done[1].out);
+}
+
+#[test]
 fn what_a_task_finds_wrong_is_said_as_without_a_cluster() {
     let bench = Bench::new(3);
     let cluster = Cluster::start(1, |_| ());

@@ -74,6 +74,58 @@ fn a_run_ends_with_its_evaluations_and_asks_them_once() {
     assert_eq!(bench.run(&["--set", TRAIN, "--set", EVAL]), run);
     assert_eq!(answers(&bench), before);
     assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+    // a conf that asks nothing has the same run, of which what was asked before is still true
+    assert_eq!(bench.run(&["--set", TRAIN]), run);
+    let report = std::fs::read_to_string(run.join("report.html")).unwrap();
+    assert!(report.contains("Needle in a haystack") && report.contains("Loss of held-out documents"));
+    assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+}
+
+#[test]
+fn files_of_questions_are_read_each_by_itself() {
+    let bench = Bench::new(3);
+    let run = bench.run(&["--set", TRAIN]);
+    for file in ["a", "b"] {
+        // without a line's end
+        bench.write(&format!("q/{file}.csv"), "What is 1?,a,b,A");
+    }
+    let said = bench.say(&["eval", "choices", run.to_str().unwrap(), "--file", "q/*.csv", "--json"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert_eq!(serde_json::from_str::<Value>(&said.out).unwrap()["result"]["questions"], 2);
+    bench.write("q/b.csv", "What is 1?,a,b,X");
+    let wrong = bench.say(&["eval", "choices", run.to_str().unwrap(), "--file", "q/*.csv"]);
+    assert!(wrong.code == 2 && wrong.err.contains("q/b.csv, line 1"), "{wrong:?}");
+}
+
+#[test]
+fn models_of_other_tokens_are_not_compared_by_loss() {
+    let bench = Bench::new(3);
+    let set = |vocab: &str| {
+        vec![
+            "--set".to_owned(),
+            "eval={ loss = true }".into(),
+            "--set".into(),
+            TRAIN.into(),
+            "--set".into(),
+            format!("tokenizer.train.vocab={vocab}"),
+        ]
+    };
+    let run = |vocab: &str| {
+        let sets = set(vocab);
+        bench.run(&sets.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let (one, other) = (run("400"), run("300"));
+    let (one, other) = (one.to_str().unwrap(), other.to_str().unwrap());
+    let train = format!("train={{ checkpoint = \"{other}/checkpoint\", steps = 4 }}");
+    let known = bench.say(&["run", "conf.toml", "--set", &train, "--set", "run.output=elsewhere"]);
+    assert!(known.code == 2 && known.err.contains("ids, of which the checkpoint knows 300"), "{known:?}");
+    assert!(tree(&bench.path("elsewhere/stages/tokens")).is_empty());
+    let against = bench.say(&["eval", "loss", one, "--against", &format!("{other}/checkpoint")]);
+    assert!(against.code == 2 && against.err.contains("has another tokenizer"), "{against:?}");
+    let said = bench.say(&["compare", one, other, "--json"]);
+    let compared: Value = serde_json::from_str(&said.out).unwrap();
+    let rows = compared["loss"].as_array().unwrap();
+    assert!(!rows.is_empty() && rows.iter().all(|row| row["differences"][0].is_null()), "{rows:?}");
 }
 
 #[test]
@@ -207,15 +259,29 @@ fn what_training_and_evaluations_lack_is_said_before_documents_are_read() {
         (Some(TRAIN), "eval.choices.file=nowhere.csv", "nowhere.csv` has no files"),
         (Some(TRAIN), "eval.choices.file=bad.csv", "bad.csv, line 2: the answer `X`"),
         (Some(TRAIN), "eval.choices.file=empty.csv", "empty.csv has no question"),
+        (Some(TRAIN), "eval={ loss = true } mixture.holdout=0", "no documents are held out"),
+        (Some(TRAIN), "eval.needle={ haystack = \"essays\", depths = [101] }", "depth 101 is not within"),
+        (Some(TRAIN), "eval.needle={ haystack = \"essays\", prompt = \"x\" }", "has no {context}"),
+        (
+            Some(TRAIN),
+            "eval.retrieval={ haystack = \"essays\", lengths = [100] }",
+            "tokens at least, and has 100",
+        ),
+        (Some(TRAIN), "eval={ loss = true, devices = [\"libtorch-cuda:99\"] }", "libtorch-cuda:99"),
+        (Some(TRAIN), "eval.bookqa.file=empty.csv", "empty.csv has no question"),
         (None, "eval.loss=true", "there is no [train] table"),
         (Some("train={ checkpoint = \"nowhere\", steps = 4 }"), "eval.loss=true", "there is no config.json"),
         (
             Some("train={ checkpoint = \"small\", steps = 4 }"),
             "eval.loss=true",
-            "ids, of which the checkpoint knows 64",
+            "there is no model.safetensors",
         ),
     ] {
-        let mut arguments = vec!["run", "conf.toml", "--set", eval];
+        let mut arguments = vec!["run", "conf.toml"];
+        arguments.extend(eval.split(" mixture").enumerate().flat_map(|(i, set)| match i {
+            0 => ["--set", set],
+            _ => ["--set", "mixture.holdout=0"],
+        }));
         arguments.extend(train.iter().flat_map(|train| ["--set", train]));
         let said = bench.say(&arguments);
         assert!(said.code == 2 && said.err.contains(message), "{eval}: {said:?}");

@@ -1,6 +1,6 @@
 //! Bad input: kept with file, line and reason, or refused with a clear word.
 
-use crate::bench::{Bench, Row, corpus, recipe};
+use crate::bench::{Bench, Row, corpus, recipe, said};
 
 #[test]
 fn every_bad_row_is_kept_with_file_line_and_reason() {
@@ -160,6 +160,32 @@ fn a_wrong_query_is_shown_with_the_place_and_the_tables() {
     assert!(none.code == 0 && none.out.contains("| domain | tokens |"), "{none:?}");
     let divided = bench.say(&["sql", "conf.toml", "select tokens / 0 from documents"]);
     assert_eq!((divided.code, divided.err.matches("Divide by zero").count()), (3, 1), "{divided:?}");
+}
+
+#[test]
+fn a_password_on_the_command_line_is_refused_and_not_shown() {
+    let bench = Bench::empty();
+    for command in ["gc", "verify", "report"] {
+        let said = bench.say(&[command, "s3://AKIAEXAMPLE:hunter2@bucket/out"]);
+        assert!(said.code == 2 && said.err.contains("looks like a password"), "{said:?}");
+        assert!(!said.err.contains("hunter2"), "{said:?}");
+    }
+}
+
+#[test]
+fn a_json_log_says_where_a_conf_is_wrong() {
+    let bench = Bench::new(1);
+    let mut command = bench.command(&["run", "conf.toml", "--set", "engine.partitions=0"]);
+    let said = said(command.env("LENGTHWISE_LOG_FORMAT", "json").output().unwrap());
+    assert!(said.code == 2 && said.err.contains("\"place\":\""), "{said:?}");
+    bench.change("conf.toml", "seed = 7", "sed = 7");
+    let mut command = bench.command(&["run", "conf.toml"]);
+    command.env("LENGTHWISE_LOG_FORMAT", "json").env("LENGTHWISE_METRICS", bench.path("m.prom"));
+    let said = crate::bench::said(command.output().unwrap());
+    assert!(said.code == 2 && said.err.contains("\"place\":\"conf.toml:3"), "{said:?}");
+    // and whoever watches the file hears of it, too
+    let metrics = std::fs::read_to_string(bench.path("m.prom")).unwrap();
+    assert!(metrics.contains("lengthwise_run_exit_code{run=\"conf.toml\"} 2"), "{metrics}");
 }
 
 #[test]

@@ -108,8 +108,8 @@ fn a_stage_s_rows_change_only_with_its_version() {
     lines.sort();
     // where a digest differs and its stage's VERSION doesn't, caches of the old rows would be taken for the new ones
     insta::assert_snapshot!(lines.join("\n"), @r"
-    catalog, version 1: catalog, 240 rows, 46331d83
-    catalog, version 1: heldout, 10 rows, 5aa2fb89
+    catalog, version 2: catalog, 240 rows, 46331d83
+    catalog, version 2: heldout, 10 rows, 5aa2fb89
     domains, version 1: domains, 3 rows, 8ac1f8d1
     domains, version 1: shares, 3 rows, 81c3d1e2
     draw, version 2: drawn, 222 rows, acf3b6bb
@@ -127,4 +127,18 @@ fn a_stage_s_rows_change_only_with_its_version() {
     tokens, version 2: rejects, 0 rows, 00000000
     tokens, version 2: tokens, 240 rows, fa8a725d
     ");
+}
+
+#[test]
+fn what_runs_wrote_is_no_source_of_the_next_one() {
+    let bench = Bench::empty();
+    for (i, (_, text)) in corpus(3, 60).into_iter().enumerate() {
+        bench.write(&format!("data/{i}.txt"), text);
+    }
+    bench.conf("data", "text", "shortfall = \"allow\"");
+    let sets = ["--set", "source.0.domain={ const = \"T\" }", "--set", "run.output=data/out"];
+    let run = bench.run(&sets);
+    let again = bench.say(&["reproduce", run.to_str().unwrap()]);
+    assert_eq!(again.code, 0, "{again:?}");
+    assert_eq!(bench.run(&sets), run);
 }

@@ -10,7 +10,10 @@ use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(init: {
+    // libFuzzer's own hook ends the process at panics that the reader catches, too
+    std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
+}, |data: &[u8]| {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async {
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Subject, Text};
+use super::{File, Subject, Text};
 use crate::{Error, Result};
 
 /// A reply has at most so many tokens, as the authors' have.
@@ -35,11 +35,11 @@ pub struct Case {
     pub seconds: f64,
 }
 
-/// The questions of a file with a name, each with its line.
+/// The questions of a file, each with its line.
 ///
 /// # Errors
 /// Names file and line of what is none.
-pub fn questions(name: &str, text: &str) -> Result<Vec<(usize, Question)>> {
+pub fn questions(File { name, text }: &File) -> Result<Vec<(usize, Question)>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     lines
         .map(|(i, line)| {
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn a_line_that_is_no_question_is_named() {
         let good = r#"{"id": 0, "context": "c", "input": "q", "answer": ["a", "b"], "options": []}"#;
-        let all = questions("q.jsonl", &format!("{good}\n\n{good}\n")).unwrap();
+        let all = questions(&File::new("q.jsonl", &format!("{good}\n\n{good}\n"))).unwrap();
         assert_eq!(all.iter().map(|(line, _)| *line).collect::<Vec<_>>(), [1, 3]);
         assert_eq!(all[0].1.answers, ["a", "b"]);
         for (line, message) in [
@@ -150,7 +150,7 @@ mod tests {
             (r#"{"context": "c", "answer": "a"}"#, "line 2: there is no text `input`"),
             (r#"{"context": "c", "input": "q", "answer": []}"#, "line 2: there is no text, or list"),
         ] {
-            let error = questions("q.jsonl", &format!("{good}\n{line}")).unwrap_err().to_string();
+            let error = questions(&File::new("q.jsonl", &format!("{good}\n{line}"))).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
         }
     }

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Subject, Text};
+use super::{File, Subject, Text};
 use crate::{Error, Result};
 
 /// A question, its choices, and which is right.
@@ -28,11 +28,11 @@ pub struct Case {
     pub seconds: f64,
 }
 
-/// The questions of a file with a name.
+/// The questions of a file.
 ///
 /// # Errors
 /// Names file and line of what is none.
-pub fn questions(name: &str, text: &str) -> Result<Vec<Question>> {
+pub fn questions(File { name, text }: &File) -> Result<Vec<Question>> {
     let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
     let mut all = vec![];
     for record in reader.records() {
@@ -51,7 +51,7 @@ pub fn questions(name: &str, text: &str) -> Result<Vec<Question>> {
         };
         all.push(Question { question: question.clone(), choices: choices.to_vec(), answer: right });
     }
-    if all.is_empty() { Err(Error::Conf(format!("{name} has no question"))) } else { Ok(all) }
+    Ok(all)
 }
 
 fn letter(i: usize) -> char {
@@ -115,25 +115,28 @@ mod tests {
     #[test]
     fn a_file_in_mmlus_format_is_read_with_quotes_and_lines_in_them() {
         let csv = "What is 1?,1,2,3,4,A\r\n\"Two,\nthree \"\"4\"\"?\",\"a, b\",c,d,e,B\n\n";
-        let all = questions("q.csv", csv).unwrap();
+        let all = questions(&File::new("q.csv", csv)).unwrap();
         assert_eq!(all.len(), 2);
         assert_eq!(
             (all[1].question.as_str(), all[1].choices[0].as_str(), all[1].answer),
             ("Two,\nthree \"4\"?", "a, b", 1)
         );
         for (csv, message) in [
-            ("q,a,b,c,d,A\nq,a,b,c,d,E\n", "line 2: the answer `E` is not the letter of one of 4 choices"),
+            (
+                "q,a,b,c,d,A\nq,a,b,c,d,E\n",
+                "q.csv, line 2: the answer `E` is not the letter of one of 4 choices",
+            ),
             ("q\n", "line 1: a question, choices and an answer"),
             ("q,a,b,\n", "line 1: the answer `` is not"),
         ] {
-            let error = questions("q.csv", csv).unwrap_err().to_string();
+            let error = questions(&File::new("q.csv", csv)).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
         }
     }
 
     #[test]
     fn a_prompt_is_mmlus() {
-        let all = questions("q.csv", "Is it?,yes,no,B\nWas it?,no,yes,A\n").unwrap();
+        let all = questions(&File::new("q.csv", "Is it?,yes,no,B\nWas it?,no,yes,A\n")).unwrap();
         assert_eq!(
             prompt("logic", &all[..1], &all[1]),
             "The following are multiple choice questions (with answers) about logic.\n\n\

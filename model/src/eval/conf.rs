@@ -212,6 +212,10 @@ impl EvalConf {
         for name in self.devices.iter().flatten() {
             Name::parse(name)?;
         }
+        let devices = self.devices.as_ref().map_or(1, Vec::len);
+        if self.ranks == Some(0) || devices > 1 && self.ranks.is_some_and(|ranks| ranks != devices) {
+            return wrong("ranks: several devices have a rank each, one is shared by all");
+        }
         Ok(())
     }
 

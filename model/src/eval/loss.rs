@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::Subject;
-use crate::Result;
 use crate::dataset::Dataset;
+use crate::{Error, Result};
 
 /// Positions are read up to here: 128K, as in the paper.
 pub const LONGEST: usize = 1 << 17;
@@ -106,6 +106,12 @@ pub fn read(subject: &Subject, document: &Document, ranges: &[Positions]) -> Res
         return Ok(None);
     }
     let losses = subject.losses(ids)?;
+    if losses.iter().any(|loss| !loss.is_finite()) {
+        let name = &document.doc_id;
+        return Err(Error::Conf(format!(
+            "losses of document {name} are no numbers: are the model's weights?"
+        )));
+    }
     let sum = |range: &Positions| {
         let some = &losses[range.from.min(losses.len())..range.until.min(losses.len())];
         (some.iter().map(|loss| f64::from(*loss)).sum(), some.len() as u64)

@@ -39,6 +39,20 @@ pub struct Subject {
     beginnings: Vec<Mutex<Cache>>,
 }
 
+/// A file that an evaluation asks of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct File {
+    /// What a person can paste.
+    pub name: String,
+    pub text: String,
+}
+
+impl File {
+    pub fn new(name: &str, text: &str) -> Self {
+        Self { name: name.to_owned(), text: text.to_owned() }
+    }
+}
+
 /// What a model adds to a text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reply {
@@ -169,6 +183,11 @@ impl Text {
             whole.truncate(at + plain.len());
         }
         Ok(whole)
+    }
+
+    /// Whether both have the same ids for the same tokens.
+    pub fn is_alike(&self, other: &Text) -> bool {
+        self.0.get_vocab(true) == other.0.get_vocab(true)
     }
 
     /// Without what stands for no text.

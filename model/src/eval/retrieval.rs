@@ -170,8 +170,11 @@ impl<'a> Tasks<'a> {
             let tokens = self.text.ids(&question.prompt, true)?.len() + task.tokens();
             Ok((tokens <= length).then_some(question))
         };
-        let none = || Error::Conf(format!("{task:?} has no room in {length} tokens"));
-        let mut best = fits(1)?.ok_or_else(none)?;
+        let Some(mut best) = fits(1)? else {
+            let least = self.text.ids(&self.sized(task, sample, 1).prompt, true)?.len() + task.tokens();
+            let name = task.name();
+            return Err(Error::Conf(format!("{name} needs {least} tokens at least, and has {length}")));
+        };
         // what does not fit any more, then what does, found by halving
         let (mut low, mut high) = (1, 2);
         while let Some(question) = fits(high)? {
@@ -386,7 +389,7 @@ mod tests {
         let text = words(ESSAYS);
         let tasks = Tasks::new(&text, ESSAYS, 7).unwrap();
         let error = tasks.question(Task::Single, 50, 0).unwrap_err().to_string();
-        assert!(error.contains("has no room in 50 tokens"), "{error}");
+        assert!(error.contains("single needs ") && error.contains(" tokens at least, and has 50"), "{error}");
         assert!(Tasks::new(&text, "too short", 7).is_err());
     }
 }

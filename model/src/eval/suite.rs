@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::conf::{BookqaConf, ChoicesConf, Evaluation, NeedleConf, RetrievalConf};
 use super::loss::{self, Document};
 use super::retrieval::Task;
-use super::{Subject, Text, bookqa, choices, needle, retrieval};
+use super::{File, Subject, Text, bookqa, choices, needle, retrieval};
 use crate::{Error, Result};
 
 /// An evaluation of questions, ready to be asked. The loss, which is of documents, is none.
@@ -20,24 +20,38 @@ pub enum Suite<'a> {
 }
 
 impl<'a> Suite<'a> {
-    /// `files` are the texts of what [`Evaluation::urls`] names.
-    pub fn new(evaluation: &'a Evaluation, text: &'a Text, files: &[String]) -> Result<Self> {
-        let file = |i| file(files, i);
-        Ok(match evaluation {
+    /// `files` are those that each of [`Evaluation::urls`] names.
+    ///
+    /// # Errors
+    /// What is asked can't be, or names file and line of what is no question.
+    pub fn new(evaluation: &'a Evaluation, text: &'a Text, files: &[Vec<File>]) -> Result<Self> {
+        // essays are read one after the other
+        let essays = || files[0].iter().map(|file| file.text.as_str()).collect::<String>();
+        let suite = match evaluation {
             Evaluation::Loss => return Err(Error::Conf("the loss is of documents, not of questions".into())),
             Evaluation::Needle(conf) => {
-                Suite::Needle(needle::Haystack::new(conf, text, file(0))?, needles(conf))
+                Suite::Needle(needle::Haystack::new(conf, text, &essays())?, needles(conf))
             }
             Evaluation::Retrieval(conf) => {
-                Suite::Retrieval(retrieval::Tasks::new(text, file(0), conf.seed)?, tasks(conf))
+                let made = retrieval::Tasks::new(text, &essays(), conf.seed)?;
+                // the shortest says whether all have room
+                if let Some(least) = conf.lengths.iter().min() {
+                    conf.tasks.iter().try_for_each(|task| made.question(*task, *least, 0).map(drop))?;
+                }
+                Suite::Retrieval(made, tasks(conf))
             }
-            Evaluation::Bookqa(conf) => Suite::Bookqa(bookqa::questions(&conf.file, file(0))?, text, conf),
+            Evaluation::Bookqa(conf) => Suite::Bookqa(all(&files[0], bookqa::questions)?, text, conf),
             Evaluation::Choices(conf) => {
-                let mut examples = examples(conf, files)?;
+                let mut examples = files.get(1).map_or(Ok(vec![]), |files| all(files, choices::questions))?;
                 examples.truncate(conf.shots);
-                Suite::Choices(choices::questions(&conf.file, file(0))?, examples, text, conf)
+                Suite::Choices(all(&files[0], choices::questions)?, examples, text, conf)
             }
-        })
+        };
+        if suite.cases().is_empty() {
+            let names: Vec<&str> = files[0].iter().map(|file| file.name.as_str()).collect();
+            return Err(Error::Conf(format!("{} has no question", names.join(", "))));
+        }
+        Ok(suite)
     }
 
     /// The names of its cases.
@@ -52,9 +66,7 @@ impl<'a> Suite<'a> {
                 };
                 tasks.iter().map(name).collect()
             }
-            Suite::Bookqa(questions, ..) => {
-                questions.iter().map(|(line, _)| format!("line-{line}")).collect()
-            }
+            Suite::Bookqa(questions, ..) => (1..=questions.len()).map(|i| format!("question-{i}")).collect(),
             Suite::Choices(questions, ..) => (1..=questions.len()).map(|i| format!("question-{i}")).collect(),
         }
     }
@@ -82,28 +94,9 @@ impl<'a> Suite<'a> {
     }
 }
 
-/// Whether the files that an evaluation names have what it asks: said before a model is trained.
-///
-/// # Errors
-/// Names file and line.
-pub fn check(evaluation: &Evaluation, files: &[String]) -> Result<()> {
-    match evaluation {
-        Evaluation::Bookqa(conf) => drop(bookqa::questions(&conf.file, file(files, 0))?),
-        Evaluation::Choices(conf) => {
-            examples(conf, files)?;
-            choices::questions(&conf.file, file(files, 0))?;
-        }
-        Evaluation::Needle(_) | Evaluation::Retrieval(_) | Evaluation::Loss => {}
-    }
-    Ok(())
-}
-
-fn file(files: &[String], i: usize) -> &str {
-    files.get(i).map(String::as_str).unwrap_or_default()
-}
-
-fn examples(conf: &ChoicesConf, files: &[String]) -> Result<Vec<choices::Question>> {
-    conf.examples.as_ref().map_or(Ok(vec![]), |name| choices::questions(name, file(files, 1)))
+/// The questions of several files.
+fn all<T>(files: &[File], questions: fn(&File) -> Result<Vec<T>>) -> Result<Vec<T>> {
+    Ok(files.iter().map(questions).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
 fn needles(conf: &NeedleConf) -> Vec<(usize, f64)> {

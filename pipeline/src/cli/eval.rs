@@ -142,6 +142,12 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
         None => None,
     };
     let model = model(&arguments, target).await?;
+    if let Some((url, other)) = &other
+        && !model.reads_as(other)?
+    {
+        let message = format!("{url} has another tokenizer: its losses are of other tokens");
+        return Err(Error::usage(message, "compare models that have the same vocabulary"));
+    }
     let progress = Progress::stderr();
     // a case that is under way is asked again: it takes minutes at most
     let (stop, finishes) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -240,6 +246,16 @@ fn evaluation(arguments: &EvalArguments, conf: &EvalConf) -> Result<Evaluation> 
         .collect::<Result<_, String>>()
         .map_err(|e| Error::usage(format!("--lengths: {e}"), "write --lengths 1K,8K,128K"))?;
     let length = lengths.first().copied();
+    let whole = "see `lengthwise eval --help`";
+    if lengths.len() > 1 && matches!(arguments.evaluation, Which::Bookqa) {
+        return Err(Error::usage("bookqa has one length, and --lengths names several", whole));
+    }
+    if arguments.shots.is_some_and(|shots| shots > 0)
+        && arguments.examples.is_none()
+        && conf.choices.as_ref().is_none_or(|choices| choices.examples.is_none())
+    {
+        return Err(Error::usage("--shots needs --examples to take them from", whole));
+    }
     let lengths = (!lengths.is_empty()).then_some(lengths);
     let depths = (!arguments.depths.is_empty()).then_some(&arguments.depths);
     let EvalArguments { haystack, prompt, samples, file, examples, shots, subject, .. } = arguments;

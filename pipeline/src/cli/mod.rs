@@ -43,7 +43,7 @@ struct Arguments {
 const EXIT_CODES: &str = "\
 Exit codes:
   0   done
-  2   the command line, the conf or a recipe is wrong; nothing was written
+  2   the command line, the conf or a recipe is wrong, or names what isn't there
   3   the data is not what the conf says: too many rejected rows, a budget out of reach
   4   storage or the operating system refused; the same command goes on where this one was
   5   a digest or a sum differs: something is broken or was changed
@@ -164,7 +164,8 @@ pub fn main() -> ExitCode {
             let code = error.exit_code();
             if json {
                 let help = miette::Diagnostic::help(&error).map(|help| help.to_string());
-                tracing::error!(code, help, causes = ?error.causes(), "{error}");
+                let place = error.place();
+                tracing::error!(code, place, help, causes = ?error.causes(), "{error}");
                 return ExitCode::from(code);
             }
             use std::io::Write;
@@ -291,6 +292,10 @@ fn write(path: &std::path::Path, bytes: impl AsRef<[u8]>) -> Result<()> {
 
 /// The directory of a run, by URL or path.
 fn run_folder(url: &str) -> Result<crate::store::Location> {
+    if url.ends_with(".toml") {
+        let help = "`lengthwise run CONF` prints the directory as its last line";
+        return Err(Error::usage(format!("{url} is a conf, and the directory of a run is wanted"), help));
+    }
     stores()?.open(url)
 }
 

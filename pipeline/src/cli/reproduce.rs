@@ -7,6 +7,7 @@ use super::{print, run, run_folder};
 use crate::publish::{self, RunManifest, output_of};
 use crate::run::{Goal, Run};
 use crate::sql::Files;
+use crate::stage::File;
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -33,13 +34,14 @@ pub async fn main(arguments: ReproduceArguments) -> Result<()> {
     let root = std::env::current_dir()
         .map_err(|source| Error::Io { doing: "cannot tell the current folder".into(), source })?;
     let files = Files { root, commit: None, texts: manifest.sql.clone() };
-    let again = Run::new(conf, &manifest.conf_file, files, Goal::Compute { from: None })?;
+    let mut again = Run::new(conf, &manifest.conf_file, files, Goal::Compute { from: None })?;
     if again.output.url() == output_of(&folder).url() {
         return Err(Error::usage(
             "--into names the output that the run itself is in",
             "name another place: nothing would be computed",
         ));
     }
+    again.outputs.push(output_of(&folder));
     let second = go(&again).await?;
 
     let mut lines = vec![];
@@ -56,16 +58,24 @@ pub async fn main(arguments: ReproduceArguments) -> Result<()> {
             _ => lines.push(format!("table {name} has other rows")),
         }
     }
-    for file in
-        manifest.files.iter().filter(|f| f.name.starts_with("data/") || f.name.starts_with("heldout/"))
-    {
-        match second.files.iter().find(|other| other.name == file.name) {
+    let of = |part: &'static str| manifest.files.iter().filter(move |file| file.name.starts_with(part));
+    let files: Vec<&File> = of("data/").chain(of("heldout/")).collect();
+    let twin = |file: &&File| second.files.iter().find(|other| other.name == file.name);
+    // GPUs add up in another order each time, unless train.deterministic is set
+    let same = of("checkpoint/").all(|file| twin(&file).is_some_and(|other| other.blake3 == file.blake3));
+    let checkpoint = match of("checkpoint/").count() {
+        0 => "",
+        _ if same => ", and so has the checkpoint",
+        _ => "; the checkpoint has others",
+    };
+    for file in &files {
+        match twin(file) {
             Some(other) => same_bytes &= other.blake3 == file.blake3,
             None => lines.push(format!("{} is missing", file.name)),
         }
     }
     let text = if lines.is_empty() && same_bytes {
-        format!("reproduced: {} files, the same bytes", manifest.files.len())
+        format!("reproduced: {} files, the same bytes{checkpoint}", files.len())
     } else if lines.is_empty() {
         "reproduced: the same rows, in other bytes (another Parquet or zstd library wrote them)".to_owned()
     } else {
@@ -73,7 +83,7 @@ pub async fn main(arguments: ReproduceArguments) -> Result<()> {
     };
     print(
         arguments.json,
-        &json!({ "same_rows": lines.is_empty(), "same_bytes": same_bytes && lines.is_empty(), "differences": lines }),
+        &json!({ "same_rows": lines.is_empty(), "same_bytes": same_bytes && lines.is_empty(), "same_checkpoint": same, "differences": lines }),
         || text,
     );
     if lines.is_empty() {

@@ -15,7 +15,7 @@ use serde_json::json;
 use super::{ConfArguments, print, until_stopped};
 use crate::flow::{Flow, remember};
 use crate::run::{Goal, Run, Stage};
-use crate::watch::{Watch, summary};
+use crate::watch::{Watch, refused, summary};
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -54,7 +54,8 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
         let run = arguments.conf.open(Goal::Look)?;
         return until_stopped(&run, follow(&run, arguments.until)).await;
     }
-    let run = arguments.conf.open(Goal::Compute { from: arguments.from })?;
+    let run = arguments.conf.open(Goal::Compute { from: arguments.from });
+    let run = run.inspect_err(|error| refused(&arguments.conf.conf, error))?;
     let started = jiff::Timestamp::now();
     let folder = go(&run, arguments.until, started).await?;
     let steps = run.steps.lock().expect("no panic while held").clone();

@@ -12,7 +12,7 @@ mod amount;
 mod check;
 mod expand;
 mod read;
-mod secret;
+pub(crate) mod secret;
 mod shares;
 #[cfg(test)]
 mod tests;

@@ -34,10 +34,12 @@ pub enum Kind {
     Double,
     Varchar,
     Boolean,
+    /// A varchar that has to be a domain of the corpus.
+    Domain,
 }
 
 impl Kind {
-    const ALL: [Kind; 4] = [Kind::Bigint, Kind::Double, Kind::Varchar, Kind::Boolean];
+    const ALL: [Kind; 5] = [Kind::Bigint, Kind::Double, Kind::Varchar, Kind::Boolean, Kind::Domain];
 
     fn name(self) -> &'static str {
         match self {
@@ -45,6 +47,7 @@ impl Kind {
             Kind::Double => "double",
             Kind::Varchar => "varchar",
             Kind::Boolean => "boolean",
+            Kind::Domain => "domain",
         }
     }
 
@@ -52,7 +55,7 @@ impl Kind {
     pub fn take(self, value: &ScalarValue) -> Option<ScalarValue> {
         match (self, value) {
             (Kind::Bigint, ScalarValue::Int64(Some(_)))
-            | (Kind::Varchar, ScalarValue::Utf8(Some(_)))
+            | (Kind::Varchar | Kind::Domain, ScalarValue::Utf8(Some(_)))
             | (Kind::Boolean, ScalarValue::Boolean(Some(_))) => Some(value.clone()),
             (Kind::Double, ScalarValue::Float64(Some(v))) if v.is_finite() => Some(value.clone()),
             (Kind::Double, ScalarValue::Int64(Some(v))) => Some(ScalarValue::from(*v as f64)),
@@ -65,7 +68,7 @@ impl Kind {
         match self {
             Kind::Bigint => ScalarValue::Int64(None),
             Kind::Double => ScalarValue::Float64(None),
-            Kind::Varchar => ScalarValue::Utf8(None),
+            Kind::Varchar | Kind::Domain => ScalarValue::Utf8(None),
             Kind::Boolean => ScalarValue::Boolean(None),
         }
     }
@@ -84,7 +87,7 @@ pub struct Header {
     pub parameters: Vec<Parameter>,
 }
 
-const FORM: &str = "a parameter is declared as `--   $name  double = 0.5   what it is`; types are bigint, double, varchar, boolean; without a default, the conf has to give a value";
+const FORM: &str = "a parameter is declared as `--   $name  double = 0.5   what it is`; types are bigint, double, varchar, boolean, and domain, a varchar that has to be a domain of the corpus; without a default, the conf has to give a value";
 
 impl Header {
     pub fn parse(text: &Text) -> Result<Self> {
@@ -162,9 +165,11 @@ fn parse_default(name: &str, kind: Kind, text: &str) -> Result<Option<ScalarValu
         (Kind::Bigint, _) => text.parse::<i64>().ok().map(ScalarValue::from),
         (Kind::Double, _) => text.parse::<f64>().ok().filter(|v| v.is_finite()).map(ScalarValue::from),
         (Kind::Boolean, _) => text.parse::<bool>().ok().map(ScalarValue::from),
-        (Kind::Varchar, quoted) => quoted.map(|text| ScalarValue::from(text.replace("''", "'"))),
+        (Kind::Varchar | Kind::Domain, quoted) => {
+            quoted.map(|text| ScalarValue::from(text.replace("''", "'")))
+        }
     };
-    let quotes = if kind == Kind::Varchar { " in 'quotes'" } else { "" };
+    let quotes = if matches!(kind, Kind::Varchar | Kind::Domain) { " in 'quotes'" } else { "" };
     value.map(Some).ok_or_else(|| format!("the default of `${name}`, `{text}`, is no {kind}{quotes}"))
 }
 

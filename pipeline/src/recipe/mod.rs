@@ -103,7 +103,9 @@ impl Recipe {
             };
             values.insert(name.clone(), value);
         }
-        Ok(Bound { text: self.text.clone(), query: self.query.clone(), values })
+        let domains = self.parameters.iter().filter(|parameter| parameter.kind == Kind::Domain);
+        let domains = domains.map(|parameter| parameter.name.clone()).collect();
+        Ok(Bound { text: self.text.clone(), query: self.query.clone(), values, domains })
     }
 
     /// Refuses a key of `[mixture.params]` that is no parameter of this recipe.
@@ -140,7 +142,7 @@ impl Recipe {
             match kind {
                 Kind::Bigint => "1000",
                 Kind::Double => "0.5",
-                Kind::Varchar => "\"text\"",
+                Kind::Varchar | Kind::Domain => "\"text\"",
                 Kind::Boolean => "true",
             },
         );
@@ -160,6 +162,8 @@ pub struct Bound {
     query: Box<Query>,
     /// The values of what the recipe declares or uses, for its stage's key.
     pub values: BTreeMap<String, ScalarValue>,
+    /// Those of its parameters that name domains.
+    domains: Vec<String>,
 }
 
 /// The columns of a recipe's result and their types.
@@ -172,6 +176,14 @@ const RESULT: [(&str, ArrowType); 5] = [
 ];
 
 impl Bound {
+    /// Its parameters that name domains, and the names.
+    pub fn domains(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.domains.iter().filter_map(|parameter| match &self.values[parameter] {
+            ScalarValue::Utf8(Some(name)) => Some((parameter.as_str(), name.as_str())),
+            _ => None,
+        })
+    }
+
     /// Plans the query over the tables `documents`, `domains` and `shares` of a session and enforces the rules. The
     /// plan's columns are `doc_id, start, stop, copies, stratum`, in exactly the types of the design.
     pub async fn plan(&self, session: &SessionContext) -> Result<LogicalPlan> {

@@ -3,7 +3,7 @@
 use super::evaluation::{evaluation, positions};
 use super::text::{Cell, code, escape, figure, percent, table, words};
 use super::{curve, page, section};
-use crate::compare::{COUNTS, Comparison, LossRow, Shares, Side, firsts};
+use crate::compare::{COUNTS, Comparison, ENOUGH, LossRow, Shares, Side, firsts};
 
 /// The page.
 pub fn comparison(sides: &[Side], comparison: &Comparison) -> String {
@@ -115,7 +115,7 @@ fn loss(comparison: &Comparison) -> String {
     };
     format!(
         "<p>The first run's loss, and what the others' differ from it over the same documents, with the standard error of the \
-         difference{} (paper §5.3, Table 5). Coloured: beyond ±{COUNTS} and beyond twice its error; <span class=\"better\">better</span>, \
+         difference{} (paper §5.3, Table 5). Coloured: beyond ±{COUNTS} and beyond twice its error, of {ENOUGH} documents or more; <span class=\"better\">better</span>, \
          <span class=\"worse\">worse</span>.</p>\n{}",
         seeds,
         table(
@@ -185,7 +185,7 @@ fn loss_line(row: &LossRow) -> (String, Vec<String>) {
         None => String::new(),
         Some(d) => {
             let error = d.error.map_or(String::new(), |error| format!(" ±{error:.3}"));
-            format!("{:+.3}{error}{}", d.mean, if d.counts() { "*" } else { " " })
+            format!("{:+.3}{error} ({}){}", d.mean, d.documents, if d.counts() { "*" } else { " " })
         }
     });
     let values = [format!("{:.3}", row.loss)].into_iter().chain(differences).collect();
@@ -195,13 +195,13 @@ fn loss_line(row: &LossRow) -> (String, Vec<String>) {
 fn loss_legend() -> String {
     format!(
         "the first one's loss, and what the others' differ from it over the same documents, ± standard error; \
-         *: beyond {COUNTS} and twice its error"
+         (of so many documents); *: beyond {COUNTS} and twice its error, of {ENOUGH} documents or more"
     )
 }
 
 /// Losses beside each other, for a terminal.
 pub fn losses(names: &[&str], rows: &[LossRow]) -> String {
-    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(14) + 2;
+    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(18) + 2;
     let line = |name: &str, values: &[String]| {
         let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
         format!("{name:<34}{values}")
@@ -219,7 +219,7 @@ pub fn text(comparison: &Comparison) -> String {
     let mut lines = vec![];
     let values = comparison.conf.iter().flat_map(|(_, values)| values);
     let width = comparison.names.iter().chain(values).map(|text| text.chars().count()).max().unwrap_or(0);
-    let width = width.max(14) + 2;
+    let width = width.max(18) + 2;
     let row = |name: &str, values: Vec<String>| {
         let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
         format!("{name:<34}{values}")
@@ -260,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_terminal_shows_each_difference_with_its_error_and_marks_what_counts() {
-        let difference = |mean, error| Some(Difference { mean, error });
+        let difference = |mean, error, documents| Some(Difference { mean, error, documents });
         let names: Vec<String> = ["old", "new", "other", "none"].map(str::to_owned).into();
         let compared = Comparison {
             runs: vec![vec![]; 4],
@@ -276,17 +276,19 @@ mod tests {
                 positions: serde_json::json!({ "from": 0, "until": 4096 }),
                 documents: 3,
                 loss: 2.5,
-                differences: vec![difference(-0.2, Some(0.05)), difference(-0.3, None), None],
+                differences: vec![
+                    difference(-0.2, Some(0.05), 9),
+                    difference(-0.3, Some(0.05), 2),
+                    difference(-0.4, None, 1),
+                ],
             }],
             scores: vec![],
             training: vec![None; 4],
         };
         let text = text(&compared);
         let row = text.lines().find(|line| line.starts_with("loss all")).expect("a row of losses");
-        assert!(
-            row.contains("2.500") && row.contains("-0.200 ±0.050*") && row.trim_end().ends_with("-0.300"),
-            "{row}"
-        );
+        assert!(row.contains("-0.200 ±0.050 (9)* ") && row.contains("-0.300 ±0.050 (2) "), "{row}");
+        assert!(row.contains("2.500") && row.trim_end().ends_with("-0.400 (1)"), "{row}");
         assert!(text.contains("*: beyond 0.01 and twice its error"), "{text}");
     }
 }

@@ -9,6 +9,7 @@ use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::Format;
+use crate::store::whole;
 use crate::{Error, Result};
 
 /// Smaller files (as stored) are read in bundles.
@@ -90,16 +91,19 @@ pub async fn list(
         }
     }
     let pattern = Pattern::new(path, url, format)?;
-    let mut files = Vec::new();
-    let mut other: Option<String> = None;
-    let mut listed = store.list(Some(&pattern.folder));
-    while let Some(meta) = listed.try_next().await.map_err(failed)? {
-        if pattern.takes(&meta.location) {
-            files.push(as_file(meta));
-        } else if other.as_deref().is_none_or(|other| meta.location.as_ref() < other) {
-            other = Some(meta.location.to_string());
+    let listed = whole(async || {
+        let (mut files, mut other) = (vec![], None::<String>);
+        let mut listed = store.list(Some(&pattern.folder));
+        while let Some(meta) = listed.try_next().await? {
+            if pattern.takes(&meta.location) {
+                files.push(as_file(meta));
+            } else if other.as_deref().is_none_or(|other| meta.location.as_ref() < other) {
+                other = Some(meta.location.to_string());
+            }
         }
-    }
+        Ok((files, other))
+    });
+    let (mut files, other) = listed.await.map_err(failed)?;
     files.sort_by(|a, b| a.path.cmp(&b.path));
     if url.starts_with('/')
         && let Some(unlisted) =

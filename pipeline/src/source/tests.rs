@@ -588,12 +588,12 @@ mod listing {
         let store = tree().await;
         assert_eq!(
             words(list_all(&store, "nowhere", Format::Parquet).await),
-            "the source `mem://nowhere` has no files\n\
+            "`mem://nowhere` has no files\n\
              looked for files named *.parquet; there is nothing below `mem://nowhere` (names that start with `.`, or `_` where they are tables, are skipped)"
         );
         assert_eq!(
             words(list_all(&store, "data/2025", Format::Parquet).await),
-            "the source `mem://data/2025` has no files\n\
+            "`mem://data/2025` has no files\n\
              looked for files named *.parquet; `mem://data/2025/e.jsonl` and what else is there does not count \
              (names that start with `.`, or `_` where they are tables, are skipped)"
         );

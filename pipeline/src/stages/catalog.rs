@@ -16,7 +16,7 @@ use crate::stage::{Output, Published, Table};
 use crate::store::Location;
 use crate::{Error, Result, tables};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Tables `catalog` and, where documents are held out, `heldout`.
 pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
@@ -58,7 +58,7 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
         run.check(Stage::Catalog, &session).await?;
         if millionths > 0 {
             places::register(&session);
-            let place = (run.conf.mixture.holdout * i64::MAX as f64) as i64;
+            let place = (millionths as i128 * i64::MAX as i128 / 1_000_000) as i64;
             let parameters =
                 [("seed", run.conf.run.seed as i64), ("place", place), ("millionths", millionths)];
             let rows = heldout_sql.plan(&session, &parameters.into()).await?;

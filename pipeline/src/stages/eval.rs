@@ -12,7 +12,7 @@ use lengthwise_model::device::Name;
 use lengthwise_model::eval::conf::{EvalConf, Evaluation};
 use lengthwise_model::eval::loss::{Document, Documents};
 use lengthwise_model::eval::suite::{self, Suite};
-use lengthwise_model::eval::{Subject, Text};
+use lengthwise_model::eval::{File as Asked, Subject, Text};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
@@ -21,11 +21,12 @@ use crate::progress::Progress;
 use crate::run::{self, Goal, Run, Stage, check_stop, ingredients};
 use crate::source::{self, Format};
 use crate::stage::{self, Draft, File, Output, Published, Table};
+use crate::stages::tokenizer::Tokenizer;
 use crate::stages::train::identity;
 use crate::store::{Location, Stores};
 use crate::{Error, Result};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Documents are read in jobs of about so many tokens.
 const JOB_TOKENS: usize = 1 << 18;
@@ -68,11 +69,16 @@ impl Model {
         let devices = names.iter().map(|name| Name::parse(name)).collect::<Result<Vec<_>, _>>()?;
         let json_at = checkpoint.join("tokenizer.json");
         let tokenizer = json_at.get().await?.ok_or_else(|| {
-            let help = "copy the model's tokenizer.json beside its config.json";
+            let help = "a checkpoint's folder is wanted, `RUN/checkpoint` of a run; a model of others' needs its tokenizer.json in it";
             Error::usage(format!("there is no {}", json_at.url()), help)
         })?;
         Ok(Self {
-            identity: identity(&checkpoint).await?,
+            identity: identity(&checkpoint).await.map_err(|error| match error {
+                Error::Storage { url, source: object_store::Error::NotFound { .. }, .. } => {
+                    Error::usage(format!("there is no {url}"), "a checkpoint's folder is wanted, whole")
+                }
+                other => other,
+            })?,
             tokenizer,
             ranks: ranks.unwrap_or(devices.len()),
             checkpoint,
@@ -84,6 +90,11 @@ impl Model {
             rope_scaling: None,
             subject: OnceCell::new(),
         })
+    }
+
+    /// Whether texts have the same ids with both.
+    pub fn reads_as(&self, other: &Model) -> Result<bool> {
+        Ok(Text::new(&self.tokenizer)?.is_alike(&Text::new(&other.tokenizer)?))
     }
 
     async fn subject(&self) -> Result<&Subject> {
@@ -124,17 +135,30 @@ pub fn conf(run: &Run) -> Result<Option<EvalConf>> {
     Ok(Some(conf))
 }
 
-/// That the files which the conf's `[eval]` names are there and have what is asked of them: said before hours are spent.
-pub async fn check(run: &Run) -> Result<()> {
+/// That what the conf's `[eval]` names is there and can be asked: said before hours are spent.
+pub async fn check(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
     let Some(conf) = conf(run)? else { return Ok(()) };
+    let wrong = |key, e: lengthwise_model::Error| {
+        run.conf.wrong(&["eval", key], e.to_string(), "asked for here", None)
+    };
+    for name in conf.devices.iter().flatten() {
+        Name::parse(name).and_then(Name::open).map_err(|e| wrong("devices", e))?;
+    }
+    let text = Text::new(&tokenizer.json)?;
     for evaluation in conf.evaluations() {
         let (name, mut files) = (evaluation.name(), vec![]);
         for (key, url) in evaluation.clone().urls() {
-            let text = texts(&run.stores, url).await;
-            files.push(text.map_err(|e| run.conf.names_wrong(&["eval", name, key], e))?.0);
+            let named = texts(&run.stores, url).await;
+            files.push(named.map_err(|e| run.conf.names_wrong(&["eval", name, key], e))?);
         }
-        suite::check(&evaluation, &files)
-            .map_err(|e| run.conf.wrong(&["eval", name], e.to_string(), "in this table", None))?;
+        if evaluation != Evaluation::Loss {
+            Suite::new(&evaluation, &text, &files).map_err(|e| wrong(name, e))?;
+        } else if run.conf.mixture.holdout == 0.0 {
+            let message = "no documents are held out, so there are none to measure the loss of";
+            let help =
+                "set `mixture.holdout`, to 0.001 say: the share of documents that no recipe sees".to_owned();
+            return Err(run.conf.wrong(&["eval", "loss"], message, "asked for here", Some(help)));
+        }
     }
     Ok(())
 }
@@ -160,19 +184,18 @@ pub async fn all(
     Ok(all)
 }
 
-/// The texts that an url names, one after the other, and their digest.
-async fn texts(stores: &Stores, url: &str) -> Result<(String, Digest)> {
+/// The texts that an url names.
+async fn texts(stores: &Stores, url: &str) -> Result<Vec<Asked>> {
     let at = stores.open(url)?;
-    let mut all = String::new();
+    let mut all = vec![];
     for file in source::list(&*at.store, &at.path, &at.url(), Format::Text).await? {
         let bytes = stores.open(&file.url)?.read().await?;
         let text = std::str::from_utf8(&bytes).map_err(|e| {
             Error::usage(format!("{} is not UTF-8: {e}", file.url), "name the texts alone, with a glob")
         })?;
-        all += text;
+        all.push(Asked::new(&file.url, text));
     }
-    let digest = Digest::of(all.as_bytes());
-    Ok((all, digest))
+    Ok(all)
 }
 
 /// Table `cases`: a line of JSON each; and what they come to, in the notes.
@@ -185,9 +208,10 @@ pub async fn obtain(
     let (mut files, mut digests) = (vec![], BTreeMap::new());
     let mut settings = evaluation.clone();
     for (key, url) in settings.urls() {
-        let (text, digest) = texts(around.stores, url).await?;
-        files.push(text);
-        digests.insert(key, json!(digest));
+        let texts = texts(around.stores, url).await?;
+        let contents: Vec<Digest> = texts.iter().map(|file| Digest::of(file.text.as_bytes())).collect();
+        digests.insert(key, json!(contents));
+        files.push(texts);
         // where files are is not what they are
         url.clear();
     }
@@ -252,7 +276,7 @@ async fn ask(
     around: &Around<'_>,
     model: &Model,
     evaluation: &Evaluation,
-    files: &[String],
+    files: &[Vec<Asked>],
     draft: &Draft,
 ) -> Result<Vec<Value>> {
     let subject = model.subject().await?;

@@ -401,15 +401,16 @@ pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: 
         let table = domains.table(name);
         run.engine.register(&session, name, schema, &[(&domains.folder, &table)], &[]).await?;
     }
-    if let Some(ScalarValue::Utf8(Some(name))) = bound.values.get("domain") {
-        check_domain(run, name, &domains::read(domains).await?)?;
+    for (parameter, name) in bound.domains() {
+        check_domain(run, parameter, name, &domains::read(domains).await?)?;
     }
     let plan = bound.plan(&session).await?;
     let sorted =
         LogicalPlanBuilder::from(plan).sort([col("doc_id").sort(true, false)]).and_then(|b| b.build());
     let frame = session.execute_logical_plan(sorted.map_err(failed)?).await.map_err(failed)?;
     let bar = run.progress.stage("mixture", catalog.count("documents"));
-    let seconds = run.conf.engine.recipe_seconds.unwrap_or(MOST_SECONDS);
+    // a clock counts no further than some centuries
+    let seconds = run.conf.engine.recipe_seconds.unwrap_or(MOST_SECONDS).min(1 << 32);
     let rows = bounded(frame, bar, recipe.clone(), Duration::from_secs(seconds));
     let known =
         scan(catalog.folder.clone(), catalog.table("catalog"), Some(vec!["doc_id", "domain", "tokens"]));
@@ -419,15 +420,15 @@ pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: 
     Ok(Weaver::new(recipe, Box::pin(rows), Box::pin(known), heldout))
 }
 
-/// That the domain which a recipe's `$domain` names is there.
-fn check_domain(run: &Run, name: &str, domains: &[Domain]) -> Result<()> {
+/// That the domain which a recipe's parameter names is there.
+fn check_domain(run: &Run, parameter: &str, name: &str, domains: &[Domain]) -> Result<()> {
     if domains.iter().any(|domain| domain.domain == name && domain.documents > 0) {
         return Ok(());
     }
     let names: Vec<&str> = domains.iter().filter(|d| d.documents > 0).map(|d| d.domain.as_str()).collect();
     let message = format!("there are no documents of domain `{name}`");
     let help = format!("domains are {}", names.join(", "));
-    Err(run.conf.wrong(&["mixture", "params", "domain"], message, "this domain", Some(help)))
+    Err(run.conf.wrong(&["mixture", "params", parameter], message, "this domain", Some(help)))
 }
 
 /// The rows of a query that may take so long. It runs on a thread of its own: one that is busy with a single batch for

@@ -316,7 +316,7 @@ pub async fn obtain(
         if shuffled.cached {
             // ranges are read of its files, and a range has no digest
             for file in shuffled.manifest.tables.values().flat_map(|table| &table.files) {
-                file.check(&shuffled.folder).await?;
+                file.checked(&shuffled.folder).await?;
             }
         }
         let packing = Packing {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use lengthwise_model::checkpoint;
+use lengthwise_model::checkpoint::Checkpoint;
 use lengthwise_model::comm::Place;
 use lengthwise_model::plan::Plan;
 use lengthwise_model::train::config_of;
@@ -16,7 +16,7 @@ use crate::stage::{self, File, Output, Published, Table};
 use crate::store::Location;
 use crate::{Error, Result};
 
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// The conf's `[train]` table; wrong values point into the conf.
 pub fn conf(run: &Run) -> Result<Option<TrainConf>> {
@@ -39,13 +39,13 @@ pub async fn check_checkpoint(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
     let Some(url) = conf(run)?.and_then(|conf| conf.checkpoint) else { return Ok(()) };
     let place = ["train", "checkpoint"];
     let at = run.stores.open(&url).map_err(|e| run.conf.names_wrong(&place, e))?;
-    let config = checkpoint::config(&(&at).into()).await.map_err(|e| match e {
+    let checkpoint = Checkpoint::open(&(&at).into()).await.map_err(|e| match e {
         lengthwise_model::Error::Checkpoint { .. } => {
             run.conf.wrong(&place, e.to_string(), "named here", None)
         }
         other => other.into(),
     })?;
-    let (ids, known) = (tokenizer.loaded.own_vocab_size(), config.vocab_size);
+    let (ids, known) = (tokenizer.loaded.own_vocab_size(), checkpoint.config.vocab_size);
     if ids > known {
         let message = format!("the tokenizer has {ids} ids, of which the checkpoint knows {known}");
         let help = "take the tokenizer.json that the checkpoint was trained with".to_owned();
@@ -79,9 +79,11 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         None => json!(null),
     };
     let (bos, eos) = tokenizer.specials(run)?;
+    // of the files, not of their rows: the same sequences in another order train another model
+    let files: Vec<Digest> = packed.table("train").files.into_iter().map(|file| file.blake3).collect();
     let list = ingredients([
         ("version", json!(VERSION)),
-        ("dataset", packed.digest("train")),
+        ("dataset", json!(files)),
         ("sequences", json!(packed.count("sequences"))),
         ("settings", conf.content()),
         ("checkpoint", start),
@@ -92,7 +94,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     let job_in = |at: &Location| TrainJob {
         conf: conf.clone(),
         dataset: (&packed.folder).into(),
-        dataset_digest: packed.digest("train").to_string(),
+        dataset_digest: Digest::of(json!(files).to_string().as_bytes()).short(),
         checkpoint: checkpoint.as_ref().map(Folder::from),
         output: at.into(),
         checkpoints: (&at.join("checkpoints")).into(),

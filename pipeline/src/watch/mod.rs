@@ -13,7 +13,7 @@ mod lineage;
 mod otlp;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -83,10 +83,7 @@ impl Watch {
         let gauges = gauges(&steps, self.started, ended);
         if let Some(path) = &self.metrics {
             let text = prometheus(&run.conf.run.name, &gauges);
-            // a reader never sees half of it
-            let beside = path.with_extension(format!("{}.tmp", std::process::id()));
-            let written = std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, path));
-            if let Err(error) = written {
+            if let Err(error) = rewrite(path, text) {
                 tracing::warn!("cannot write the metrics to {}: {error}", path.display());
                 self.metrics = None;
             }
@@ -106,6 +103,21 @@ impl Watch {
         }
         self.told = steps.len();
     }
+}
+
+/// Writes the Prometheus file of a run that is refused before it begins.
+pub fn refused(conf_file: &str, error: &Error) {
+    let Some(path) = set("LENGTHWISE_METRICS") else { return };
+    let text = prometheus(conf_file, &gauges(&[], Timestamp::now(), Some(Some(error))));
+    if let Err(error) = rewrite(path.as_ref(), text) {
+        tracing::warn!("cannot write the metrics to {path}: {error}");
+    }
+}
+
+/// A reader never sees half of a file.
+fn rewrite(path: &Path, text: String) -> std::io::Result<()> {
+    let beside = path.with_extension(format!("{}.tmp", std::process::id()));
+    std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, path))
 }
 
 /// A variable of the environment.
