@@ -2,6 +2,7 @@
 //! results as files whose bytes depend on rows alone.
 
 use std::collections::HashSet;
+use std::io::ErrorKind;
 use std::sync::{Arc, Mutex};
 
 use arrow::array::{Array, ArrayRef, AsArray, ListArray, RecordBatch};
@@ -137,16 +138,13 @@ impl Engine {
 
 /// Wraps an error of DataFusion, with a cure where the cause is known.
 pub fn query(doing: &str, source: DataFusionError) -> Error {
-    if let DataFusionError::External(inner) = source {
-        return match inner.downcast::<Error>() {
-            Ok(ours) => *ours,
-            Err(other) => Error::Query {
-                doing: doing.to_owned(),
-                cause: Box::new(DataFusionError::External(other)),
-                help: None,
-            },
-        };
-    }
+    let source = match source {
+        DataFusionError::External(inner) => match inner.downcast::<Error>() {
+            Ok(ours) => return *ours,
+            Err(other) => DataFusionError::External(other),
+        },
+        other => other,
+    };
     // storage may have failed deep inside: in a scan, in its Parquet reader, shared between partitions
     let mut cause: Option<&dyn std::error::Error> = Some(&source);
     while let Some(error) = cause {
@@ -155,6 +153,12 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
             return Error::Storage { doing: "read what a query needs", url: format!("({doing})"), source };
         }
         cause = error.source();
+    }
+    // of errors of files, libraries hand on no more than the text
+    let text = source.to_string();
+    if text.contains("No space left on device") {
+        let doing = format!("{doing}: set engine.spill to a folder with more room, or raise engine.memory");
+        return Error::Io { doing, source: std::io::Error::new(ErrorKind::StorageFull, text) };
     }
     let help = matches!(source.find_root(), DataFusionError::ResourcesExhausted(_)).then(|| {
         "the query needs more memory than `engine.memory` allows even with spilling: raise it, or lower `engine.partitions`".to_owned()
@@ -397,6 +401,16 @@ mod tests {
         assert_eq!(tables[0].files.len(), 2);
         assert_eq!(tables[0], tables[1]);
         assert_eq!(tables[0], tables[2]);
+    }
+
+    #[test]
+    fn a_full_disk_is_the_machine_s_fault_and_not_the_data_s() {
+        // ENOSPC, as a sort that spills meets it
+        let full = std::io::Error::from_raw_os_error(28);
+        let full = arrow::error::ArrowError::IoError(full.to_string(), std::io::Error::other("lost"));
+        let error = query("cannot sort", DataFusionError::ArrowError(Box::new(full), None));
+        assert_eq!(error.exit_code(), 4);
+        assert!(error.to_string().contains("engine.spill"), "{error}");
     }
 
     #[tokio::test]
