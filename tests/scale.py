@@ -203,7 +203,7 @@ def cluster(args, work):
         return ours
 
     def row(name, runs):
-        median = lambda values: statistics.median(values)
+        median = statistics.median
         most = max((e.most for e in executors), default=0)
         print(f"| {name} | {median([r.seconds for r in runs]):.2f} | {median([r.cpu for r in runs]):.2f} | {max(r.most for r in runs):.0f} | {most:.0f} | {said_of(runs[0].requests)} |", flush=True)
 
@@ -235,15 +235,16 @@ def objects(args, work):
     storage = Storage(work, [])
     bodies = (json.loads(lines[i % len(lines)]) for i in range(args.objects))
     put = lambda i, body: storage.put(f"bucket/corpus/{i % 97:02}/{i:07}.jsonl", json.dumps({**body, "text": f"{i} {body['text']}"}).encode())
-    storage.put("bucket/corpus/first.jsonl", json.dumps({**json.loads(lines[0])}).encode())
+    storage.put("bucket/corpus/first.jsonl", lines[0])
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         for _ in pool.map(put, range(args.objects), bodies):
             pass
     print("| command | wall, s | CPU, s | MB at most | requests |\n|---|---|---|---|---|")
     sets = [f"tokenizer.url={args.tokenizer}", "run.output=s3://bucket/out", "source.0.url=s3://bucket/corpus", *args.set]
-    for name, command in [("run --until catalog", ["run", "conf/corpus.toml", "--until", "catalog"]), ("the same again", ["run", "conf/corpus.toml", "--until", "catalog"])]:
+    command = [args.lengthwise, "run", "conf/corpus.toml", "--until", "catalog", "--json"] + [part for s in sets for part in ("--set", s)]
+    for name in ("run --until catalog", "the same again"):
         before = storage.requests()
-        ours = Measured([args.lengthwise, *command, "--json"] + [part for s in sets for part in ("--set", s)], storage.env, subprocess.PIPE, subprocess.PIPE)
+        ours = Measured(command, storage.env, subprocess.PIPE, subprocess.PIPE)
         counts = ours.end()["stages"]
         print(f"| {name} | {ours.seconds:.1f} | {ours.cpu:.1f} | {ours.most:.0f} | {said_of(storage.requests() - before)} |", flush=True)
     print(f"\n{args.objects + 1:,} objects; {counts[-1]['counts']}")

@@ -115,15 +115,18 @@ impl Cluster {
     /// The task's own; or [`Error::Cluster`] where the cluster fails it again and again.
     pub async fn perform(&self, task: &Task) -> Result<Output> {
         let text = json(task);
-        // of this process alone: another run may have the same task
-        let name = format!("{} {} {:?}", text, std::process::id(), std::time::SystemTime::now());
-        let at = self.output.join("tasks").join(&format!("{}.json", Digest::of(name.as_bytes()).short()));
-        let stored = text.len() > MESSAGE_BYTES;
-        let message = if stored {
-            at.put(text).await?;
-            Message::At(at.url())
-        } else {
-            Message::Task(task)
+        let stored = (text.len() > MESSAGE_BYTES).then(|| {
+            // of this process alone: another run may have the same task
+            let (task, now) = (Digest::of(text.as_bytes()), std::time::SystemTime::now());
+            let name = format!("{task} {} {now:?}", std::process::id());
+            self.output.join("tasks").join(&format!("{}.json", Digest::of(name.as_bytes()).short()))
+        });
+        let message = match &stored {
+            Some(at) => {
+                at.put(text).await?;
+                Message::At(at.url())
+            }
+            None => Message::Task(task),
         };
         let message = json(&Sent { build: BUILD.to_owned(), message });
         let mut attempt = 1;
@@ -145,7 +148,7 @@ impl Cluster {
             attempt += 1;
         };
         *self.ended.lock().expect("no panic while held") = Instant::now();
-        if stored {
+        if let Some(at) = stored {
             at.delete().await?;
         }
         Ok(output)

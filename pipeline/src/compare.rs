@@ -124,13 +124,8 @@ impl Side {
     /// Reads the directory of a run.
     pub async fn read(name: String, folder: &Location) -> Result<Self> {
         let manifest = publish::read(folder).await?;
-        let lines = async |file: &str| -> Result<Vec<Value>> {
-            let at = folder.join(file);
-            let lines = json_lines(&at.get().await?.unwrap_or_default()).collect::<Result<_, _>>();
-            lines.map_err(|e| Error::Corrupt { url: at.url(), message: e.to_string() })
-        };
-        let metrics = lines("checkpoint/metrics.jsonl").await?;
-        let losses = losses_of(lines("eval/loss/cases.jsonl").await?);
+        let metrics = lines(&folder.join("checkpoint/metrics.jsonl")).await?;
+        let losses = losses_of(&folder.join("eval/loss/cases.jsonl")).await?;
         Ok(Self { name, manifest, losses, metrics })
     }
 
@@ -302,9 +297,15 @@ fn sql(sides: &[&Side]) -> Vec<SqlDiff> {
     all
 }
 
-/// The losses among an evaluation's cases.
-pub fn losses_of(cases: impl IntoIterator<Item = Value>) -> Vec<Losses> {
-    cases.into_iter().filter_map(|case| serde_json::from_value(case).ok()).collect()
+/// A file of JSON lines; nothing where there is none.
+async fn lines(at: &Location) -> Result<Vec<Value>> {
+    let lines = json_lines(&at.get().await?.unwrap_or_default()).collect::<Result<_, _>>();
+    lines.map_err(|e| Error::Corrupt { url: at.url(), message: e.to_string() })
+}
+
+/// The losses that an evaluation wrote as its cases.
+pub async fn losses_of(cases: &Location) -> Result<Vec<Losses>> {
+    Ok(lines(cases).await?.into_iter().filter_map(|case| serde_json::from_value(case).ok()).collect())
 }
 
 /// Sum and count of the losses in a range of each document of a domain that reaches there, by domain and id.

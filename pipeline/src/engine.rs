@@ -172,12 +172,6 @@ pub async fn stream(session: &SessionContext, doing: &str, sql: &str) -> Result<
     frame.execute_stream().await.map_err(|e| query(doing, e))
 }
 
-/// Runs one SELECT and collects its rows: for small results.
-pub async fn collect(session: &SessionContext, doing: &str, sql: &str) -> Result<Vec<RecordBatch>> {
-    let rows = stream(session, doing, sql).await?;
-    rows.try_collect().await.map_err(|e| query(doing, e))
-}
-
 /// A number that doesn't fit its column is an error, not a null.
 const STRICT: CastOptions<'static> = CastOptions { safe: false, format_options: FormatOptions::new() };
 
@@ -345,7 +339,8 @@ pub async fn write_table(
     writer.finish().await
 }
 
-/// Reads a table's rows file by file, in order, with every file's digest checked, and its output withdrawn where it is broken. One file is in memory at a time.
+/// Reads a table's rows file by file, in order. Every file's digest is checked, and the output withdrawn where one is
+/// broken. One file is in memory at a time.
 pub fn scan(
     folder: Location,
     table: Table,
@@ -405,12 +400,18 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_the_machine_s_fault_and_not_the_data_s() {
-        // ENOSPC, as a sort that spills meets it
-        let full = std::io::Error::from_raw_os_error(28);
-        let full = arrow::error::ArrowError::IoError(full.to_string(), std::io::Error::other("lost"));
-        let error = query("cannot sort", DataFusionError::ArrowError(Box::new(full), None));
-        assert_eq!(error.exit_code(), 4);
-        assert!(error.to_string().contains("engine.spill"), "{error}");
+        // ENOSPC, as sorts that spill hand it on
+        let full = || {
+            let full = std::io::Error::from_raw_os_error(28);
+            arrow::error::ArrowError::IoError(full.to_string(), std::io::Error::other("lost"))
+        };
+        for error in
+            [DataFusionError::ArrowError(Box::new(full()), None), DataFusionError::External(Box::new(full()))]
+        {
+            let error = query("cannot sort", error);
+            assert_eq!(error.exit_code(), 4);
+            assert!(error.to_string().contains("engine.spill"), "{error}");
+        }
     }
 
     #[tokio::test]

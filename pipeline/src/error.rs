@@ -162,10 +162,8 @@ impl Error {
     /// Why it came about, the nearest cause first. Libraries say their causes twice, in their own message, too: what was said
     /// is left out.
     pub fn causes(&self) -> Vec<String> {
-        let first = std::error::Error::source(self);
-        let mut said: Vec<String> = vec![self.to_string()];
-        for cause in std::iter::successors(first, |cause| cause.source()) {
-            let cause = cause.to_string();
+        let mut said: Vec<String> = vec![];
+        for cause in chain(self) {
             if !said.iter().any(|before| before.contains(&cause)) {
                 said.push(cause);
             }
@@ -220,6 +218,11 @@ impl Error {
     }
 }
 
+/// What an error says, and each of its causes.
+pub fn chain(error: &dyn std::error::Error) -> impl Iterator<Item = String> {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string)
+}
+
 /// An error whose causes are those of [`Error::causes`].
 #[derive(Debug, Error)]
 #[error("{error}")]
@@ -271,9 +274,7 @@ fn storage_help(url: &str, why: &object_store::Error) -> String {
 
 /// What to look at; `None` for a disk's errors, which say it themselves.
 fn storage_cure(url: &str, why: &object_store::Error) -> Option<String> {
-    let first: Option<&dyn std::error::Error> = Some(why);
-    let why: String =
-        std::iter::successors(first, |cause| cause.source()).map(|cause| cause.to_string() + "\n").collect();
+    let why = chain(why).collect::<Vec<_>>().join("\n");
     let says = |signs: &[&str]| signs.iter().any(|sign| why.contains(sign));
     let variables = match url.split_once("://").map(|(scheme, _)| scheme) {
         Some("s3" | "s3a") => {

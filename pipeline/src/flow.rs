@@ -223,7 +223,11 @@ impl Flow {
             files.extend(publish::copy_table(evaluated, "cases", &folder, &format!("eval/{name}")).await?);
         }
         // what the same model was asked before, by a conf with another [eval], is no less true
-        let before = publish::find(&folder).await.unwrap_or_default();
+        let before = match publish::written(&folder).await {
+            // a broken one is written anew
+            Err(Error::Corrupt { .. }) => None,
+            before => before?,
+        };
         for (name, notes) in before.iter().flat_map(|before| &before.summary.evaluations) {
             if let Entry::Vacant(vacant) = evaluations.entry(name.clone()) {
                 vacant.insert(notes.clone());

@@ -135,8 +135,7 @@ pub async fn copy_table(from: &Published, table: &str, folder: &Location, below:
 
 /// The manifest of a run's directory, if the run was published and its files are there.
 pub async fn find(folder: &Location) -> Result<Option<RunManifest>> {
-    let Some(bytes) = folder.join("manifest.json").get().await? else { return Ok(None) };
-    let manifest = parse(folder, &bytes)?;
+    let Some(manifest) = written(folder).await? else { return Ok(None) };
     for file in &manifest.files {
         if !file.intact(folder).await? {
             return Ok(None);
@@ -145,22 +144,25 @@ pub async fn find(folder: &Location) -> Result<Option<RunManifest>> {
     Ok(Some(manifest))
 }
 
-fn parse(folder: &Location, bytes: &[u8]) -> Result<RunManifest> {
-    seal::open(bytes).map_err(|e| Error::Corrupt {
-        url: folder.join("manifest.json").url(),
+/// The manifest in a run's directory, whether or not its files are there.
+pub async fn written(folder: &Location) -> Result<Option<RunManifest>> {
+    let at = folder.join("manifest.json");
+    let Some(bytes) = at.get().await? else { return Ok(None) };
+    let manifest = seal::open(&bytes).map_err(|e| Error::Corrupt {
+        url: at.url(),
         message: format!("it is not the manifest of a run of this version: {e}"),
-    })
+    });
+    manifest.map(Some)
 }
 
 /// The manifest that a person asks for by the run's directory.
 pub async fn read(folder: &Location) -> Result<RunManifest> {
-    match folder.join("manifest.json").get().await? {
-        Some(bytes) => parse(folder, &bytes),
-        None => Err(Error::usage(
+    written(folder).await?.ok_or_else(|| {
+        Error::usage(
             format!("{} is not the directory of a finished run: it has no manifest.json", folder.url()),
             "`lengthwise run CONF` prints the directory as its last line",
-        )),
-    }
+        )
+    })
 }
 
 /// Where a run's stages are: two folders up.

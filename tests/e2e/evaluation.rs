@@ -100,21 +100,8 @@ fn files_of_questions_are_read_each_by_itself() {
 #[test]
 fn models_of_other_tokens_are_not_compared_by_loss() {
     let bench = Bench::new(3);
-    let set = |vocab: &str| {
-        vec![
-            "--set".to_owned(),
-            "eval={ loss = true }".into(),
-            "--set".into(),
-            TRAIN.into(),
-            "--set".into(),
-            format!("tokenizer.train.vocab={vocab}"),
-        ]
-    };
-    let run = |vocab: &str| {
-        let sets = set(vocab);
-        bench.run(&sets.iter().map(String::as_str).collect::<Vec<_>>())
-    };
-    let (one, other) = (run("400"), run("300"));
+    let run = |vocab: &str| bench.run(&["--set", "eval={ loss = true }", "--set", TRAIN, "--set", vocab]);
+    let (one, other) = (run("tokenizer.train.vocab=400"), run("tokenizer.train.vocab=300"));
     let (one, other) = (one.to_str().unwrap(), other.to_str().unwrap());
     let train = format!("train={{ checkpoint = \"{other}/checkpoint\", steps = 4 }}");
     let known = bench.say(&["run", "conf.toml", "--set", &train, "--set", "run.output=elsewhere"]);
@@ -259,7 +246,6 @@ fn what_training_and_evaluations_lack_is_said_before_documents_are_read() {
         (Some(TRAIN), "eval.choices.file=nowhere.csv", "nowhere.csv` has no files"),
         (Some(TRAIN), "eval.choices.file=bad.csv", "bad.csv, line 2: the answer `X`"),
         (Some(TRAIN), "eval.choices.file=empty.csv", "empty.csv has no question"),
-        (Some(TRAIN), "eval={ loss = true } mixture.holdout=0", "no documents are held out"),
         (Some(TRAIN), "eval.needle={ haystack = \"essays\", depths = [101] }", "depth 101 is not within"),
         (Some(TRAIN), "eval.needle={ haystack = \"essays\", prompt = \"x\" }", "has no {context}"),
         (
@@ -277,16 +263,16 @@ fn what_training_and_evaluations_lack_is_said_before_documents_are_read() {
             "there is no model.safetensors",
         ),
     ] {
-        let mut arguments = vec!["run", "conf.toml"];
-        arguments.extend(eval.split(" mixture").enumerate().flat_map(|(i, set)| match i {
-            0 => ["--set", set],
-            _ => ["--set", "mixture.holdout=0"],
-        }));
+        let mut arguments = vec!["run", "conf.toml", "--set", eval];
         arguments.extend(train.iter().flat_map(|train| ["--set", train]));
         let said = bench.say(&arguments);
         assert!(said.code == 2 && said.err.contains(message), "{eval}: {said:?}");
         assert!(tree(&bench.path("out/stages/tokens")).is_empty());
     }
+    let none = ["--set", TRAIN, "--set", "eval.loss=true", "--set", "mixture.holdout=0"];
+    let said = bench.say(&[&["run", "conf.toml"][..], &none].concat());
+    assert!(said.code == 2 && said.err.contains("no documents are held out"), "{said:?}");
+    assert!(tree(&bench.path("out/stages/tokens")).is_empty());
 }
 
 #[test]

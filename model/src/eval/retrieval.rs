@@ -165,15 +165,10 @@ impl<'a> Tasks<'a> {
 
     /// A task's question, with so much around it as a length of tokens, reply included, has room for.
     pub fn question(&self, task: Task, length: usize, sample: usize) -> Result<Question> {
+        let mut best = self.least(task, length, sample)?;
         let fits = |size: usize| -> Result<Option<Question>> {
             let question = self.sized(task, sample, size);
-            let tokens = self.text.ids(&question.prompt, true)?.len() + task.tokens();
-            Ok((tokens <= length).then_some(question))
-        };
-        let Some(mut best) = fits(1)? else {
-            let least = self.text.ids(&self.sized(task, sample, 1).prompt, true)?.len() + task.tokens();
-            let name = task.name();
-            return Err(Error::Conf(format!("{name} needs {least} tokens at least, and has {length}")));
+            Ok((self.tokens(task, &question)? <= length).then_some(question))
         };
         // what does not fit any more, then what does, found by halving
         let (mut low, mut high) = (1, 2);
@@ -188,6 +183,24 @@ impl<'a> Tasks<'a> {
             }
         }
         Ok(best)
+    }
+
+    /// A task's question with next to nothing around it.
+    ///
+    /// # Errors
+    /// The length has no room for it.
+    pub fn least(&self, task: Task, length: usize, sample: usize) -> Result<Question> {
+        let question = self.sized(task, sample, 1);
+        let (name, tokens) = (task.name(), self.tokens(task, &question)?);
+        match tokens <= length {
+            true => Ok(question),
+            false => Err(Error::Conf(format!("{name} needs {tokens} tokens at least, and has {length}"))),
+        }
+    }
+
+    /// Of a question, the reply's among them.
+    fn tokens(&self, task: Task, question: &Question) -> Result<usize> {
+        Ok(self.text.ids(&question.prompt, true)?.len() + task.tokens())
     }
 
     /// A task's question in a haystack of a size. What is asked does not depend on the size.

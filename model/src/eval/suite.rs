@@ -36,7 +36,7 @@ impl<'a> Suite<'a> {
                 let made = retrieval::Tasks::new(text, &essays(), conf.seed)?;
                 // the shortest says whether all have room
                 if let Some(least) = conf.lengths.iter().min() {
-                    conf.tasks.iter().try_for_each(|task| made.question(*task, *least, 0).map(drop))?;
+                    conf.tasks.iter().try_for_each(|task| made.least(*task, *least, 0).map(drop))?;
                 }
                 Suite::Retrieval(made, tasks(conf))
             }
@@ -66,8 +66,8 @@ impl<'a> Suite<'a> {
                 };
                 tasks.iter().map(name).collect()
             }
-            Suite::Bookqa(questions, ..) => (1..=questions.len()).map(|i| format!("question-{i}")).collect(),
-            Suite::Choices(questions, ..) => (1..=questions.len()).map(|i| format!("question-{i}")).collect(),
+            Suite::Bookqa(questions, ..) => numbered(questions.len()),
+            Suite::Choices(questions, ..) => numbered(questions.len()),
         }
     }
 
@@ -92,6 +92,10 @@ impl<'a> Suite<'a> {
             }
         })
     }
+}
+
+fn numbered(questions: usize) -> Vec<String> {
+    (1..=questions).map(|i| format!("question-{i}")).collect()
 }
 
 /// The questions of several files.

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{ConfArguments, print, run_folder, stores, until_told, write};
-use crate::compare::{LossRow, Losses, loss_rows, losses_of};
+use crate::compare::{LossRow, loss_rows, losses_of};
 use crate::conf::Conf;
 use crate::flow::Flow;
 use crate::progress::Progress;
@@ -20,7 +20,7 @@ use crate::report;
 use crate::run::{Goal, Run};
 use crate::stage::Published;
 use crate::stages::eval::{self, Around, Model};
-use crate::store::{Location, Stores, json_lines};
+use crate::store::{Location, Stores};
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -111,6 +111,7 @@ enum Which {
 }
 
 /// What a target gives: a model, and what its conf says.
+#[derive(Clone)]
 struct Target {
     checkpoint: Location,
     heldout: Option<Location>,
@@ -131,9 +132,7 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
             return Err(Error::usage("--against is for losses", "ask another checkpoint by itself"));
         }
         Some(url) => {
-            let (heldout, output) = (target.heldout.clone(), target.output.clone());
-            let (conf, train) = (target.conf.clone(), target.train.clone());
-            let other = Target { checkpoint: stores.open(url)?, heldout, output, conf, train };
+            let other = Target { checkpoint: stores.open(url)?, ..target.clone() };
             let mut other = model(&arguments, other).await?;
             // RoPE's flags are for what is evaluated
             (other.rope_theta, other.rope_scaling) = (None, None);
@@ -180,7 +179,8 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
     let value = json!({ "evaluation": evaluation.name(), "result": notes, "cases": cases, "against": rows });
     print(arguments.json, &value, || match (&rows, &other) {
         (Some(rows), Some((url, _))) => {
-            format!("{}\n{cases}", report::comparison::losses(&[url, &arguments.target], rows))
+            let names = [url.to_string(), arguments.target.clone()];
+            format!("{}\n{cases}", report::comparison::losses(&names, rows))
         }
         _ => format!("{}\n{cases}", text(&evaluation, notes)),
     });
@@ -189,10 +189,7 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
 
 /// The first one's losses, and the other's difference over the same documents.
 async fn side_by_side(first: &Published, other: &Published) -> Result<Vec<LossRow>> {
-    let losses = async |of: &Published| -> Result<Vec<Losses>> {
-        let bytes = of.folder.join("cases.jsonl").read().await?;
-        Ok(losses_of(json_lines(&bytes).flatten()))
-    };
+    let losses = async |of: &Published| losses_of(&of.folder.join("cases.jsonl")).await;
     let (first_losses, other_losses) = (losses(first).await?, losses(other).await?);
     let ranges = first.manifest.notes["ranges"].as_array().cloned().unwrap_or_default();
     Ok(loss_rows(&ranges, &[vec![&first_losses], vec![&other_losses]]))

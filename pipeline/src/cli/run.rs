@@ -54,8 +54,7 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
         let run = arguments.conf.open(Goal::Look)?;
         return until_stopped(&run, follow(&run, arguments.until)).await;
     }
-    let run = arguments.conf.open(Goal::Compute { from: arguments.from });
-    let run = run.inspect_err(|error| refused(&arguments.conf.conf, error))?;
+    let run = open(&arguments.conf, Goal::Compute { from: arguments.from })?;
     let started = jiff::Timestamp::now();
     let folder = go(&run, arguments.until, started).await?;
     let steps = run.steps.lock().expect("no panic while held").clone();
@@ -65,6 +64,11 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Opens a conf; monitoring hears of one that is wrong.
+fn open(conf: &ConfArguments, goal: Goal) -> Result<Run> {
+    conf.open(goal).inspect_err(|error| refused(&conf.conf, error))
 }
 
 /// `lengthwise train`
@@ -80,7 +84,7 @@ pub struct TrainArguments {
 
 #[cfg(feature = "train")]
 pub async fn train(arguments: TrainArguments) -> Result<()> {
-    let run = arguments.run.conf.open(Goal::Look)?;
+    let run = open(&arguments.run.conf, Goal::Look)?;
     if run.conf.train.is_none() {
         return Err(Error::usage("the conf has no [train] table", "add one, or use `lengthwise run`"));
     }

@@ -199,31 +199,35 @@ fn loss_legend() -> String {
     )
 }
 
+/// The width of a terminal's columns of such texts; a difference has room in it.
+fn width<'a>(texts: impl Iterator<Item = &'a String>) -> usize {
+    texts.map(|text| text.chars().count()).max().unwrap_or(0).max(18) + 2
+}
+
+/// A line of a terminal's table.
+fn line(name: &str, values: &[String], width: usize) -> String {
+    let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
+    format!("{name:<34}{values}")
+}
+
 /// Losses beside each other, for a terminal.
-pub fn losses(names: &[&str], rows: &[LossRow]) -> String {
-    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(18) + 2;
-    let line = |name: &str, values: &[String]| {
-        let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
-        format!("{name:<34}{values}")
-    };
-    let head = line("", &names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
-    let rows = rows.iter().map(|row| {
+pub fn losses(names: &[String], rows: &[LossRow]) -> String {
+    let width = width(names.iter());
+    let mut lines = vec![line("", names, width)];
+    for row in rows {
         let (name, values) = loss_line(row);
-        line(&name, &values)
-    });
-    [head].into_iter().chain(rows).chain([loss_legend()]).collect::<Vec<_>>().join("\n")
+        lines.push(line(&name, &values, width));
+    }
+    lines.push(loss_legend());
+    lines.join("\n")
 }
 
 /// For a terminal.
 pub fn text(comparison: &Comparison) -> String {
     let mut lines = vec![];
     let values = comparison.conf.iter().flat_map(|(_, values)| values);
-    let width = comparison.names.iter().chain(values).map(|text| text.chars().count()).max().unwrap_or(0);
-    let width = width.max(18) + 2;
-    let row = |name: &str, values: Vec<String>| {
-        let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
-        format!("{name:<34}{values}")
-    };
+    let width = width(comparison.names.iter().chain(values));
+    let row = |name: &str, values: Vec<String>| line(name, &values, width);
     lines.push(row("", comparison.names.clone()));
     for (key, values) in &comparison.conf {
         lines.push(row(key, values.clone()));

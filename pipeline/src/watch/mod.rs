@@ -19,6 +19,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde_json::Value;
 
+use crate::error::chain;
 use crate::hash::{Digest, hex};
 use crate::run::{Run, Step};
 use crate::{Error, Result};
@@ -263,14 +264,8 @@ impl Listener {
         {
             // the address may have a password in it
             let error = error.without_url();
-            let first = std::error::Error::source(&error);
-            let causes =
-                std::iter::successors(first, |cause| cause.source()).map(|cause| format!(": {cause}"));
-            tracing::warn!(
-                "nobody is told of this run: {} names what does not answer: {error}{}",
-                self.variable,
-                causes.collect::<String>()
-            );
+            let why = chain(&error).collect::<Vec<_>>().join(": ");
+            tracing::warn!("nobody is told of this run: {} names what does not answer: {why}", self.variable);
         }
     }
 }
