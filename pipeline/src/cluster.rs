@@ -34,6 +34,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 
+use crate::engine::Engine;
 use crate::hash::Digest;
 use crate::progress::Progress;
 use crate::stage::Output;
@@ -65,7 +66,15 @@ const FUNCTION: &str = "lengthwise_task";
 #[serde(rename_all = "lowercase")]
 enum Answer {
     Ok(Output),
-    Err { code: u8, message: String, help: Option<String> },
+    /// A file that the task needs was broken, and is withdrawn.
+    Withdrawn {
+        url: String,
+    },
+    Err {
+        code: u8,
+        message: String,
+        help: Option<String>,
+    },
 }
 
 /// Names the sources that this program was built of: a task of others is another task.
@@ -133,6 +142,7 @@ impl Cluster {
         let output = loop {
             let failed = match self.attempt(&message).await {
                 Ok(Answer::Ok(output)) => break output,
+                Ok(Answer::Withdrawn { url }) => Error::Withdrawn { url },
                 Ok(Answer::Err { code, message, help }) => Error::Remote { code, message, help },
                 Err(message) => Error::Cluster { url: self.url.clone(), message },
             };
@@ -242,6 +252,7 @@ async fn answer_to(message: &str, worker: &Worker) -> Answer {
     };
     match work.await {
         Ok(output) => Answer::Ok(output),
+        Err(Error::Withdrawn { url }) => Answer::Withdrawn { url },
         Err(error) => {
             let help = miette::Diagnostic::help(&error).map(|help| help.to_string());
             Answer::Err { code: error.exit_code(), message: error.in_a_line(), help }
@@ -292,19 +303,22 @@ pub async fn schedule(place: Place) -> Result<()> {
     start_server(cluster, address, Arc::new(config)).await.map_err(|e| failed(&e))
 }
 
-/// Does tasks, so many at a time, until a signal says to stop; those under way end early, and others do them.
+/// Does tasks, as many at a time as `engine` has partitions, until a signal says to stop; those under way end early, and
+/// others do them. `spool` is a folder with room for source files.
 pub async fn execute(
     place: Place,
     scheduler: Place,
-    slots: usize,
     stores: Stores,
+    engine: Engine,
+    spool: Option<&str>,
     stop: Arc<AtomicBool>,
 ) -> Result<()> {
     let failed =
         |message: String| Error::Cluster { url: format!("{}:{}", scheduler.host, scheduler.port), message };
+    let engine = Arc::new(engine);
     let work_dir = tempfile::tempdir()
         .map_err(|source| Error::Io { doing: "cannot make a temporary folder".into(), source })?;
-    let worker = Arc::new(Worker::new(stores, None, slots, stop));
+    let worker = Arc::new(Worker::new(stores, spool, engine.clone(), stop));
     let mut functions = BallistaFunctionRegistry::default();
     let own = Arc::new(function(Some((worker, Handle::current()))));
     functions.scalar_functions.insert(FUNCTION.into(), own);
@@ -316,7 +330,7 @@ pub async fn execute(
         scheduler_host: scheduler.host.clone(),
         scheduler_port: scheduler.port,
         scheduler_connect_timeout_seconds: EXECUTOR_TIMEOUT as u16,
-        vcores: slots,
+        vcores: engine.partitions,
         task_scheduling_policy: TaskSchedulingPolicy::PushStaged,
         work_dir: work_dir.path().to_str().map(str::to_owned),
         executor_heartbeat_interval_seconds: HEARTBEAT,
@@ -324,4 +338,25 @@ pub async fn execute(
         ..Default::default()
     };
     start_executor_process(Arc::new(config)).await.map_err(|e| failed(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_executor_of_another_build_leaves_a_task_to_others() {
+        let stores = Stores::new("/");
+        let engine = Arc::new(Engine::new(1, 1 << 20, None).unwrap());
+        let worker = Worker::new(stores, None, engine, Arc::default());
+        // no task at all: whose build it is comes first
+        for (build, code, says) in [("another", 4, "another build"), (BUILD, 3, "doesn't know")] {
+            let sent = Sent { build: build.to_owned(), message: "a task" };
+            let Answer::Err { code: got, message, .. } = answer_to(&json(&sent), &worker).await else {
+                panic!("{build}: it was done");
+            };
+            assert_eq!(got, code);
+            assert!(message.contains(says), "{message}");
+        }
+    }
 }

@@ -33,6 +33,9 @@ use crate::stage::{File, Table};
 use crate::store::Location;
 use crate::{Error, Result};
 
+/// How many files are compared with their digests at a time.
+const CHECKS: usize = 16;
+
 /// Where queries run, and within which limits.
 pub struct Engine {
     runtime: Arc<RuntimeEnv>,
@@ -108,15 +111,16 @@ impl Engine {
         sorted_by: &[&str],
     ) -> Result<()> {
         let failed = |e| query(&format!("cannot open table {name}"), e);
-        let mut urls = Vec::new();
+        let (mut urls, mut checks) = (vec![], vec![]);
         for (folder, table) in tables {
             session.register_object_store(&folder.store_url(), folder.store.clone());
             for file in table.files.iter().filter(|file| file.rows > 0) {
-                // a query reads what is there, whatever it is
-                self.check(folder, file).await?;
                 urls.push(ListingTableUrl::parse(folder.join(&file.name).table_url()).map_err(failed)?);
+                // a query reads what is there, whatever it is
+                checks.push(self.check(folder, file));
             }
         }
+        futures::stream::iter(checks).buffer_unordered(CHECKS).try_collect::<()>().await?;
         if urls.is_empty() {
             let empty = MemTable::try_new(schema, vec![vec![]]).map_err(failed)?;
             session.register_table(name, Arc::new(empty)).map_err(failed)?;
@@ -157,11 +161,13 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
     // of errors of files, libraries hand on no more than the text
     let text = source.to_string();
     if text.contains("No space left on device") {
-        let doing = format!("{doing}: set engine.spill to a folder with more room, or raise engine.memory");
+        let doing = format!(
+            "{doing}: set engine.spill (`--spill` of an executor) to a folder with more room, or raise engine.memory"
+        );
         return Error::Io { doing, source: std::io::Error::new(ErrorKind::StorageFull, text) };
     }
     let help = matches!(source.find_root(), DataFusionError::ResourcesExhausted(_)).then(|| {
-        "the query needs more memory than `engine.memory` allows even with spilling: raise it, or lower `engine.partitions`".to_owned()
+        "the query needs more memory than `engine.memory` (an executor's `--memory`) allows even with spilling: raise it, or lower `engine.partitions`".to_owned()
     });
     Error::Query { doing: doing.to_owned(), cause: Box::new(source), help }
 }

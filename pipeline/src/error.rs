@@ -300,6 +300,9 @@ fn storage_cure(url: &str, why: &object_store::Error) -> Option<String> {
     if says(&["NoSuchBucket", "ContainerNotFound", "specified bucket does not exist"]) {
         return Some("there is no such bucket: make it, or name another one".into());
     }
+    if says(&["RequestTimeTooSkewed", "Request date header too old"]) {
+        return Some("this machine's clock is wrong: storage wants requests of its own time".into());
+    }
     let refused =
         ["SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "AccessDenied", "403 Forbidden"];
     let refused = says(&refused).then_some("the credentials are wrong, expired, or not allowed to do this; ");
@@ -332,6 +335,7 @@ mod tests {
             ("HTTP error: URL scheme is not allowed", "AWS_ALLOW_HTTP=true"),
             ("Error performing PUT http://169.254.169.254/latest/api/token", "no credentials were found"),
             ("404 Not Found: <Code>NoSuchBucket</Code>", "there is no such bucket"),
+            ("403 Forbidden: <Code>RequestTimeTooSkewed</Code>", "clock is wrong"),
             ("403 Forbidden: <Code>SignatureDoesNotMatch</Code>", "wrong, expired, or not allowed"),
             ("500", "AWS_ENDPOINT"),
         ] {

@@ -163,7 +163,7 @@ impl Flow {
     }
 
     /// The run's directory, and its manifest; only for a flow that came to packed sequences.
-    pub async fn publish(&self, run: &Run, started: jiff::Timestamp) -> Result<(Location, RunManifest)> {
+    pub async fn publish(&self, run: &Run) -> Result<(Location, RunManifest)> {
         let (
             Some(tokenizer),
             Some(tokens),
@@ -189,8 +189,8 @@ impl Flow {
 
         let steps = run.steps.lock().expect("no panic while held").clone();
         let attempt = Attempt {
-            started: started.to_string(),
-            seconds: jiff::Timestamp::now().duration_since(started).as_secs_f64(),
+            started: run.started.to_string(),
+            seconds: run.seconds(),
             host: std::env::var("HOSTNAME")
                 .or_else(|_| std::fs::read_to_string("/etc/hostname"))
                 .unwrap_or_default()
@@ -200,7 +200,7 @@ impl Flow {
             steps: steps.clone(),
         };
         // before files that may be links to old ones: `gc` sees that the folder is worked in
-        let name = format!("attempts/{}-{}.json", started.strftime("%Y%m%dT%H%M%S"), std::process::id());
+        let name = format!("attempts/{}-{}.json", run.started.strftime("%Y%m%dT%H%M%S"), std::process::id());
         folder.join(&name).put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
 
         let mut files = publish::copy_table(packed, "train", &folder, "data").await?;

@@ -97,7 +97,7 @@ pub struct Run {
     pub output: Location,
     /// What is no source, though it may be among them: the output, and that of the run which is reproduced.
     pub outputs: Vec<Location>,
-    pub engine: Engine,
+    pub engine: Arc<Engine>,
     /// What does tasks in this process …
     pub worker: Worker,
     /// … or else a cluster.
@@ -109,6 +109,10 @@ pub struct Run {
     /// Whether it is training, and a stop waits for a checkpoint.
     pub training: AtomicBool,
     pub goal: Goal,
+    /// When it began, as the machine's clock had it …
+    pub started: jiff::Timestamp,
+    /// … and by a clock that nobody sets.
+    clock: Instant,
     pub steps: Mutex<Vec<Step>>,
     /// Every SQL text that was used, by file.
     pub sql: Mutex<BTreeMap<String, String>>,
@@ -139,9 +143,9 @@ impl Run {
             }
             None => e,
         })?;
+        let engine = Arc::new(engine);
         let stop: Arc<AtomicBool> = Arc::default();
-        let worker =
-            Worker::new(stores.clone(), conf.engine.spill.as_deref(), engine.partitions, stop.clone());
+        let worker = Worker::new(stores.clone(), conf.engine.spill.as_deref(), engine.clone(), stop.clone());
         #[cfg(feature = "cluster")]
         let cluster = conf.engine.url.as_deref().map(|url| crate::cluster::Cluster::new(url, &output, &stop));
         #[cfg(not(feature = "cluster"))]
@@ -165,6 +169,8 @@ impl Run {
             stop,
             training: AtomicBool::new(false),
             goal,
+            started: jiff::Timestamp::now(),
+            clock: Instant::now(),
             steps: Mutex::default(),
             sql: Mutex::default(),
         })
@@ -173,6 +179,11 @@ impl Run {
     /// Ends a computation at the next good place.
     pub fn check_stop(&self) -> Result<()> {
         check_stop(&self.stop)
+    }
+
+    /// How long it has taken so far.
+    pub fn seconds(&self) -> f64 {
+        self.clock.elapsed().as_secs_f64()
     }
 
     /// How many tasks there should be under way: as many as have a place to be done.

@@ -9,11 +9,14 @@ use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
+use crate::engine::Engine;
 use crate::hash::Digest;
 use crate::progress::Bar;
 use crate::run::check_stop;
 use crate::source::Reader;
 use crate::stage::Output;
+use crate::stages::catalog::Distinct;
+use crate::stages::draw::Pass;
 use crate::stages::pack::PackFile;
 use crate::stages::shuffle::Scatter;
 use crate::stages::tokens::Tokenize;
@@ -27,6 +30,10 @@ use crate::{Error, Result};
 pub enum Task {
     /// A unit of source files becomes documents and ids.
     Tokenize(Tokenize),
+    /// A bucket's documents become distinct.
+    Distinct(Distinct),
+    /// A pass of the draw over some of the mixture.
+    Pass(Pass),
     /// A part's drawn ids, in the order of the output files.
     Scatter(Scatter),
     /// An output file.
@@ -38,6 +45,8 @@ impl Task {
     pub async fn perform(self, worker: &Worker, bar: &Bar) -> Result<Output> {
         match self {
             Task::Tokenize(tokenize) => tokenize.perform(worker, bar).await,
+            Task::Distinct(distinct) => distinct.perform(worker, bar).await,
+            Task::Pass(pass) => pass.perform(worker, bar).await,
             Task::Scatter(scatter) => scatter.perform(worker).await,
             Task::Pack(pack) => pack.perform(worker).await,
         }
@@ -49,8 +58,9 @@ pub struct Worker {
     pub stores: Stores,
     /// A local folder with room for a source file.
     spool: PathBuf,
+    /// For the queries of all tasks together.
+    pub engine: Arc<Engine>,
     /// How many parts are tokenised at a time, by all tasks together.
-    pub partitions: usize,
     pub parts: Arc<Semaphore>,
     /// Set by a signal; hot loops look at it.
     pub stop: Arc<AtomicBool>,
@@ -58,12 +68,12 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub fn new(stores: Stores, spool: Option<&str>, partitions: usize, stop: Arc<AtomicBool>) -> Self {
+    pub fn new(stores: Stores, spool: Option<&str>, engine: Arc<Engine>, stop: Arc<AtomicBool>) -> Self {
         Self {
             stores,
             spool: spool.map_or_else(std::env::temp_dir, PathBuf::from),
-            partitions,
-            parts: Arc::new(Semaphore::new(partitions)),
+            parts: Arc::new(Semaphore::new(engine.partitions)),
+            engine,
             stop,
             tokenizers: Mutex::default(),
         }

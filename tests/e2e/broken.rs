@@ -5,14 +5,14 @@ use std::path::Path;
 use crate::bench::{Bench, packed, said, tree};
 
 /// Changes the bytes of a file, in a new one: a disk's error would not follow hard links.
-fn rewrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+pub fn rewrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     let mut bytes = std::fs::read(path).unwrap();
     std::fs::remove_file(path).unwrap();
     change(&mut bytes);
     std::fs::write(path, bytes).unwrap();
 }
 
-fn flip(bytes: &mut [u8]) {
+pub fn flip(bytes: &mut [u8]) {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
 }
@@ -54,6 +54,37 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 #[ignore = "a slow proof: run it by name"]
 fn twenty_kills_leave_the_same_bytes() {
     kills(2, 20);
+}
+
+#[test]
+fn a_clock_that_goes_backwards_changes_nothing() {
+    let Ok(library) = std::env::var("LIBFAKETIME") else {
+        return eprintln!("skipped: LIBFAKETIME names no libfaketime.so.1 (pip install libfaketime)");
+    };
+    let bench = Bench::new(6);
+    let want = packed(&bench.run(&["--set", "run.output=alone"]));
+    let clock = bench.path("clock");
+    let run = |more: &[&str]| {
+        let mut command = bench.command(&[&["run", "conf.toml"], more].concat());
+        command.env("LD_PRELOAD", &library).env("FAKETIME_TIMESTAMP_FILE", &clock);
+        // what is read again at every look, and is not the clock by which processes wait
+        command.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        command.spawn().unwrap()
+    };
+    std::fs::write(&clock, "+3d").unwrap();
+    assert_eq!(said(run(&["--until", "catalog"]).wait_with_output().unwrap()).code, 0);
+    // what was written is from the future now, and an hour before it begins the run is over
+    std::fs::write(&clock, "+0").unwrap();
+    let running = run(&[]);
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    std::fs::write(&clock, "-1h").unwrap();
+    let said = said(running.wait_with_output().unwrap());
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.err.contains("done in ") && !said.err.contains("done in -"), "{said:?}");
+    assert!(packed(Path::new(said.out.trim())) == want);
+    assert_eq!(bench.say(&["verify", said.out.trim()]).code, 0);
+    let gone = bench.say(&["gc", "conf.toml"]);
+    assert!(gone.code == 0 && gone.out.contains("0 files"), "{gone:?}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::bench::{Bench, corpus, packed, random, said, tree};
+use crate::broken::{flip, rewrite};
 use crate::servers::{Cluster, S3, SECRET, free_ports};
 
 /// A corpus of several units, which are tasks of their own; its run packs many files.
@@ -64,6 +65,16 @@ fn an_executor_killed_while_it_tokenises_changes_nothing() {
 }
 
 #[test]
+fn an_executor_killed_while_it_makes_the_catalog_changes_nothing() {
+    killed_in("catalog");
+}
+
+#[test]
+fn an_executor_killed_while_it_draws_changes_nothing() {
+    killed_in("draw");
+}
+
+#[test]
 fn an_executor_killed_while_it_scatters_changes_nothing() {
     killed_in("shuffle");
 }
@@ -71,6 +82,25 @@ fn an_executor_killed_while_it_scatters_changes_nothing() {
 #[test]
 fn an_executor_killed_while_it_packs_changes_nothing() {
     killed_in("pack");
+}
+
+#[test]
+fn what_an_executor_finds_broken_is_computed_again() {
+    let bench = bench();
+    let want = packed(&bench.run(&["--set", "run.output=alone"]));
+    let cluster = Cluster::start(1, |_| ());
+    let arguments = ["run", "conf.toml", "--set", &cluster.set()];
+    for (until, table) in [("tokens", "documents-"), ("catalog", "tokens-"), ("mixture", "mixture-")] {
+        assert_eq!(bench.say(&[&arguments[..], &["--until", until]].concat()).code, 0);
+        let files = tree(&bench.path("out/stages"));
+        let name = |file: &Path| file.file_name().unwrap().to_string_lossy().starts_with(table);
+        rewrite(files.iter().find(|file| name(file)).unwrap(), |bytes| flip(bytes));
+        let said = bench.say(&arguments);
+        assert_eq!(said.code, 0, "{table}: {said:?}");
+        assert!(said.err.contains("is broken") && said.err.contains(table), "{table}: {said:?}");
+        assert!(packed(Path::new(said.out.trim())) == want, "{table}");
+        std::fs::remove_dir_all(bench.path("out")).unwrap();
+    }
 }
 
 #[test]

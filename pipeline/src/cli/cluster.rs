@@ -7,6 +7,8 @@ use clap::{Args, Subcommand};
 
 use super::{Signals, stores};
 use crate::cluster::{Place, execute, schedule};
+use crate::conf::Size;
+use crate::engine::Engine;
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -39,6 +41,12 @@ enum Role {
         /// How many tasks it does at a time; as many as the machine has cores by default
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
         slots: Option<u16>,
+        /// For the queries of all of its tasks together; what doesn't fit spills to disk
+        #[arg(long, value_name = "SIZE", default_value = "2GB")]
+        memory: Size,
+        /// A folder with room for what spills, and for source files; the system's temporary folder by default
+        #[arg(long, value_name = "FOLDER")]
+        spill: Option<String>,
     },
 }
 
@@ -67,7 +75,7 @@ pub async fn main(arguments: ClusterArguments) -> Result<()> {
                 () = told.next() => Ok(()),
             }
         }
-        Role::Executor { place, scheduler, slots } => {
+        Role::Executor { place, scheduler, slots, memory, spill } => {
             let wrong = || {
                 let message = format!("--scheduler {scheduler} is not HOST:PORT");
                 Error::usage(message, "write --scheduler localhost:50050")
@@ -76,6 +84,7 @@ pub async fn main(arguments: ClusterArguments) -> Result<()> {
             let port = port.parse().map_err(|_| wrong())?;
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
             let slots = slots.map_or(cores, usize::from);
+            let engine = Engine::new(slots, memory.0, spill.as_deref())?;
             let stop: Arc<AtomicBool> = Arc::default();
             let stopping = stop.clone();
             tokio::spawn(async move {
@@ -84,7 +93,7 @@ pub async fn main(arguments: ClusterArguments) -> Result<()> {
                 stopping.store(true, Ordering::Relaxed);
             });
             let scheduler = Place { host: host.to_owned(), port };
-            execute(place.or(50061), scheduler, slots, stores()?, stop).await
+            execute(place.or(50061), scheduler, stores()?, engine, spill.as_deref(), stop).await
         }
     }
 }

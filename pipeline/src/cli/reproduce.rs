@@ -94,7 +94,7 @@ pub async fn main(arguments: ReproduceArguments) -> Result<()> {
 }
 
 async fn go(again: &Run) -> Result<RunManifest> {
-    let Some(url) = run::go(again, None, jiff::Timestamp::now()).await? else {
+    let Some(url) = run::go(again, None).await? else {
         unreachable!("the run goes to its end");
     };
     publish::read(&run_folder(&url)?).await

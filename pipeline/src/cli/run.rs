@@ -55,8 +55,7 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
         return until_stopped(&run, follow(&run, arguments.until)).await;
     }
     let run = open(&arguments.conf, Goal::Compute { from: arguments.from })?;
-    let started = jiff::Timestamp::now();
-    let folder = go(&run, arguments.until, started).await?;
+    let folder = go(&run, arguments.until).await?;
     let steps = run.steps.lock().expect("no panic while held").clone();
     if arguments.json || folder.is_some() {
         print(arguments.json, &json!({ "run": folder, "stages": steps }), || {
@@ -184,15 +183,14 @@ async fn follow(run: &Run, until: Option<Stage>) -> Result<()> {
 }
 
 /// Runs to the end or to `until`; the run's directory, where it came to one.
-pub async fn go(run: &Run, until: Option<Stage>, started: jiff::Timestamp) -> Result<Option<String>> {
-    let work = until_stopped(run, through(run, until, started));
-    let folder = Watch::new(started).during(run, work).await?;
-    let steps = run.steps.lock().expect("no panic while held").clone();
-    tracing::info!("{}", summary(&steps, folder.as_deref(), started));
+pub async fn go(run: &Run, until: Option<Stage>) -> Result<Option<String>> {
+    let work = until_stopped(run, through(run, until));
+    let folder = Watch::new().during(run, work).await?;
+    tracing::info!("{}", summary(run, folder.as_deref()));
     Ok(folder)
 }
 
-async fn through(run: &Run, until: Option<Stage>, started: jiff::Timestamp) -> Result<Option<String>> {
+async fn through(run: &Run, until: Option<Stage>) -> Result<Option<String>> {
     let mut flow = Flow::default();
     let gone = flow.go(run, until).await;
     let remembered = remember(run).await;
@@ -206,6 +204,6 @@ async fn through(run: &Run, until: Option<Stage>, started: jiff::Timestamp) -> R
         return Ok(None);
     }
     run.check_stop()?;
-    let (folder, _) = flow.publish(run, started).await?;
+    let (folder, _) = flow.publish(run).await?;
     Ok::<_, Error>(Some(folder.url()))
 }

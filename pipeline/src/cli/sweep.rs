@@ -46,9 +46,7 @@ pub async fn main(arguments: SweepArguments) -> Result<()> {
     let all = runs.len();
     for (name, seed, run) in runs {
         tracing::info!("sweep: {name} with seed {}, {} of {all}", seed + 1, sides.len() + 1);
-        let Some(folder) = run::go(&run, None, jiff::Timestamp::now()).await? else {
-            unreachable!("the run goes to its end")
-        };
+        let Some(folder) = run::go(&run, None).await? else { unreachable!("the run goes to its end") };
         sides.push(Side::read(name, &run_folder(&folder)?).await?);
     }
     arguments.output.print(&sides)

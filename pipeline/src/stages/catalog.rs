@@ -1,22 +1,35 @@
 //! catalog: one row a distinct document, and which of them are held out.
+//!
+//! Documents are made distinct in buckets, each a range of doc_id and a task: it looks at the documents of all units, and
+//! sorts those of its range.
 
 use std::collections::BTreeMap;
 
 use arrow::array::AsArray;
 use arrow::datatypes::Int64Type;
+use datafusion::common::ScalarValue;
 use datafusion::prelude::SessionContext;
-use futures::TryStreamExt;
+use datafusion::prelude::{col, lit};
+use futures::{StreamExt, TryStreamExt};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::places;
 use super::tokens::Tokens;
 use crate::engine::{query, scan, write_table};
+use crate::progress::Bar;
 use crate::run::{Run, Stage, ingredients};
+use crate::sql::StageSql;
 use crate::stage::{Output, Published, Table};
 use crate::store::Location;
-use crate::{Error, Result, tables};
+use crate::task::{Task, Worker};
+use crate::{Error, Result, seal, tables};
 
 const VERSION: u32 = 2;
+
+/// A bucket has about so many documents: what a core sorts in five minutes, while every bucket more is another look at the
+/// documents of all units.
+const BUCKET_DOCUMENTS: u64 = 1 << 26;
 
 /// Tables `catalog` and, where documents are held out, `heldout`.
 pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
@@ -38,13 +51,37 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
     run.obtain(Stage::Catalog, list, async |draft| {
         let documents = tokens.count("documents");
         let bar = run.progress.stage("catalog", documents);
-        let session = run.engine.session();
-        tokens.register(run, &session, "documents").await?;
-        let rows = catalog_sql.plan(&session, &BTreeMap::new()).await?;
-        let rows = rows.execute_stream().await.map_err(|e| query("cannot compute the catalog", e))?;
-        let catalog = write_table(&draft.folder, "catalog", tables::catalog(), bar.watch(rows)).await?;
-
+        let units = draft.folder.join("jobs/documents.json");
+        units.put(seal::seal(&Documents { units: tokens.tables("documents") })).await?;
+        let of = documents.div_ceil(BUCKET_DOCUMENTS).max(1);
+        let buckets = (0..of).map(|bucket| {
+            let distinct = Distinct {
+                bucket,
+                of,
+                documents: units.url(),
+                sql: catalog_sql.canonical(),
+                folder: draft.folder.url(),
+            };
+            let bar = bar.clone();
+            async move {
+                run.check_stop()?;
+                let job = format!("bucket-{bucket:05}-of-{of:05}");
+                let output = draft.job(&job, run.perform(Task::Distinct(distinct), &bar)).await?;
+                if run.is_remote() {
+                    let rows = output.tables["catalog"].rows;
+                    bar.add(rows, rows, 0, 0);
+                }
+                Ok::<_, Error>(output)
+            }
+        });
+        // in the order of their documents
+        let buckets = futures::stream::iter(buckets).buffered(run.tasks_at_a_time());
+        let mut buckets = std::pin::pin!(buckets);
         let mut output = Output::default();
+        while let Some(bucket) = buckets.try_next().await? {
+            output.merge(bucket);
+        }
+        let catalog = output.tables["catalog"].clone();
         output.count("documents", catalog.rows);
         let Some(duplicates) = documents.checked_sub(catalog.rows) else {
             let message = format!("{documents} documents came in, {} went out", catalog.rows);
@@ -52,6 +89,7 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
         };
         output.count("duplicates", duplicates);
 
+        let session = run.engine.session();
         run.engine
             .register(&session, "catalog", tables::catalog(), &[(&draft.folder, &catalog)], &["doc_id"])
             .await?;
@@ -68,10 +106,66 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
             output.count("heldout_tokens", sum_of_stops(&draft.folder, &heldout).await?);
             output.table("heldout", heldout);
         }
-        output.table("catalog", catalog);
         Ok(output)
     })
     .await
+}
+
+/// Where the documents of all units are.
+#[derive(Serialize, Deserialize)]
+struct Documents {
+    units: Vec<(String, Table)>,
+}
+
+/// A task of the catalog: the distinct documents whose ids begin in one of `of` equal ranges.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Distinct {
+    bucket: u64,
+    of: u64,
+    /// The URL of [`Documents`]: for many tasks they are too many to be in each.
+    documents: String,
+    sql: String,
+    folder: String,
+}
+
+impl Distinct {
+    pub async fn perform(self, worker: &Worker, bar: &Bar) -> Result<Output> {
+        let documents = worker.stores.open(&self.documents)?;
+        let listed = seal::open(&documents.read().await?);
+        let Documents { units } =
+            listed.map_err(|message| Error::Corrupt { url: documents.url(), message })?;
+        let folders: Vec<Location> =
+            units.iter().map(|(url, _)| worker.stores.open(url)).collect::<Result<_>>()?;
+        let units: Vec<_> = folders.iter().zip(&units).map(|(folder, (_, table))| (folder, table)).collect();
+
+        let failed = |e| query("cannot compute the catalog", e);
+        let session = worker.engine.session();
+        worker.engine.register(&session, "all_documents", tables::documents(), &units, &[]).await?;
+        let mut own = session.table("all_documents").await.map_err(failed)?;
+        if self.bucket > 0 {
+            own = own.filter(col("doc_id").gt_eq(lit(self.first(self.bucket)))).map_err(failed)?;
+        }
+        if self.bucket + 1 < self.of {
+            own = own.filter(col("doc_id").lt(lit(self.first(self.bucket + 1)))).map_err(failed)?;
+        }
+        session.register_table("documents", own.into_view()).map_err(failed)?;
+        let sql = StageSql::parse("sql/stages/catalog.sql", &self.sql)?;
+        let rows = sql.plan(&session, &BTreeMap::new()).await?.execute_stream().await.map_err(failed)?;
+        let name = match self.of {
+            1 => "catalog".to_owned(),
+            _ => format!("catalog-{:05}", self.bucket),
+        };
+        let folder = worker.stores.open(&self.folder)?;
+        let mut output = Output::default();
+        output.table("catalog", write_table(&folder, &name, tables::catalog(), bar.watch(rows)).await?);
+        Ok(output)
+    }
+
+    /// The least id of a bucket.
+    fn first(&self, bucket: u64) -> ScalarValue {
+        let first = (u128::MAX / self.of as u128 + 1) * bucket as u128;
+        ScalarValue::FixedSizeBinary(16, Some(first.to_be_bytes().to_vec()))
+    }
 }
 
 /// Registers `documents`, as a recipe sees it: the catalog without what is held out and without places.
@@ -104,4 +198,84 @@ async fn sum_of_stops(folder: &Location, table: &Table) -> Result<u64> {
         sum += batch.column(0).as_primitive::<Int64Type>().values().iter().sum::<i64>() as u64;
     }
     Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow::array::{ArrayRef, FixedSizeBinaryArray, Int64Array, RecordBatch, StringArray};
+
+    use super::*;
+    use crate::engine::{Engine, TableWriter};
+    use crate::progress::Progress;
+    use crate::store::Stores;
+
+    /// A document, of whose ids the first and the last may be anything, and where it lies.
+    fn documents(rows: &[([u8; 16], i64)]) -> RecordBatch {
+        let number = |of: fn(&([u8; 16], i64)) -> i64| -> ArrayRef {
+            Arc::new(Int64Array::from_iter_values(rows.iter().map(of)))
+        };
+        let text = |text: &str| -> ArrayRef { Arc::new(StringArray::from(vec![text; rows.len()])) };
+        let ids = FixedSizeBinaryArray::try_from_iter(rows.iter().map(|row| row.0)).unwrap();
+        let tokens = number(|row| row.0[15] as i64 + 1);
+        let columns = vec![
+            Arc::new(ids) as ArrayRef,
+            text("d"),
+            tokens.clone(),
+            tokens,
+            text("o"),
+            number(|row| row.1),
+        ];
+        RecordBatch::try_new(tables::documents(), columns).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_catalog_in_buckets_is_the_catalog_of_one() {
+        let stores = Stores::new("/");
+        let folder = stores.open("memory:///catalog").unwrap();
+        // ids all over the range, its ends and the buckets' bounds among them, each in two or three units
+        let mut ids: Vec<[u8; 16]> = (0..500).map(|i| crate::hash::doc_id("d", &format!("{i}"))).collect();
+        let bounds = [3u128, 7].into_iter().flat_map(|of| (1..of).map(move |n| (u128::MAX / of + 1) * n));
+        ids.extend(
+            bounds.chain([0, u128::MAX]).flat_map(|id| [id, id.wrapping_sub(1)]).map(u128::to_be_bytes),
+        );
+        let mut units = vec![];
+        for unit in 0..3 {
+            let own = ids.iter().filter(|id| id[3] % 3 != unit).map(|id| (*id, unit as i64));
+            let mut writer = TableWriter::new(&folder, &format!("documents-{unit}"), tables::documents());
+            writer.write(documents(&own.collect::<Vec<_>>())).await.unwrap();
+            units.push((folder.url(), writer.finish().await.unwrap()));
+        }
+        let listed = folder.join("documents.json");
+        listed.put(seal::seal(&Documents { units })).await.unwrap();
+
+        ids.sort_unstable();
+        ids.dedup();
+        let engine = Arc::new(Engine::new(2, 64 << 20, None).unwrap());
+        let worker = Worker::new(stores, None, engine, Arc::default());
+        let bar = Progress::none().stage("catalog", 0);
+        let mut digests = vec![];
+        for of in [1, 3, 7] {
+            let mut all = Output::default();
+            for bucket in 0..of {
+                let sql = include_str!("../../../sql/stages/catalog.sql").to_owned();
+                let (documents, folder) = (listed.url(), folder.join(&format!("{of}")).url());
+                let task = Distinct { bucket, of, documents, sql, folder };
+                let one = task.perform(&worker, &bar).await.unwrap();
+                assert!(one.tables["catalog"].rows > 0);
+                all.merge(one);
+            }
+            let catalog = all.tables["catalog"].clone();
+            digests.push((catalog.rows, catalog.digest));
+            let rows: Vec<RecordBatch> = scan(folder.join(&format!("{of}")), catalog, Some(vec!["doc_id"]))
+                .try_collect()
+                .await
+                .unwrap();
+            let read = rows.iter().flat_map(|rows| rows.column(0).as_fixed_size_binary().iter());
+            let read: Vec<&[u8]> = read.map(Option::unwrap).collect();
+            assert_eq!(read, ids.iter().map(<[u8; 16]>::as_slice).collect::<Vec<_>>(), "{of} buckets");
+        }
+        assert!(digests.iter().all(|digest| *digest == digests[0]));
+    }
 }

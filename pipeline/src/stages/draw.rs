@@ -6,24 +6,28 @@
 //! and the key where a stratum's budget ends lies near 1.
 //!
 //! Nothing is sorted but the few spans around that key: passes over the mixture count tokens by ranges of keys, each
-//! pass inside the range that the one before found, until the range is small enough to sort.
+//! pass inside the range that the one before found, until the range is small enough to sort. One more pass draws. The
+//! tasks of a pass have some of the mixture's files each, and answer with small tallies.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use arrow::array::{
     ArrayRef, AsArray, FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch, StringBuilder,
 };
 use arrow::datatypes::{Float64Type, Int64Type};
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::mixture::{Asked, ONE, Span, Stratum};
 use crate::engine::{TableWriter, scan};
 use crate::hash::unit_hash;
-use crate::run::{Run, Stage, ingredients};
+use crate::progress::Bar;
+use crate::run::{Run, Stage, check_stop, ingredients};
 use crate::stage::{Output, Published, Table};
 use crate::store::Location;
+use crate::task::{Task, Worker};
 use crate::{Error, Result, tables};
 
 const VERSION: u32 = 2;
@@ -32,236 +36,303 @@ const VERSION: u32 = 2;
 type Key = u128;
 
 /// A copy's place among all copies of its stratum: ties of keys go by document, start and copy.
-type Rank = (Key, [u8; 16], i64, u32);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+struct Rank {
+    #[serde(with = "text")]
+    key: Key,
+    doc_id: [u8; 16],
+    start: i64,
+    copy: u32,
+}
 
-/// Ranges of keys that a pass tells apart, in each stratum.
-const RANGES: usize = 1 << 14;
+/// Ranges of keys that a pass tells apart, in all strata together: what a task answers stays small.
+const RANGES: usize = if cfg!(test) { 1 << 6 } else { 1 << 18 };
 
-/// Copies that are sorted in memory, in each stratum. Tests go through more passes.
-const SORTED: u64 = if cfg!(test) { 2 } else { 1 << 15 };
+/// More of them in one stratum would be finer than its copies.
+const MOST_BITS: u32 = 14;
+
+/// Copies that are sorted in memory, in all strata together. Tests go through more passes.
+const SORTED: u64 = if cfg!(test) { 4 } else { 1 << 15 };
+
+/// A pass is at most so many tasks: each of them answers with a tally.
+const TASKS: usize = 256;
 
 fn key(u: u64, copy: u32, copies: u64) -> Key {
     (((copy as u128) << 64 | u as u128) << 32) / copies as u128
 }
 
 /// Where a stratum's budget ends.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Cut {
+    domain: String,
+    stratum: String,
     budget: u64,
     /// Keys from here on are in question; `below` tokens have smaller keys.
+    #[serde(with = "text")]
     from: Key,
-    below: u128,
-    /// A range is 2^`shift` keys wide.
+    below: u64,
+    /// A pass tells 2^`bits` ranges apart, each 2^`shift` keys wide.
+    bits: u32,
     shift: u32,
-    state: State,
+    /// The first range has so few copies that they can be sorted.
+    few: bool,
+    end: Option<End>,
 }
 
-enum State {
-    /// Tokens and copies of each range, and tokens beyond the last.
-    Counting { tokens: Vec<u64>, copies: Vec<u64>, beyond: u128 },
-    /// The copies of the range that holds the end, with their lengths.
-    Sorting(Vec<(Rank, i64)>),
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+enum End {
     /// Everything of smaller rank is taken, of this one so many tokens.
-    Found { last: Rank, tokens: i64 },
+    At { last: Rank, tokens: i64 },
     /// All there is does not meet the budget.
     Everything,
 }
 
+/// What a pass finds out about a stratum.
+#[derive(Debug, Serialize, Deserialize)]
+enum Tally {
+    /// Tokens and copies of each range, and tokens beyond the last.
+    Counted { ranges: Vec<(u64, u64)>, beyond: u64 },
+    /// The copies of the first range, with their lengths.
+    Ranked(Vec<(Rank, i64)>),
+    /// Nothing is left to be found.
+    Done,
+}
+
 impl Cut {
-    fn new(budget: u64) -> Self {
-        // 2^14 ranges of 2^52 keys: the first pass looks at keys from 0 to 4, in steps of 1/4096
-        let state = if budget == 0 {
-            State::Found { last: (0, [0; 16], 0, 0), tokens: 0 }
-        } else {
-            State::counting()
-        };
-        Self { budget, from: 0, below: 0, shift: 52, state }
-    }
-
-    fn found(&self) -> bool {
-        matches!(self.state, State::Found { .. } | State::Everything)
-    }
-
-    fn add(&mut self, rank: Rank, length: i64) {
-        let Some(above) = rank.0.checked_sub(self.from) else { return };
-        let range = above >> self.shift;
-        match &mut self.state {
-            State::Counting { tokens, copies, beyond } => match usize::try_from(range) {
-                Ok(range) if range < RANGES => {
-                    tokens[range] += length as u64;
-                    copies[range] += 1;
-                }
-                _ => *beyond += length as u128,
-            },
-            State::Sorting(ranked) if range == 0 => ranked.push((rank, length)),
-            _ => {}
+    fn new(asked: &Stratum, strata: usize) -> Self {
+        let nothing = End::At { last: Rank { key: 0, doc_id: [0; 16], start: 0, copy: 0 }, tokens: 0 };
+        let bits = (RANGES / strata).max(2).ilog2().min(MOST_BITS);
+        Self {
+            domain: asked.domain.clone(),
+            stratum: asked.stratum.clone(),
+            budget: asked.budget,
+            from: 0,
+            below: 0,
+            bits,
+            // the first pass looks at keys from 0 to 4
+            shift: 66 - bits,
+            few: false,
+            end: (asked.budget == 0).then_some(nothing),
         }
     }
 
-    /// Draws the conclusion of a pass.
-    fn conclude(&mut self) {
-        match std::mem::replace(&mut self.state, State::Everything) {
-            State::Counting { tokens, copies, beyond } => {
-                let budget = self.budget as u128;
+    /// An empty tally of what is to be found next.
+    fn tally(&self) -> Tally {
+        match self.end {
+            Some(_) => Tally::Done,
+            None if self.few => Tally::Ranked(vec![]),
+            None => Tally::Counted { ranges: vec![(0, 0); 1 << self.bits], beyond: 0 },
+        }
+    }
+
+    /// Draws the conclusion of a pass. `sorted` copies may be sorted.
+    fn conclude(&mut self, tally: Tally, sorted: u64) {
+        match tally {
+            Tally::Done => {}
+            Tally::Counted { ranges, beyond } => {
                 let mut sum = self.below;
-                for range in 0..RANGES {
-                    let with = sum + tokens[range] as u128;
-                    if with >= budget {
-                        self.from += (range as u128) << self.shift;
+                for (range, (tokens, copies)) in ranges.into_iter().enumerate() {
+                    if sum + tokens >= self.budget {
+                        self.from += (range as Key) << self.shift;
                         self.below = sum;
-                        if copies[range] <= SORTED || self.shift == 0 {
-                            self.state = State::Sorting(Vec::with_capacity(copies[range] as usize));
-                        } else {
-                            self.shift = self.shift.saturating_sub(RANGES.ilog2());
-                            self.state = State::counting();
+                        self.few = copies <= sorted || self.shift == 0;
+                        if !self.few {
+                            self.shift = self.shift.saturating_sub(self.bits);
                         }
                         return;
                     }
-                    sum = with;
+                    sum += tokens;
                 }
-                if sum + beyond >= budget {
-                    self.from += (RANGES as u128) << self.shift;
-                    self.below = sum;
-                    self.shift += RANGES.ilog2() / 2;
-                    self.state = State::counting();
+                if sum + beyond < self.budget {
+                    self.end = Some(End::Everything);
+                    return;
                 }
+                self.from += (1 as Key) << (self.shift + self.bits);
+                self.below = sum;
+                self.shift += (self.bits / 2).max(1);
             }
-            State::Sorting(mut ranked) => {
+            Tally::Ranked(mut ranked) => {
                 ranked.sort_unstable();
                 let mut sum = self.below;
-                for (rank, length) in ranked {
-                    let missing = self.budget as u128 - sum;
-                    if length as u128 >= missing {
-                        self.state = State::Found { last: rank, tokens: missing as i64 };
+                for (last, length) in ranked {
+                    let missing = self.budget - sum;
+                    if length as u64 >= missing {
+                        self.end = Some(End::At { last, tokens: missing as i64 });
                         return;
                     }
-                    sum += length as u128;
+                    sum += length as u64;
                 }
                 unreachable!("the counts of the pass before found the budget's end in this range");
             }
-            found => self.state = found,
         }
     }
 
     /// How many tokens of a copy are drawn, from its start.
     fn drawn(&self, rank: Rank, length: i64) -> i64 {
-        match &self.state {
-            State::Everything => length,
-            State::Found { last, tokens } => match rank.cmp(last) {
+        match self.end.expect("the draw begins when every end is found") {
+            End::Everything => length,
+            End::At { last, tokens } => match rank.cmp(&last) {
                 std::cmp::Ordering::Less => length,
-                std::cmp::Ordering::Equal => *tokens,
+                std::cmp::Ordering::Equal => tokens,
                 std::cmp::Ordering::Greater => 0,
             },
-            _ => unreachable!("the draw begins when every cut is found"),
         }
     }
 }
 
-impl State {
-    fn counting() -> Self {
-        State::Counting { tokens: vec![0; RANGES], copies: vec![0; RANGES], beyond: 0 }
+impl Tally {
+    /// Adds a copy.
+    fn add(&mut self, cut: &Cut, rank: Rank, length: i64) {
+        let Some(above) = rank.key.checked_sub(cut.from) else { return };
+        let range = above >> cut.shift;
+        match self {
+            Tally::Counted { ranges, beyond } => {
+                let range = usize::try_from(range).ok().and_then(|range| ranges.get_mut(range));
+                match range {
+                    Some((tokens, copies)) => (*tokens, *copies) = (*tokens + length as u64, *copies + 1),
+                    None => *beyond += length as u64,
+                }
+            }
+            Tally::Ranked(ranked) if range == 0 => ranked.push((rank, length)),
+            _ => {}
+        }
+    }
+
+    /// Adds what another task of the same pass found.
+    fn merge(&mut self, other: Tally) {
+        match (self, other) {
+            (Tally::Counted { ranges, beyond }, Tally::Counted { ranges: others, beyond: further }) => {
+                for (range, (tokens, copies)) in ranges.iter_mut().zip(others) {
+                    (range.0, range.1) = (range.0 + tokens, range.1 + copies);
+                }
+                *beyond += further;
+            }
+            (Tally::Ranked(ranked), Tally::Ranked(others)) => ranked.extend(others),
+            _ => {}
+        }
+    }
+}
+
+/// Numbers that JSON readers don't expect to be so large.
+mod text {
+    use super::Key;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(key: &Key, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(key)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Key, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
     }
 }
 
 /// What the draw needs to know beyond the mixture.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Terms {
     pub seed: u64,
     pub max_copies: u32,
     pub long_tokens: u64,
 }
 
-/// Draws from a mixture table and writes `drawn`. Its notes are what came of each stratum, as [`Asked`].
-pub async fn draw(
-    mixture: (&Location, &Table),
-    asked: &Asked,
-    terms: &Terms,
-    folder: &Location,
-) -> Result<Output> {
-    let mut cuts: BTreeMap<(String, String), Cut> =
-        asked.strata.iter().map(|s| ((s.domain.clone(), s.stratum.clone()), Cut::new(s.budget))).collect();
-
-    while cuts.values().any(|cut| !cut.found()) {
-        each_copy(
-            mixture,
-            terms,
-            &mut cuts,
-            |cut, _, rank, length| {
-                cut.add(rank, length);
-                Ok(None)
-            },
-            None,
-        )
-        .await?;
-        cuts.values_mut().for_each(Cut::conclude);
-    }
-
-    let mut writer = TableWriter::new(folder, "drawn", tables::drawn());
-    let mut sums: BTreeMap<(String, String), Stratum> = BTreeMap::new();
-    each_copy(
-        mixture,
-        terms,
-        &mut cuts,
-        |cut, span, rank, length| {
-            let tokens = cut.drawn(rank, length);
-            if tokens == 0 {
-                return Ok(None);
-            }
-            let sum =
-                sums.entry((span.domain.to_owned(), span.stratum.to_owned())).or_insert_with(|| Stratum {
-                    domain: span.domain.to_owned(),
-                    stratum: span.stratum.to_owned(),
-                    by_length: vec![0; 9],
-                    ..Default::default()
-                });
-            sum.spans += 1;
-            sum.budget += tokens as u64;
-            sum.by_length[tables::length_bucket(span.tokens)] += tokens as u64;
-            if rank.3 == 0 {
-                sum.available += length as u64;
-            }
-            if span.tokens > terms.long_tokens as i64 {
-                sum.long += tokens as u64;
-            }
-            Ok(Some(tokens))
-        },
-        Some(&mut writer),
-    )
-    .await?;
-
-    let mut output = Output::default();
-    output.table("drawn", writer.finish().await?);
-    for stratum in &asked.strata {
-        let drawn = sums.get(&(stratum.domain.clone(), stratum.stratum.clone())).map_or(0, |sum| sum.budget);
-        let owed = stratum.budget - stratum.shortfall(terms.max_copies);
-        if drawn != owed {
-            let message = format!("{}/{}: drew {drawn} tokens of {owed}", stratum.domain, stratum.stratum);
-            return Err(Error::Unbalanced { stage: "draw", message });
-        }
-        output.count("tokens", drawn);
-    }
-    let drawn = Asked { strata: sums.into_values().collect(), most_copies: asked.most_copies.clone() };
-    output.notes = serde_json::to_value(drawn).expect("plain numbers");
-    Ok(output)
+/// A task of the draw: a pass over some files of the mixture, to look for the cuts, or to draw once they are found.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Pass {
+    /// Where the mixture is, and the files to read.
+    from: String,
+    mixture: Table,
+    terms: Terms,
+    cuts: Vec<Cut>,
+    /// Where what is drawn goes, and the table's name there.
+    to: Option<(String, String)>,
 }
 
-/// Goes over all copies of all spans, in the mixture's order. Where `each` returns a number of tokens, that much of the
-/// copy is written.
-async fn each_copy(
-    (folder, table): (&Location, &Table),
-    terms: &Terms,
-    cuts: &mut BTreeMap<(String, String), Cut>,
-    mut each: impl FnMut(&mut Cut, &Span<'_>, Rank, i64) -> Result<Option<i64>>,
-    mut writer: Option<&mut TableWriter>,
-) -> Result<()> {
-    let mut batches = std::pin::pin!(scan(folder.clone(), table.clone(), None));
-    let mut name = (String::new(), String::new());
-    while let Some(batch) = batches.next().await {
-        let batch = batch?;
+impl Pass {
+    /// Table `drawn`, with what was drawn as notes; or else the tallies as notes.
+    pub async fn perform(self, worker: &Worker, bar: &Bar) -> Result<Output> {
+        let from = worker.stores.open(&self.from)?;
+        let to = self.to.as_ref().map(|(url, name)| Ok::<_, Error>((worker.stores.open(url)?, name.clone())));
+        let (to, stop, bar) = (to.transpose()?, worker.stop.clone(), bar.clone());
+        // as a task: others are to go on beside it
+        let work = tokio::spawn(async move {
+            let mut output = Output::default();
+            match to {
+                Some((folder, name)) => {
+                    let (table, sums) = self.draw(from, &folder, &name, &stop, &bar).await?;
+                    output.table("drawn", table);
+                    output.notes = serde_json::to_value(sums).expect("plain numbers");
+                }
+                None => {
+                    let tallies = self.count(from, &stop, &bar).await?;
+                    output.notes = serde_json::to_value(tallies).expect("plain numbers");
+                }
+            }
+            Ok(output)
+        });
+        work.await.expect("a pass does not panic")
+    }
+
+    /// A tally for each cut.
+    async fn count(&self, from: Location, stop: &AtomicBool, bar: &Bar) -> Result<Vec<Tally>> {
+        let mut tallies: Vec<Tally> = self.cuts.iter().map(Cut::tally).collect();
+        let mut batches = std::pin::pin!(scan(from, self.mixture.clone(), None));
+        while let Some(batch) = batches.try_next().await? {
+            check_stop(stop)?;
+            self.each_copy(&batch, |cut, _, rank, length| tallies[cut].add(&self.cuts[cut], rank, length))?;
+            bar.add(0, batch.num_rows() as u64, 0, 0);
+        }
+        Ok(tallies)
+    }
+
+    async fn draw(
+        &self,
+        from: Location,
+        folder: &Location,
+        name: &str,
+        stop: &AtomicBool,
+        bar: &Bar,
+    ) -> Result<(Table, Vec<Stratum>)> {
+        let mut writer = TableWriter::new(folder, name, tables::drawn());
+        let mut sums: Vec<Stratum> =
+            self.cuts.iter().map(|cut| nothing_of(&cut.domain, &cut.stratum)).collect();
+        let mut batches = std::pin::pin!(scan(from, self.mixture.clone(), None));
+        while let Some(batch) = batches.try_next().await? {
+            check_stop(stop)?;
+            let mut rows = Rows::default();
+            self.each_copy(&batch, |cut, span, rank, length| {
+                let tokens = self.cuts[cut].drawn(rank, length);
+                if tokens == 0 {
+                    return;
+                }
+                let sum = &mut sums[cut];
+                sum.spans += 1;
+                sum.budget += tokens as u64;
+                sum.by_length[tables::length_bucket(span.tokens)] += tokens as u64;
+                if rank.copy == 0 {
+                    sum.available += length as u64;
+                }
+                if span.tokens > self.terms.long_tokens as i64 {
+                    sum.long += tokens as u64;
+                }
+                rows.push(span, rank.copy, tokens);
+            })?;
+            writer.write(rows.finish()).await?;
+            bar.add(0, batch.num_rows() as u64, 0, 0);
+        }
+        Ok((writer.finish().await?, sums))
+    }
+
+    /// Goes over all copies of all spans of a batch, in the mixture's order: number of the cut, span, rank, length.
+    fn each_copy(
+        &self,
+        batch: &RecordBatch,
+        mut each: impl FnMut(usize, &Span<'_>, Rank, i64),
+    ) -> Result<()> {
         let ids = batch.column(0).as_fixed_size_binary();
         let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
         let (starts, stops, tokens) = (numbers(1), numbers(2), numbers(6));
         let copies = batch.column(3).as_primitive::<Float64Type>();
         let (strata, domains) = (batch.column(4).as_string::<i32>(), batch.column(5).as_string::<i32>());
-        let mut drawn = Rows::default();
         for row in 0..batch.num_rows() {
             let doc_id: &[u8; 16] = ids.value(row).try_into().expect("16 bytes");
             let span = Span {
@@ -273,26 +344,101 @@ async fn each_copy(
                 domain: domains.value(row),
                 tokens: tokens.value(row),
             };
-            if name.0 != span.domain || name.1 != span.stratum {
-                name = (span.domain.to_owned(), span.stratum.to_owned());
-            }
-            let cut = cuts.get_mut(&name).ok_or_else(|| Error::Unbalanced {
+            let name = (span.domain, span.stratum);
+            // they are sorted, as the strata of the mixture are
+            let cut = self.cuts.binary_search_by_key(&name, |cut| (&cut.domain, &cut.stratum));
+            let cut = cut.map_err(|_| Error::Unbalanced {
                 stage: "draw",
-                message: format!("the mixture has no budget for {}/{}", name.0, name.1),
+                message: format!("the mixture has no budget for {}/{}", span.domain, span.stratum),
             })?;
-            let u = unit_hash("draw", terms.seed, doc_id, span.start as u64, 0);
-            for copy in 0..terms.max_copies {
-                let rank = (key(u, copy, span.copies), *doc_id, span.start, copy);
-                if let Some(length) = each(cut, &span, rank, span.stop - span.start)? {
-                    drawn.push(&span, copy, length);
-                }
+            let u = unit_hash("draw", self.terms.seed, doc_id, span.start as u64, 0);
+            for copy in 0..self.terms.max_copies {
+                let rank = Rank { key: key(u, copy, span.copies), doc_id: *doc_id, start: span.start, copy };
+                each(cut, &span, rank, span.stop - span.start);
             }
         }
-        if let Some(writer) = writer.as_deref_mut() {
-            writer.write(drawn.finish()).await?;
+        Ok(())
+    }
+}
+
+fn nothing_of(domain: &str, stratum: &str) -> Stratum {
+    let (domain, stratum) = (domain.to_owned(), stratum.to_owned());
+    Stratum { domain, stratum, by_length: vec![0; 9], ..Default::default() }
+}
+
+/// Draws from a mixture table and writes `drawn`. Its notes are what came of each stratum, as [`Asked`]. `perform` does
+/// passes, `at_a_time` of them at once; those that draw have a name.
+pub async fn draw(
+    (from, mixture): (&Location, &Table),
+    asked: &Asked,
+    terms: Terms,
+    folder: &Location,
+    at_a_time: usize,
+    perform: impl AsyncFn(Pass, Option<&str>) -> Result<Output>,
+) -> Result<Output> {
+    let strata = asked.strata.len();
+    let mut cuts: Vec<Cut> = asked.strata.iter().map(|stratum| Cut::new(stratum, strata)).collect();
+    let shares: Vec<Table> = mixture
+        .files
+        .chunks(mixture.files.len().div_ceil(TASKS).max(1))
+        .map(|files| Table { files: files.to_vec(), ..Default::default() })
+        .collect();
+    let pass = |cuts: &[Cut], mixture: &Table| {
+        let (from, mixture, cuts) = (from.url(), mixture.clone(), cuts.to_vec());
+        Pass { from, mixture, terms, cuts, to: None }
+    };
+
+    while cuts.iter().any(|cut| cut.end.is_none()) {
+        let mut tallies: Vec<Tally> = cuts.iter().map(Cut::tally).collect();
+        let passes = shares.iter().map(|share| perform(pass(&cuts, share), None));
+        let mut passes = futures::stream::iter(passes).buffer_unordered(at_a_time);
+        while let Some(done) = passes.try_next().await? {
+            let found: Vec<Tally> = read(done.notes)?;
+            tallies.iter_mut().zip(found).for_each(|(tally, found)| tally.merge(found));
+        }
+        drop(passes);
+        for (cut, tally) in cuts.iter_mut().zip(tallies) {
+            cut.conclude(tally, SORTED / strata as u64);
         }
     }
-    Ok(())
+
+    let passes = shares.iter().enumerate().map(|(i, share)| {
+        let name = if shares.len() == 1 { "drawn".to_owned() } else { format!("drawn-{i:05}") };
+        let pass = Pass { to: Some((folder.url(), name.clone())), ..pass(&cuts, share) };
+        let perform = &perform;
+        async move { perform(pass, Some(&name)).await }
+    });
+    // in the order of their documents
+    let mut passes = std::pin::pin!(futures::stream::iter(passes).buffered(at_a_time));
+    let mut output = Output::default();
+    output.table("drawn", Table::default());
+    let mut sums: Vec<Stratum> = cuts.iter().map(|cut| nothing_of(&cut.domain, &cut.stratum)).collect();
+    while let Some(mut done) = passes.try_next().await? {
+        let drawn: Vec<Stratum> = read(done.notes.take())?;
+        sums.iter_mut().zip(&drawn).for_each(|(sum, drawn)| sum.add(drawn));
+        output.merge(done);
+    }
+    for (asked, drawn) in asked.strata.iter().zip(&sums) {
+        let owed = asked.budget - asked.shortfall(terms.max_copies);
+        if drawn.budget != owed {
+            let (domain, stratum, drawn) = (&asked.domain, &asked.stratum, drawn.budget);
+            let message = format!("{domain}/{stratum}: drew {drawn} tokens of {owed}");
+            return Err(Error::Unbalanced { stage: "draw", message });
+        }
+        output.count("tokens", drawn.budget);
+    }
+    sums.retain(|sum| sum.spans > 0);
+    let drawn = Asked { strata: sums, most_copies: asked.most_copies.clone() };
+    output.notes = serde_json::to_value(drawn).expect("plain numbers");
+    Ok(output)
+}
+
+/// What a task answers.
+fn read<T: serde::de::DeserializeOwned>(notes: serde_json::Value) -> Result<T> {
+    serde_json::from_value(notes).map_err(|e| Error::Unbalanced {
+        stage: "draw",
+        message: format!("a task's answer is not that of a pass: {e}"),
+    })
 }
 
 /// Rows of `drawn` being made.
@@ -346,9 +492,22 @@ pub async fn obtain(run: &Run, mixture: &Published) -> Result<Published> {
     run.obtain(Stage::Draw, list, async |draft| {
         let asked: Asked = serde_json::from_value(mixture.manifest.notes.clone())
             .map_err(|e| Error::Corrupt { url: mixture.folder.url(), message: e.to_string() })?;
-        let _bar = run.progress.stage("draw", 0);
+        let bar = run.progress.stage("draw", 0);
+        let perform = async |pass: Pass, name: Option<&str>| {
+            let rows = pass.mixture.files.iter().map(|file| file.rows).sum();
+            let work = run.perform(Task::Pass(pass), &bar);
+            let done = match name {
+                Some(name) => draft.job(name, work).await?,
+                None => work.await?,
+            };
+            if run.is_remote() {
+                bar.add(0, rows, 0, 0);
+            }
+            Ok(done)
+        };
+        let (from, table) = (&mixture.folder, mixture.table("mixture"));
         let output =
-            draw((&mixture.folder, &mixture.table("mixture")), &asked, &terms, &draft.folder).await?;
+            draw((from, &table), &asked, terms, &draft.folder, run.tasks_at_a_time(), perform).await?;
         let session = run.engine.session();
         let drawn = [(&draft.folder, &output.tables["drawn"])];
         run.engine.register(&session, "drawn", tables::drawn(), &drawn, &["doc_id"]).await?;
@@ -362,9 +521,9 @@ pub async fn obtain(run: &Run, mixture: &Published) -> Result<Published> {
 mod tests {
     use super::super::mixture::Sums;
     use super::*;
-    use crate::engine::TableWriter;
+    use crate::engine::Engine;
+    use crate::progress::Progress;
     use crate::store::Stores;
-    use futures::TryStreamExt;
     use proptest::prelude::*;
 
     /// doc, start, length, copies in 2⁻³², stratum
@@ -374,23 +533,38 @@ mod tests {
         [doc; 16]
     }
 
-    /// Writes a mixture, draws from it, and returns the drawn rows as (doc, start, stop, copy).
-    async fn drawn(rows: &[Row], terms: &Terms) -> (Asked, Vec<(u8, i64, i64, u32)>) {
-        let folder = Stores::new("/").open("memory:///draw").unwrap();
-        let mut writer = TableWriter::new(&folder, "mixture", tables::mixture());
+    /// Writes a mixture as so many files, draws from it, and returns the drawn rows as (doc, start, stop, copy).
+    async fn drawn(rows: &[Row], files: usize, terms: Terms) -> (Asked, Vec<(u8, i64, i64, u32)>) {
+        let stores = Stores::new("/");
+        let folder = stores.open("memory:///draw").unwrap();
+        let mut table = Table::default();
         let mut sums = Sums::new(terms.long_tokens, terms.max_copies);
-        let mut batch = super::super::mixture::Rows::default();
-        for (doc, start, length, copies, long) in rows {
-            let stratum = if *long { "long" } else { "short" };
-            let (doc_id, stop) = (&id(*doc), start + length);
-            let span =
-                Span { doc_id, start: *start, stop, copies: *copies, stratum, domain: "d", tokens: stop };
-            sums.add(&span);
-            batch.push(&span);
+        for (i, rows) in rows.chunks(rows.len().div_ceil(files)).enumerate() {
+            let mut writer = TableWriter::new(&folder, &format!("mixture-{i}"), tables::mixture());
+            let mut batch = super::super::mixture::Rows::default();
+            for (doc, start, length, copies, long) in rows {
+                let stratum = if *long { "long" } else { "short" };
+                let (doc_id, stop) = (&id(*doc), start + length);
+                let span =
+                    Span { doc_id, start: *start, stop, copies: *copies, stratum, domain: "d", tokens: stop };
+                sums.add(&span);
+                batch.push(&span);
+            }
+            writer.write(batch.finish()).await.unwrap();
+            table.extend(writer.finish().await.unwrap());
         }
-        writer.write(batch.finish()).await.unwrap();
-        let (table, asked) = (writer.finish().await.unwrap(), sums.asked());
-        let output = draw((&folder, &table), &asked, terms, &folder).await.unwrap();
+        let asked = sums.asked();
+        let engine = Arc::new(Engine::new(1, 1 << 20, None).unwrap());
+        let worker = Worker::new(stores, None, engine, Arc::default());
+        let bar = Progress::none().stage("draw", 0);
+        // as between machines: what is asked and answered is JSON
+        let perform = async |pass: Pass, _: Option<&str>| {
+            let sent = serde_json::to_value(Task::Pass(pass)).unwrap();
+            let task: Task = serde_json::from_value(sent).unwrap();
+            let answer = serde_json::to_string(&task.perform(&worker, &bar).await?).unwrap();
+            Ok(serde_json::from_str(&answer).unwrap())
+        };
+        let output = draw((&folder, &table), &asked, terms, &folder, 2, perform).await.unwrap();
         let batches: Vec<RecordBatch> =
             scan(folder, output.tables["drawn"].clone(), None).try_collect().await.unwrap();
         let mut out = vec![];
@@ -410,15 +584,20 @@ mod tests {
     }
 
     /// The definition, by sorting everything.
-    fn by_definition(rows: &[Row], asked: &Asked, terms: &Terms) -> Vec<(u8, i64, i64, u32)> {
+    fn by_definition(rows: &[Row], asked: &Asked, terms: Terms) -> Vec<(u8, i64, i64, u32)> {
         let mut out = vec![];
         for stratum in &asked.strata {
             let own = rows.iter().filter(|row| row.4 == (stratum.stratum == "long"));
             let mut copies: Vec<(Rank, u8, i64)> = own
                 .flat_map(|(doc, start, length, copies, _)| {
                     let u = unit_hash("draw", terms.seed, &id(*doc), *start as u64, 0);
-                    (0..terms.max_copies)
-                        .map(move |j| ((key(u, j, *copies), id(*doc), *start, j), *doc, *length))
+                    (0..terms.max_copies).map(move |copy| {
+                        (
+                            Rank { key: key(u, copy, *copies), doc_id: id(*doc), start: *start, copy },
+                            *doc,
+                            *length,
+                        )
+                    })
                 })
                 .collect();
             copies.sort();
@@ -426,7 +605,7 @@ mod tests {
             for (rank, doc, length) in copies {
                 let tokens = length.min(left);
                 if tokens > 0 {
-                    out.push((doc, rank.2, rank.2 + tokens, rank.3));
+                    out.push((doc, rank.start, rank.start + tokens, rank.copy));
                 }
                 left -= tokens;
             }
@@ -443,6 +622,7 @@ mod tests {
             scale in 0u32..34,
             seed in 0u64..4,
             max_copies in 1u32..6,
+            files in 1usize..5,
         ) {
             let rows: Vec<Row> = docs
                 .into_iter()
@@ -450,15 +630,15 @@ mod tests {
                 .collect();
             let terms = Terms { seed, max_copies, long_tokens: 100 };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            let (asked, got) = runtime.block_on(drawn(&rows, &terms));
-            prop_assert_eq!(got, by_definition(&rows, &asked, &terms));
+            let (asked, got) = runtime.block_on(drawn(&rows, files, terms));
+            prop_assert_eq!(got, by_definition(&rows, &asked, terms));
         }
     }
 
     #[tokio::test]
     async fn whole_expected_copies_are_drawn_exactly_so_often() {
         let rows: Vec<Row> = (0..50).map(|doc| (doc, 0, 100 + doc as i64, 2 * ONE, true)).collect();
-        let (_, got) = drawn(&rows, &Terms { seed: 1, max_copies: 4, long_tokens: 10 }).await;
+        let (_, got) = drawn(&rows, 1, Terms { seed: 1, max_copies: 4, long_tokens: 10 }).await;
         assert_eq!(got.len(), 100);
         assert!(got.iter().all(|row| row.2 == 100 + row.0 as i64 && row.3 < 2));
     }
@@ -466,7 +646,7 @@ mod tests {
     #[tokio::test]
     async fn a_span_is_never_drawn_more_than_max_copies_times() {
         let rows = [(1, 0, 100, 9 * ONE, true), (2, 0, 100, ONE, true)];
-        let (asked, got) = drawn(&rows, &Terms { seed: 1, max_copies: 4, long_tokens: 10 }).await;
+        let (asked, got) = drawn(&rows, 1, Terms { seed: 1, max_copies: 4, long_tokens: 10 }).await;
         // 1000 tokens are asked, 800 can be had
         assert_eq!(asked.strata[0].shortfall(4), 200);
         assert_eq!(got.iter().map(|row| row.2 - row.1).sum::<i64>(), 800);

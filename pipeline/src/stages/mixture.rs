@@ -261,6 +261,15 @@ pub struct Stratum {
 }
 
 impl Stratum {
+    /// Adds what there is elsewhere of the same stratum.
+    pub fn add(&mut self, other: &Stratum) {
+        self.spans += other.spans;
+        self.available += other.available;
+        self.budget += other.budget;
+        self.long += other.long;
+        self.by_length.iter_mut().zip(&other.by_length).for_each(|(sum, n)| *sum += n);
+    }
+
     /// Tokens that the budget asks for beyond `max_copies` of every span.
     pub fn shortfall(&self, max_copies: u32) -> u64 {
         self.budget.saturating_sub(self.available * max_copies as u64)

@@ -94,6 +94,12 @@ impl Tokens {
         if self.narrow { 2 } else { 4 }
     }
 
+    /// A table of every unit, with its folder.
+    pub fn tables(&self, name: &str) -> Vec<(String, Table)> {
+        let table = |m: &Manifest| m.tables.get(name).cloned().unwrap_or_default();
+        self.units.iter().map(|(folder, manifest)| (folder.url(), table(manifest))).collect()
+    }
+
     /// Registers `documents`, `tokens` or `rejects` over all units.
     pub async fn register(&self, run: &Run, session: &SessionContext, name: &str) -> Result<()> {
         let schema = match name {
@@ -356,7 +362,7 @@ async fn tokenize(
             draft.job(&format!("part-{index:05}"), written).await
         };
         working.push_back(work);
-        while working.len() > worker.partitions {
+        while working.len() > worker.engine.partitions {
             if let Some(part) = working.try_next().await? {
                 account(&mut output, part);
             }

@@ -27,19 +27,19 @@ impl Lineage {
     }
 
     /// That a run has begun.
-    pub async fn begun(&mut self, run: &Run, started: Timestamp) {
-        let event = self.of_run("START", run, started);
+    pub async fn begun(&mut self, run: &Run) {
+        let event = self.of_run("START", run);
         self.send(&event).await;
     }
 
     /// That it has ended, and how.
-    pub async fn ended(&mut self, run: &Run, started: Timestamp, error: Option<&Error>) {
+    pub async fn ended(&mut self, run: &Run, error: Option<&Error>) {
         let what = match error {
             None => "COMPLETE",
             Some(Error::Stopped) => "ABORT",
             Some(_) => "FAIL",
         };
-        let mut event = self.of_run(what, run, started);
+        let mut event = self.of_run(what, run);
         if let Some(error) = error.filter(|_| what == "FAIL") {
             let message = json!({ "message": error.to_string(), "programmingLanguage": "Rust" });
             event["run"]["facets"] = json!({ "errorMessage": facet("1-0-1/ErrorMessageRunFacet", message) });
@@ -48,7 +48,7 @@ impl Lineage {
     }
 
     /// That a stage began, and that it is complete, with what it read and wrote.
-    pub async fn computed(&mut self, run: &Run, step: &Step, steps: &[Step], started: Timestamp) {
+    pub async fn computed(&mut self, run: &Run, step: &Step, steps: &[Step]) {
         let folder = |step: &Step| run.output.join("stages").join(&step.stage).join(&step.key).url();
         let inputs: Vec<Value> = match step.stage.as_str() {
             "tokens" => run.conf.source.iter().map(|source| dataset(&source.url)).collect(),
@@ -63,14 +63,14 @@ impl Lineage {
         let statistics = facet("1-0-2/OutputStatisticsOutputDatasetFacet", json!({ "rowCount": rows }));
         output["outputFacets"] = json!({ "outputStatistics": statistics });
         let parent = json!({
-            "run": { "runId": uuid(run, started, "") },
+            "run": { "runId": uuid(run, "") },
             "job": { "namespace": self.namespace, "name": run.conf.run.name },
         });
         let parent = facet("1-1-0/ParentRunFacet", parent);
         let (began, ended) = span(step);
         for (what, time) in [("START", began), ("COMPLETE", ended)] {
             let job = format!("{}.{}", run.conf.run.name, step.stage);
-            let mut event = self.event(what, time, &job, &uuid(run, started, &step.key));
+            let mut event = self.event(what, time, &job, &uuid(run, &step.key));
             event["run"]["facets"] = json!({ "parent": parent });
             event["inputs"] = json!(inputs);
             event["outputs"] = json!([output]);
@@ -78,8 +78,8 @@ impl Lineage {
         }
     }
 
-    fn of_run(&self, what: &str, run: &Run, started: Timestamp) -> Value {
-        let mut event = self.event(what, Timestamp::now(), &run.conf.run.name, &uuid(run, started, ""));
+    fn of_run(&self, what: &str, run: &Run) -> Value {
+        let mut event = self.event(what, Timestamp::now(), &run.conf.run.name, &uuid(run, ""));
         event["inputs"] = run.conf.source.iter().map(|source| dataset(&source.url)).collect();
         event["outputs"] = json!([dataset(&run.output.url())]);
         event
@@ -108,8 +108,8 @@ fn facet(schema: &str, mut facet: Value) -> Value {
 }
 
 /// An id as OpenLineage wants it: as a UUID, of version 8.
-fn uuid(run: &Run, started: Timestamp, key: &str) -> String {
-    let mut bytes = id(run, started, key);
+fn uuid(run: &Run, key: &str) -> String {
+    let mut bytes = id(run, key);
     (bytes[6], bytes[8]) = (bytes[6] & 0x0f | 0x80, bytes[8] & 0x3f | 0x80);
     let hex = crate::hash::hex(&bytes);
     format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])

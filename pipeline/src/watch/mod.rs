@@ -35,7 +35,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Who is told.
 pub struct Watch {
-    started: Timestamp,
     metrics: Option<PathBuf>,
     lineage: Option<Lineage>,
     telemetry: Option<Telemetry>,
@@ -45,9 +44,8 @@ pub struct Watch {
 
 impl Watch {
     /// As the environment says.
-    pub fn new(started: Timestamp) -> Self {
+    pub fn new() -> Self {
         Self {
-            started,
             metrics: set("LENGTHWISE_METRICS").map(PathBuf::from),
             lineage: Lineage::new(),
             telemetry: Telemetry::new(),
@@ -58,7 +56,7 @@ impl Watch {
     /// Tells of a run while `work` does it.
     pub async fn during<T>(&mut self, run: &Run, work: impl Future<Output = Result<T>>) -> Result<T> {
         if let Some(lineage) = &mut self.lineage {
-            lineage.begun(run, self.started).await;
+            lineage.begun(run).await;
         }
         let mut work = std::pin::pin!(work);
         let done = loop {
@@ -70,10 +68,10 @@ impl Watch {
         let error = done.as_ref().err();
         self.refresh(run, Some(error)).await;
         if let Some(lineage) = &mut self.lineage {
-            lineage.ended(run, self.started, error).await;
+            lineage.ended(run, error).await;
         }
         if let Some(telemetry) = &mut self.telemetry {
-            telemetry.ended(run, self.started, error).await;
+            telemetry.ended(run, error).await;
         }
         done
     }
@@ -81,7 +79,7 @@ impl Watch {
     /// Rewrites the file, and tells of the stages that have ended since; `ended` says whether the run has, and how.
     async fn refresh(&mut self, run: &Run, ended: Option<Option<&Error>>) {
         let steps = run.steps.lock().expect("no panic while held").clone();
-        let gauges = gauges(&steps, self.started, ended);
+        let gauges = gauges(&steps, run.seconds(), ended);
         if let Some(path) = &self.metrics {
             let text = prometheus(&run.conf.run.name, &gauges);
             if let Err(error) = rewrite(path, text) {
@@ -95,11 +93,11 @@ impl Watch {
         let new = || steps[self.told..].iter().filter(|step| !step.cached);
         if let Some(lineage) = &mut self.lineage {
             for step in new() {
-                lineage.computed(run, step, &steps, self.started).await;
+                lineage.computed(run, step, &steps).await;
             }
         }
         if let Some(telemetry) = &mut self.telemetry {
-            telemetry.computed(run, new(), self.started).await;
+            telemetry.computed(run, new()).await;
             telemetry.measured(run, &gauges).await;
         }
         self.told = steps.len();
@@ -109,7 +107,7 @@ impl Watch {
 /// Writes the Prometheus file of a run that is refused before it begins.
 pub fn refused(conf_file: &str, error: &Error) {
     let Some(path) = set("LENGTHWISE_METRICS") else { return };
-    let text = prometheus(conf_file, &gauges(&[], Timestamp::now(), Some(Some(error))));
+    let text = prometheus(conf_file, &gauges(&[], 0.0, Some(Some(error))));
     if let Err(error) = rewrite(path.as_ref(), text) {
         tracing::warn!("cannot write the metrics to {path}: {error}");
     }
@@ -137,12 +135,12 @@ struct Gauge {
 type Labels = Vec<(&'static str, String)>;
 
 /// `ended` says whether the run has, and how.
-fn gauges(steps: &[Step], started: Timestamp, ended: Option<Option<&Error>>) -> Vec<Gauge> {
-    let now = Timestamp::now();
+fn gauges(steps: &[Step], seconds: f64, ended: Option<Option<&Error>>) -> Vec<Gauge> {
+    let now = Timestamp::now().as_second() as f64;
     let of_run = |name, help, value| Gauge { name, help, samples: vec![(vec![], value)] };
     let mut gauges = vec![
-        of_run("run_seconds", "How long the run has taken.", now.duration_since(started).as_secs_f64()),
-        of_run("run_updated_timestamp_seconds", "When this was written.", now.as_second() as f64),
+        of_run("run_seconds", "How long the run has taken.", seconds),
+        of_run("run_updated_timestamp_seconds", "When this was written.", now),
     ];
     if let Some(error) = ended {
         let help = "How the run ended, as documented; absent while it goes.";
@@ -206,7 +204,8 @@ fn prometheus(run: &str, gauges: &[Gauge]) -> String {
 }
 
 /// The run's last line in the log.
-pub fn summary(steps: &[Step], folder: Option<&str>, started: Timestamp) -> String {
+pub fn summary(run: &Run, folder: Option<&str>) -> String {
+    let steps = run.steps.lock().expect("no panic while held");
     let computed = steps.iter().filter(|step| !step.cached).count();
     let counted = |name: &str| {
         let counts = steps.iter().filter_map(|step| step.counts.get(name));
@@ -214,7 +213,7 @@ pub fn summary(steps: &[Step], folder: Option<&str>, started: Timestamp) -> Stri
     };
     format!(
         "done in {:.1} s: {computed} of {} stages computed, {} documents, {} rejects, {} sequences{}",
-        Timestamp::now().duration_since(started).as_secs_f64(),
+        run.seconds(),
         steps.len(),
         counted("documents"),
         counted("rejects"),
@@ -224,8 +223,8 @@ pub fn summary(steps: &[Step], folder: Option<&str>, started: Timestamp) -> Stri
 }
 
 /// Names this attempt at a run, or at a stage's output with this key.
-fn id(run: &Run, started: Timestamp, key: &str) -> [u8; 16] {
-    let text = format!("{} {} {} {key}", run.conf.run.name, started.as_nanosecond(), std::process::id());
+fn id(run: &Run, key: &str) -> [u8; 16] {
+    let text = format!("{} {} {} {key}", run.conf.run.name, run.started.as_nanosecond(), std::process::id());
     Digest::of(text.as_bytes()).0[..16].try_into().expect("16 of 32 bytes")
 }
 

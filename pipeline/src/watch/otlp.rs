@@ -37,17 +37,12 @@ impl Telemetry {
     }
 
     /// A span of each stage.
-    pub async fn computed<'a>(
-        &mut self,
-        run: &Run,
-        steps: impl Iterator<Item = &'a Step>,
-        started: Timestamp,
-    ) {
+    pub async fn computed<'a>(&mut self, run: &Run, steps: impl Iterator<Item = &'a Step>) {
         let mut spans = vec![];
         for step in steps {
-            let mut span = trace(run, started, &step.key, span(step), None);
+            let mut span = trace(run, &step.key, span(step), None);
             span["name"] = step.stage.as_str().into();
-            span["parentSpanId"] = hex(&id(run, started, "")[8..]).into();
+            span["parentSpanId"] = hex(&id(run, "")[8..]).into();
             let counts = step.counts.iter().map(|(name, count)| {
                 let value = json!({ "intValue": count.to_string() });
                 json!({ "key": format!("lengthwise.{name}"), "value": value })
@@ -61,8 +56,9 @@ impl Telemetry {
     }
 
     /// The span of the run.
-    pub async fn ended(&mut self, run: &Run, started: Timestamp, error: Option<&Error>) {
-        let mut span = trace(run, started, "", (started, Timestamp::now()), error);
+    pub async fn ended(&mut self, run: &Run, error: Option<&Error>) {
+        let took = jiff::SignedDuration::try_from_secs_f64(run.seconds()).unwrap_or_default();
+        let mut span = trace(run, "", (run.started, run.started + took), error);
         span["name"] = run.conf.run.name.as_str().into();
         span["attributes"] = json!([attribute("lengthwise.output", &run.output.url())]);
         self.send_spans(vec![span]).await;
@@ -93,20 +89,14 @@ impl Telemetry {
 }
 
 /// A span of the run, or, with its key, of one of its stages; it still needs a name.
-fn trace(
-    run: &Run,
-    started: Timestamp,
-    key: &str,
-    span: (Timestamp, Timestamp),
-    error: Option<&Error>,
-) -> Value {
+fn trace(run: &Run, key: &str, span: (Timestamp, Timestamp), error: Option<&Error>) -> Value {
     let status = match error {
         None => json!({ "code": 1 }),
         Some(error) => json!({ "code": 2, "message": error.to_string() }),
     };
     json!({
-        "traceId": hex(&id(run, started, "")),
-        "spanId": hex(&id(run, started, key)[8..]),
+        "traceId": hex(&id(run, "")),
+        "spanId": hex(&id(run, key)[8..]),
         "kind": 1,
         "startTimeUnixNano": nanoseconds(span.0),
         "endTimeUnixNano": nanoseconds(span.1),
