@@ -229,6 +229,13 @@ fn function(here: Option<(Arc<Worker>, Handle)>) -> ScalarUDF {
     SimpleScalarUDF::new_with_signature(FUNCTION, signature, DataType::Utf8, Arc::new(call)).into()
 }
 
+/// Returns when this process is to stop.
+async fn stopped(stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
 async fn answer_to(message: &str, worker: &Worker) -> Answer {
     let work = async {
         let unknown = |e: serde_json::Error| {
@@ -250,7 +257,11 @@ async fn answer_to(message: &str, worker: &Worker) -> Answer {
         };
         task.perform(worker, &Progress::none().stage("task", 0)).await
     };
-    match work.await {
+    let done = tokio::select! {
+        done = work => done,
+        () = stopped(&worker.stop) => Err(Error::Stopped),
+    };
+    match done {
         Ok(output) => Answer::Ok(output),
         Err(Error::Withdrawn { url }) => Answer::Withdrawn { url },
         Err(error) => {

@@ -63,6 +63,12 @@ impl Engine {
         Ok(Self { runtime, memory: memory as usize, partitions, checked: Mutex::default() })
     }
 
+    /// The same for one of `tasks` at a time: within the same limits, but it looks at files itself.
+    pub fn share(&self, tasks: usize) -> Self {
+        let partitions = (self.partitions / tasks).max(1);
+        Self { runtime: self.runtime.clone(), memory: self.memory, partitions, checked: Mutex::default() }
+    }
+
     /// A session without tables.
     pub fn session(&self) -> SessionContext {
         let mut config = SessionConfig::new().with_target_partitions(self.partitions).with_batch_size(4096);
@@ -92,7 +98,7 @@ impl Engine {
         if self.checked.lock().expect("no panic while held").contains(&url) {
             return Ok(());
         }
-        file.checked(folder).await?;
+        file.check(folder).await?;
         self.checked.lock().expect("no panic while held").insert(url);
         Ok(())
     }
@@ -421,8 +427,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_scan_of_a_changed_file_is_refused() {
+    async fn a_changed_file_is_refused_and_withdrawn_by_all_who_read_it() {
         let folder = crate::store::Stores::new("/").open("memory:///t/changed").unwrap();
+        folder.join("manifest.json").put("").await.unwrap();
         let mut writer = TableWriter::new(&folder, "n", numbers(0..0).schema());
         writer.write(numbers(0..10)).await.unwrap();
         let table = writer.finish().await.unwrap();
@@ -430,7 +437,13 @@ mod tests {
         let mut bytes = at.read().await.unwrap().to_vec();
         bytes[20] ^= 1;
         at.put(bytes).await.unwrap();
-        let read: Result<Vec<_>> = scan(folder, table, None).try_collect().await;
+        let read: Result<Vec<_>> = scan(folder.clone(), table.clone(), None).try_collect().await;
+        assert!(matches!(read, Err(Error::Withdrawn { .. })), "{read:?}");
+        assert_eq!(folder.join("manifest.json").get().await.unwrap(), None);
+        // and by those that come after, who find nothing there
+        let engine = Engine::new(1, 64 << 20, None).unwrap();
+        let read =
+            engine.register(&engine.session(), "n", numbers(0..0).schema(), &[(&folder, &table)], &[]).await;
         assert!(matches!(read, Err(Error::Withdrawn { .. })), "{read:?}");
     }
 }

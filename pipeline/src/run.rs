@@ -1,6 +1,7 @@
 //! One run: its conf, where it reads and writes, and the one place where a stage is found or computed.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -123,7 +124,7 @@ impl Run {
         let stores = Stores::new(std::path::absolute(&files.root).unwrap_or(files.root.clone()));
         let output = stores.open(&conf.run.output);
         let output = output.map_err(|e| conf.names_wrong(&["run", "output"], e))?;
-        if let (Goal::Compute { .. }, Some(all)) = (goal, machine_memory(std::path::Path::new("/")))
+        if let (Goal::Compute { .. }, Some(all)) = (goal, machine_memory(Path::new("/")))
             && conf.engine.memory.0 > all
         {
             let message =
@@ -179,6 +180,11 @@ impl Run {
     /// Ends a computation at the next good place.
     pub fn check_stop(&self) -> Result<()> {
         check_stop(&self.stop)
+    }
+
+    /// It begins now, and not when its conf was read.
+    pub fn begin(&mut self) {
+        (self.started, self.clock) = (jiff::Timestamp::now(), Instant::now());
     }
 
     /// How long it has taken so far.
@@ -324,7 +330,7 @@ pub async fn obtain(
 }
 
 /// Bytes of memory that this process may take: the machine's, or what its cgroup allows. `root` is `/`.
-fn machine_memory(root: &std::path::Path) -> Option<u64> {
+pub fn machine_memory(root: &Path) -> Option<u64> {
     // a system without these files says nothing of limits, and nothing is refused
     let read = |path: &str| std::fs::read_to_string(root.join(path)).ok();
     let kilobytes = read("proc/meminfo")?

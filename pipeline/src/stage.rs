@@ -190,11 +190,28 @@ impl File {
     /// # Errors
     /// [`Error::Withdrawn`] where it is not what its manifest says: the output it is of is none any more.
     pub async fn checked(&self, folder: &Location) -> Result<bytes::Bytes> {
-        match self.read(folder).await {
-            Err(Error::Corrupt { url, .. }) => {
-                folder.join(&self.name).delete().await?;
+        self.or_withdrawn(folder, self.read(folder).await).await
+    }
+
+    /// The same where something else reads it: it is never whole in memory.
+    pub async fn check(&self, folder: &Location) -> Result<()> {
+        let at = folder.join(&self.name);
+        let checked = match at.digest().await {
+            Ok(digest) if digest != self.blake3 => Err(corrupt(&at)),
+            digest => digest.map(|_| ()),
+        };
+        self.or_withdrawn(folder, checked).await
+    }
+
+    async fn or_withdrawn<T>(&self, folder: &Location, read: Result<T>) -> Result<T> {
+        match read {
+            // or another one has found the same, and is at just this
+            Err(Error::Corrupt { .. })
+            | Err(Error::Storage { source: object_store::Error::NotFound { .. }, .. }) => {
+                let at = folder.join(&self.name);
+                at.delete().await?;
                 folder.join("manifest.json").delete().await?;
-                Err(Error::Withdrawn { url })
+                Err(Error::Withdrawn { url: at.url() })
             }
             read => read,
         }
@@ -205,13 +222,14 @@ impl File {
         let at = folder.join(&self.name);
         let bytes = at.read().await?;
         if Digest::of(&bytes) != self.blake3 {
-            return Err(Error::Corrupt {
-                url: at.url(),
-                message: "its bytes are not those its manifest names".into(),
-            });
+            return Err(corrupt(&at));
         }
         Ok(bytes)
     }
+}
+
+fn corrupt(at: &Location) -> Error {
+    Error::Corrupt { url: at.url(), message: "its bytes are not those its manifest names".into() }
 }
 
 /// Reads the manifest of a stage's key, if the output exists with all of its files in their sizes.

@@ -1,15 +1,21 @@
 //! `lengthwise cluster`
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
 use super::{Signals, stores};
 use crate::cluster::{Place, execute, schedule};
-use crate::conf::Size;
+use crate::conf::{MIN_MEMORY, Size};
 use crate::engine::Engine;
+use crate::run::machine_memory;
 use crate::{Error, Result};
+
+/// An executor that is told to stop has so long for its tasks to end; Kubernetes kills it after 30 seconds.
+const GRACE: Duration = Duration::from_secs(20);
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -84,16 +90,24 @@ pub async fn main(arguments: ClusterArguments) -> Result<()> {
             let port = port.parse().map_err(|_| wrong())?;
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
             let slots = slots.map_or(cores, usize::from);
-            let engine = Engine::new(slots, memory.0, spill.as_deref())?;
+            if memory.0 < MIN_MEMORY || machine_memory(Path::new("/")).is_some_and(|all| memory.0 > all) {
+                let help = "64MB at least, and no more than there is; what doesn't fit spills to disk";
+                return Err(Error::usage(format!("--memory {memory} is not what queries can have"), help));
+            }
+            let engine = Engine::new(slots, memory.0, spill.as_deref())
+                .map_err(|e| Error::usage(e.in_a_line(), "name a folder of this machine with --spill"))?;
             let stop: Arc<AtomicBool> = Arc::default();
-            let stopping = stop.clone();
-            tokio::spawn(async move {
-                // it ends by itself once its tasks have
-                told.next().await;
-                stopping.store(true, Ordering::Relaxed);
-            });
             let scheduler = Place { host: host.to_owned(), port };
-            execute(place.or(50061), scheduler, stores()?, engine, spill.as_deref(), stop).await
+            let work = execute(place.or(50061), scheduler, stores()?, engine, spill.as_deref(), stop.clone());
+            tokio::select! {
+                ended = work => ended,
+                // it ends by itself once its tasks have, unless it still waits for the scheduler
+                () = async {
+                    told.next().await;
+                    stop.store(true, Ordering::Relaxed);
+                    tokio::time::sleep(GRACE).await;
+                } => Ok(()),
+            }
         }
     }
 }

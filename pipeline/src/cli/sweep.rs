@@ -44,7 +44,8 @@ pub async fn main(arguments: SweepArguments) -> Result<()> {
     }
     let mut sides = vec![];
     let all = runs.len();
-    for (name, seed, run) in runs {
+    for (name, seed, mut run) in runs {
+        run.begin();
         tracing::info!("sweep: {name} with seed {}, {} of {all}", seed + 1, sides.len() + 1);
         let Some(folder) = run::go(&run, None).await? else { unreachable!("the run goes to its end") };
         sides.push(Side::read(name, &run_folder(&folder)?).await?);

@@ -8,7 +8,7 @@ use crate::Result;
 /// The longest name of a run: stores add to it, and file systems end at 255 bytes.
 const NAME_BYTES: usize = 128;
 
-const MIN_MEMORY: u64 = 64_000_000;
+pub const MIN_MEMORY: u64 = 64_000_000;
 
 /// Below this a "sequence" is surely a slip, such as 8 for 8K.
 const MIN_SEQUENCE_TOKENS: u64 = 16;

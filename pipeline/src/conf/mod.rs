@@ -27,6 +27,7 @@ use serde::de::{DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 pub use amount::{Count, Size};
+pub use check::MIN_MEMORY;
 pub use shares::{SLIMPAJAMA, SLIMPAJAMA_TEXT, Shares};
 
 use crate::{Error, Result};

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use arrow::array::AsArray;
 use arrow::datatypes::Int64Type;
 use datafusion::common::ScalarValue;
-use datafusion::prelude::SessionContext;
-use datafusion::prelude::{col, lit};
+use datafusion::common::runtime::SpawnedTask;
+use datafusion::prelude::{SessionContext, col, lit};
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -52,7 +52,9 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
         let documents = tokens.count("documents");
         let bar = run.progress.stage("catalog", documents);
         let units = draft.folder.join("jobs/documents.json");
-        units.put(seal::seal(&Documents { units: tokens.tables("documents") })).await?;
+        let tables = tokens.tables("documents").into_iter();
+        let tables = tables.map(|(folder, table)| (folder.url(), table.clone())).collect();
+        units.put(seal::seal(&Documents { units: tables })).await?;
         let of = documents.div_ceil(BUCKET_DOCUMENTS).max(1);
         let buckets = (0..of).map(|bucket| {
             let distinct = Distinct {
@@ -139,8 +141,9 @@ impl Distinct {
         let units: Vec<_> = folders.iter().zip(&units).map(|(folder, (_, table))| (folder, table)).collect();
 
         let failed = |e| query("cannot compute the catalog", e);
-        let session = worker.engine.session();
-        worker.engine.register(&session, "all_documents", tables::documents(), &units, &[]).await?;
+        let engine = worker.engine.share((self.of as usize).min(worker.engine.partitions));
+        let session = engine.session();
+        engine.register(&session, "all_documents", tables::documents(), &units, &[]).await?;
         let mut own = session.table("all_documents").await.map_err(failed)?;
         if self.bucket > 0 {
             own = own.filter(col("doc_id").gt_eq(lit(self.first(self.bucket)))).map_err(failed)?;
@@ -156,8 +159,12 @@ impl Distinct {
             _ => format!("catalog-{:05}", self.bucket),
         };
         let folder = worker.stores.open(&self.folder)?;
+        let rows = bar.watch(rows);
+        // as a task, which others go on beside; it ends with whoever waits for it
+        let written =
+            SpawnedTask::spawn(async move { write_table(&folder, &name, tables::catalog(), rows).await });
         let mut output = Output::default();
-        output.table("catalog", write_table(&folder, &name, tables::catalog(), bar.watch(rows)).await?);
+        output.table("catalog", written.join().await.expect("a query does not panic")?);
         Ok(output)
     }
 

@@ -16,9 +16,11 @@ use arrow::array::{
     ArrayRef, AsArray, FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch, StringBuilder,
 };
 use arrow::datatypes::{Float64Type, Int64Type};
+use datafusion::common::runtime::SpawnedTask;
 use futures::{StreamExt, TryStreamExt};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::mixture::{Asked, ONE, Span, Stratum};
 use crate::engine::{TableWriter, scan};
@@ -253,23 +255,23 @@ impl Pass {
         let from = worker.stores.open(&self.from)?;
         let to = self.to.as_ref().map(|(url, name)| Ok::<_, Error>((worker.stores.open(url)?, name.clone())));
         let (to, stop, bar) = (to.transpose()?, worker.stop.clone(), bar.clone());
-        // as a task: others are to go on beside it
-        let work = tokio::spawn(async move {
+        // as a task, which others go on beside; it ends with whoever waits for it
+        let work = SpawnedTask::spawn(async move {
             let mut output = Output::default();
             match to {
                 Some((folder, name)) => {
                     let (table, sums) = self.draw(from, &folder, &name, &stop, &bar).await?;
                     output.table("drawn", table);
-                    output.notes = serde_json::to_value(sums).expect("plain numbers");
+                    output.notes = answer(&sums);
                 }
                 None => {
                     let tallies = self.count(from, &stop, &bar).await?;
-                    output.notes = serde_json::to_value(tallies).expect("plain numbers");
+                    output.notes = answer(&tallies);
                 }
             }
             Ok(output)
         });
-        work.await.expect("a pass does not panic")
+        work.join().await.expect("a pass does not panic")
     }
 
     /// A tally for each cut.
@@ -280,6 +282,7 @@ impl Pass {
             check_stop(stop)?;
             self.each_copy(&batch, |cut, _, rank, length| tallies[cut].add(&self.cuts[cut], rank, length))?;
             bar.add(0, batch.num_rows() as u64, 0, 0);
+            tokio::task::yield_now().await;
         }
         Ok(tallies)
     }
@@ -367,7 +370,7 @@ fn nothing_of(domain: &str, stratum: &str) -> Stratum {
 }
 
 /// Draws from a mixture table and writes `drawn`. Its notes are what came of each stratum, as [`Asked`]. `perform` does
-/// passes, `at_a_time` of them at once; those that draw have a name.
+/// passes, `at_a_time` of them at once; those that draw are jobs with a name.
 pub async fn draw(
     (from, mixture): (&Location, &Table),
     asked: &Asked,
@@ -393,28 +396,29 @@ pub async fn draw(
         let passes = shares.iter().map(|share| perform(pass(&cuts, share), None));
         let mut passes = futures::stream::iter(passes).buffer_unordered(at_a_time);
         while let Some(done) = passes.try_next().await? {
-            let found: Vec<Tally> = read(done.notes)?;
+            let found: Vec<Tally> = read(&done.notes)?;
             tallies.iter_mut().zip(found).for_each(|(tally, found)| tally.merge(found));
         }
         drop(passes);
         for (cut, tally) in cuts.iter_mut().zip(tallies) {
-            cut.conclude(tally, SORTED / strata as u64);
+            cut.conclude(tally, (SORTED / strata as u64).max(1));
         }
     }
 
     let passes = shares.iter().enumerate().map(|(i, share)| {
         let name = if shares.len() == 1 { "drawn".to_owned() } else { format!("drawn-{i:05}") };
-        let pass = Pass { to: Some((folder.url(), name.clone())), ..pass(&cuts, share) };
+        let job = format!("drawn-{i:05}-of-{:05}", shares.len());
+        let pass = Pass { to: Some((folder.url(), name)), ..pass(&cuts, share) };
         let perform = &perform;
-        async move { perform(pass, Some(&name)).await }
+        async move { perform(pass, Some(&job)).await }
     });
     // in the order of their documents
     let mut passes = std::pin::pin!(futures::stream::iter(passes).buffered(at_a_time));
     let mut output = Output::default();
     output.table("drawn", Table::default());
     let mut sums: Vec<Stratum> = cuts.iter().map(|cut| nothing_of(&cut.domain, &cut.stratum)).collect();
-    while let Some(mut done) = passes.try_next().await? {
-        let drawn: Vec<Stratum> = read(done.notes.take())?;
+    while let Some(done) = passes.try_next().await? {
+        let drawn: Vec<Stratum> = read(&done.notes)?;
         sums.iter_mut().zip(&drawn).for_each(|(sum, drawn)| sum.add(drawn));
         output.merge(done);
     }
@@ -433,9 +437,14 @@ pub async fn draw(
     Ok(output)
 }
 
-/// What a task answers.
-fn read<T: serde::de::DeserializeOwned>(notes: serde_json::Value) -> Result<T> {
-    serde_json::from_value(notes).map_err(|e| Error::Unbalanced {
+/// What a task answers, as a text: a tree of a tally's numbers would be ten times as large.
+fn answer(value: &impl Serialize) -> Value {
+    serde_json::to_string(value).expect("plain numbers").into()
+}
+
+/// What a task answered.
+fn read<T: DeserializeOwned>(notes: &Value) -> Result<T> {
+    serde_json::from_str(notes.as_str().unwrap_or_default()).map_err(|e| Error::Unbalanced {
         stage: "draw",
         message: format!("a task's answer is not that of a pass: {e}"),
     })

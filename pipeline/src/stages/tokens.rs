@@ -94,10 +94,9 @@ impl Tokens {
         if self.narrow { 2 } else { 4 }
     }
 
-    /// A table of every unit, with its folder.
-    pub fn tables(&self, name: &str) -> Vec<(String, Table)> {
-        let table = |m: &Manifest| m.tables.get(name).cloned().unwrap_or_default();
-        self.units.iter().map(|(folder, manifest)| (folder.url(), table(manifest))).collect()
+    /// A table of all units that have it, with their folders.
+    pub fn tables(&self, name: &str) -> Vec<(&Location, &Table)> {
+        self.units.iter().filter_map(|(folder, m)| Some((folder, m.tables.get(name)?))).collect()
     }
 
     /// Registers `documents`, `tokens` or `rejects` over all units.
@@ -107,10 +106,7 @@ impl Tokens {
             "tokens" => tables::tokens(self.narrow),
             _ => tables::rejects(),
         };
-        let empty = Table::default();
-        let list: Vec<_> =
-            self.units.iter().map(|(folder, m)| (folder, m.tables.get(name).unwrap_or(&empty))).collect();
-        run.engine.register(session, name, schema, &list, &[]).await
+        run.engine.register(session, name, schema, &self.tables(name), &[]).await
     }
 }
 
