@@ -19,16 +19,8 @@ use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, col};
 use futures::TryStreamExt;
 use lengthwise::engine::query;
 use lengthwise::recipe::Recipe;
+use lengthwise::sql::StageSql;
 use lengthwise::stages::mixture::{Sums, Weaver};
-
-const DOMAINS: &str = "
-    select
-        domain,
-        count(*) as documents,
-        cast(sum(cast(tokens as decimal(38, 0))) as bigint) as tokens,
-        count(*) filter (where tokens > 4096) as long_documents,
-        cast(coalesce(sum(cast(tokens as decimal(38, 0))) filter (where tokens > 4096), 0) as bigint) as long_tokens
-    from documents group by domain order by domain";
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -56,7 +48,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     session.register_listing_table("documents", folder, listing, Some(schema.into()), None).await?;
 
     let begin = Instant::now();
-    let domains = session.sql(DOMAINS).await?.collect().await?;
+    let sql = StageSql::parse("sql/stages/domains.sql", include_str!("../../sql/stages/domains.sql"))?;
+    let domains = sql.plan(&session, &[("long_tokens", 4096)].into()).await?.collect().await?;
     let table = MemTable::try_new(domains[0].schema(), vec![domains])?;
     session.register_table("domains", Arc::new(table))?;
     let shares =

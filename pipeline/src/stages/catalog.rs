@@ -20,7 +20,7 @@ use crate::engine::{query, scan, write_table};
 use crate::progress::Bar;
 use crate::run::{Run, Stage, ingredients};
 use crate::sql::StageSql;
-use crate::stage::{Output, Published, Table};
+use crate::stage::{Draft, Output, Published, Table};
 use crate::store::Location;
 use crate::task::{Task, Worker};
 use crate::{Error, Result, seal, tables};
@@ -49,40 +49,8 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
         list.insert("seed".into(), json!(run.conf.run.seed));
     }
     run.obtain(Stage::Catalog, list, async |draft| {
+        let mut output = distinct(run, tokens, &catalog_sql, draft).await?;
         let documents = tokens.count("documents");
-        let bar = run.progress.stage("catalog", documents);
-        let units = draft.folder.join("jobs/documents.json");
-        let tables = tokens.tables("documents").into_iter();
-        let tables = tables.map(|(folder, table)| (folder.url(), table.clone())).collect();
-        units.put(seal::seal(&Documents { units: tables })).await?;
-        let of = documents.div_ceil(BUCKET_DOCUMENTS).max(1);
-        let buckets = (0..of).map(|bucket| {
-            let distinct = Distinct {
-                bucket,
-                of,
-                documents: units.url(),
-                sql: catalog_sql.canonical(),
-                folder: draft.folder.url(),
-            };
-            let bar = bar.clone();
-            async move {
-                run.check_stop()?;
-                let job = format!("bucket-{bucket:05}-of-{of:05}");
-                let output = draft.job(&job, run.perform(Task::Distinct(distinct), &bar)).await?;
-                if run.is_remote() {
-                    let rows = output.tables["catalog"].rows;
-                    bar.add(rows, rows, 0, 0);
-                }
-                Ok::<_, Error>(output)
-            }
-        });
-        // in the order of their documents
-        let buckets = futures::stream::iter(buckets).buffered(run.tasks_at_a_time());
-        let mut buckets = std::pin::pin!(buckets);
-        let mut output = Output::default();
-        while let Some(bucket) = buckets.try_next().await? {
-            output.merge(bucket);
-        }
         let catalog = output.tables["catalog"].clone();
         output.count("documents", catalog.rows);
         let Some(duplicates) = documents.checked_sub(catalog.rows) else {
@@ -111,6 +79,40 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
         Ok(output)
     })
     .await
+}
+
+/// Table `catalog`, a task a bucket.
+async fn distinct(run: &Run, tokens: &Tokens, sql: &StageSql, draft: &Draft) -> Result<Output> {
+    let documents = tokens.count("documents");
+    let bar = run.progress.stage("catalog", documents);
+    let units = draft.folder.join("jobs/documents.json");
+    let tables = tokens.tables("documents").into_iter();
+    let tables = tables.map(|(folder, table)| (folder.url(), table.clone())).collect();
+    units.put(seal::seal(&Documents { units: tables })).await?;
+    let of = documents.div_ceil(BUCKET_DOCUMENTS).max(1);
+    let buckets = (0..of).map(|bucket| {
+        let distinct =
+            Distinct { bucket, of, documents: units.url(), sql: sql.canonical(), folder: draft.folder.url() };
+        let bar = bar.clone();
+        async move {
+            run.check_stop()?;
+            let job = format!("bucket-{bucket:05}-of-{of:05}");
+            let output = draft.job(&job, run.perform(Task::Distinct(distinct), &bar)).await?;
+            if run.is_remote() {
+                let rows = output.tables["catalog"].rows;
+                bar.add(rows, rows, 0, 0);
+            }
+            Ok::<_, Error>(output)
+        }
+    });
+    // in the order of their documents
+    let buckets = futures::stream::iter(buckets).buffered(run.tasks_at_a_time());
+    let mut buckets = std::pin::pin!(buckets);
+    let mut output = Output::default();
+    while let Some(bucket) = buckets.try_next().await? {
+        output.merge(bucket);
+    }
+    Ok(output)
 }
 
 /// Where the documents of all units are.
