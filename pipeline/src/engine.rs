@@ -63,7 +63,7 @@ impl Engine {
         Ok(Self { runtime, memory: memory as usize, partitions, checked: Mutex::default() })
     }
 
-    /// The same for one of `tasks` at a time: within the same limits, but it looks at files itself.
+    /// The same for one of `tasks` at a time, within the same limits.
     pub fn share(&self, tasks: usize) -> Self {
         let partitions = (self.partitions / tasks).max(1);
         Self { runtime: self.runtime.clone(), memory: self.memory, partitions, checked: Mutex::default() }
@@ -158,6 +158,9 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
     // storage may have failed deep inside: in a scan, in its Parquet reader, shared between partitions
     let mut cause: Option<&dyn std::error::Error> = Some(&source);
     while let Some(error) = cause {
+        if let Some(Error::Withdrawn { url }) = error.downcast_ref() {
+            return Error::Withdrawn { url: url.clone() };
+        }
         if error.is::<object_store::Error>() {
             let source = object_store::Error::Generic { store: "storage", source: Box::new(source) };
             return Error::Storage { doing: "read what a query needs", url: format!("({doing})"), source };
@@ -359,29 +362,32 @@ pub fn scan(
     columns: Option<Vec<&'static str>>,
 ) -> impl Stream<Item = Result<RecordBatch>> {
     let files = futures::stream::iter(table.files);
-    files
-        .then(move |file| {
-            let (folder, columns) = (folder.clone(), columns.clone());
-            async move {
-                let url = folder.join(&file.name).url();
-                let bytes = file.checked(&folder).await?;
-                let corrupt = move |e: String| Error::Corrupt { url: url.clone(), message: e };
-                let mut builder =
-                    ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(|e| corrupt(e.to_string()))?;
-                if let Some(columns) = &columns {
-                    let mask = parquet::arrow::ProjectionMask::columns(
-                        builder.parquet_schema(),
-                        columns.iter().copied(),
-                    );
-                    builder = builder.with_projection(mask);
-                }
-                let reader = builder.with_batch_size(8192).build().map_err(|e| corrupt(e.to_string()))?;
-                Ok::<_, Error>(futures::stream::iter(
-                    reader.map(move |batch| batch.map_err(|e| corrupt(e.to_string()))),
-                ))
-            }
-        })
-        .try_flatten()
+    files.then(move |file| rows(folder.clone(), file, columns.clone())).try_flatten()
+}
+
+/// Reads the rows of many small files, in any order, some files at a time: to wait for each by itself would take longer
+/// than to read them.
+pub fn scan_all(files: Vec<(Location, File)>) -> impl Stream<Item = Result<RecordBatch>> {
+    let files = futures::stream::iter(files).map(|(folder, file)| rows(folder, file, None));
+    files.buffer_unordered(CHECKS).try_flatten()
+}
+
+/// A file's rows. Its digest is checked, and the output withdrawn where it is broken.
+async fn rows(
+    folder: Location,
+    file: File,
+    columns: Option<Vec<&'static str>>,
+) -> Result<impl Stream<Item = Result<RecordBatch>>> {
+    let url = folder.join(&file.name).url();
+    let bytes = file.checked(&folder).await?;
+    let corrupt = move |e: String| Error::Corrupt { url: url.clone(), message: e };
+    let mut builder = ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(|e| corrupt(e.to_string()))?;
+    if let Some(columns) = &columns {
+        let mask = parquet::arrow::ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
+        builder = builder.with_projection(mask);
+    }
+    let reader = builder.with_batch_size(8192).build().map_err(|e| corrupt(e.to_string()))?;
+    Ok(futures::stream::iter(reader.map(move |batch| batch.map_err(|e| corrupt(e.to_string())))))
 }
 
 #[cfg(test)]

@@ -280,7 +280,11 @@ impl Run {
         compute: impl AsyncFnOnce(&Draft) -> Result<Output>,
     ) -> Result<Published> {
         let place = self.place(stage, &mut ingredients)?;
-        let published = obtain(stage, self.goal, &self.stop, place, ingredients, compute).await?;
+        let before = self.steps.lock().expect("no panic while held").len();
+        let mut published = obtain(stage, self.goal, &self.stop, place, ingredients, compute).await?;
+        // a stage that this one asked for has told its seconds by itself
+        let within = |steps: &[Step]| steps.iter().map(|step| step.seconds).sum::<f64>();
+        published.seconds -= within(&self.steps.lock().expect("no panic while held")[before..]);
         self.did(stage.name(), &published);
         Ok(published)
     }

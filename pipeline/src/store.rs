@@ -222,6 +222,13 @@ impl Stores {
             let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
             return Ok((format!("{scheme}://{bucket}/"), parse(path)?));
         }
+        let scheme = text.split_once('/').and_then(|(first, rest)| {
+            let scheme = first.trim_end_matches(':');
+            (scheme != first || rest.starts_with('/')).then_some(scheme)
+        });
+        if let Some(scheme) = scheme.filter(|scheme| SCHEMES.contains(scheme)) {
+            return Err(unusable(text, format!("write {scheme}:// for storage")));
+        }
         let mut absolute = PathBuf::new();
         for part in self.root.join(text).components() {
             match part {
@@ -261,6 +268,9 @@ fn store_of(url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
     })
 }
 
+/// What a path begins with where a URL's colon or slash was forgotten.
+const SCHEMES: [&str; 10] = ["s3", "s3a", "gs", "az", "abfs", "abfss", "adl", "http", "https", "file"];
+
 fn unusable(text: &str, why: impl std::fmt::Display) -> Error {
     Error::usage(
         format!("`{text}` cannot be used as a URL or path: {why}"),
@@ -279,6 +289,17 @@ mod tests {
         assert_eq!(stores.open("../there").unwrap().url(), "/data/there");
         assert_eq!(stores.open("file:///data/out").unwrap().url(), "/data/out");
         assert_eq!(stores.open("memory:///a/b").unwrap().join("c/d").url(), "memory:///a/b/c/d");
+    }
+
+    #[test]
+    fn a_misspelt_url_is_no_folder() {
+        let stores = Stores::new("/data/here");
+        for wrong in ["s3//bucket/x", "s3:/bucket/x", "gs//bucket", "file:/x"] {
+            let error = stores.open(wrong).map(|at| at.url()).unwrap_err();
+            assert!(error.to_string().contains("://"), "{error}");
+        }
+        assert_eq!(stores.open("s3/x").unwrap().url(), "/data/here/s3/x");
+        assert_eq!(stores.open("a//b").unwrap().url(), "/data/here/a/b");
     }
 
     #[tokio::test]

@@ -44,6 +44,10 @@ impl Tokenizer {
     /// From the bytes of a `tokenizer.json`; `name` is for messages.
     pub fn from_json(json: &[u8], name: &str) -> Result<Self, TokenizerError> {
         let unusable = |message: String| TokenizerError::Unusable { name: name.to_owned(), message };
+        if json.trim_ascii_start().first() != Some(&b'{') {
+            let message = "it is not JSON; a tokenizer.model of SentencePiece has to be saved as a tokenizer.json first";
+            return Err(unusable(message.into()));
+        }
         // parsing some 100,000 merges takes a while: once for the library, once for the cuts
         let (plain, cuts) = std::thread::scope(|scope| {
             let cuts = scope.spawn(|| serde_json::from_slice::<Value>(json).map(|file| Cuts::of(&file)));

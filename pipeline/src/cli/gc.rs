@@ -28,6 +28,7 @@ pub struct GcArguments {
 }
 
 pub async fn main(arguments: GcArguments) -> Result<()> {
+    let before = jiff::Timestamp::now().as_second() - seconds(&arguments.older_than)?;
     let output = match arguments.output.ends_with(".toml") {
         true => {
             let conf = ConfArguments { conf: arguments.output.clone(), sets: vec![], at: None };
@@ -42,7 +43,6 @@ pub async fn main(arguments: GcArguments) -> Result<()> {
     if !below.common_prefixes.iter().any(ours) {
         tracing::warn!("there are no runs in {}: is it where confs have their `run.output`?", output.url());
     }
-    let before = jiff::Timestamp::now().as_second() - seconds(&arguments.older_than)?;
     let mut gone = vec![];
     if arguments.dry_run {
         gone = leftovers(&output, before).await?;

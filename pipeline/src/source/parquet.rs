@@ -243,7 +243,7 @@ fn guarded<T>(
 fn damaged(file: &SourceFile, place: &str, problem: &str) -> Error {
     Error::data(
         format!("`{}` is no sound Parquet file: {place}: {problem}", file.url),
-        "fetch the file again, or leave it out of the source's url",
+        "is the source's `format` right? If it is, fetch the file again, or leave it out of the source's url",
     )
 }
 

@@ -4,11 +4,17 @@
 //! sorts those of its range.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use arrow::array::AsArray;
-use arrow::datatypes::Int64Type;
+use arrow::datatypes::{Int64Type, SchemaRef};
+use datafusion::catalog::streaming::StreamingTable;
 use datafusion::common::ScalarValue;
 use datafusion::common::runtime::SpawnedTask;
+use datafusion::error::DataFusionError;
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::streaming::PartitionStream;
 use datafusion::prelude::{SessionContext, col, lit};
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
@@ -16,11 +22,11 @@ use serde_json::json;
 
 use super::places;
 use super::tokens::Tokens;
-use crate::engine::{query, scan, write_table};
+use crate::engine::{query, scan, scan_all, write_table};
 use crate::progress::Bar;
 use crate::run::{Run, Stage, ingredients};
 use crate::sql::StageSql;
-use crate::stage::{Draft, Output, Published, Table};
+use crate::stage::{Draft, File, Output, Published, Table};
 use crate::store::Location;
 use crate::task::{Task, Worker};
 use crate::{Error, Result, seal, tables};
@@ -138,15 +144,21 @@ impl Distinct {
         let listed = seal::open(&documents.read().await?);
         let Documents { units } =
             listed.map_err(|message| Error::Corrupt { url: documents.url(), message })?;
-        let folders: Vec<Location> =
-            units.iter().map(|(url, _)| worker.stores.open(url)).collect::<Result<_>>()?;
-        let units: Vec<_> = folders.iter().zip(&units).map(|(folder, (_, table))| (folder, table)).collect();
+        let engine = worker.engine.share((self.of as usize).min(worker.engine.partitions));
+        let mut files = vec![vec![]; engine.partitions];
+        for (i, (url, table)) in units.into_iter().enumerate() {
+            let folder = worker.stores.open(&url)?;
+            let own = table.files.into_iter().map(|file| (folder.clone(), file));
+            files[i % engine.partitions].extend(own);
+        }
+        let partitions = files
+            .into_iter()
+            .map(|files| Arc::new(Units { schema: tables::documents(), files }) as Arc<dyn PartitionStream>);
 
         let failed = |e| query("cannot compute the catalog", e);
-        let engine = worker.engine.share((self.of as usize).min(worker.engine.partitions));
         let session = engine.session();
-        engine.register(&session, "all_documents", tables::documents(), &units, &[]).await?;
-        let mut own = session.table("all_documents").await.map_err(failed)?;
+        let all = StreamingTable::try_new(tables::documents(), partitions.collect()).map_err(failed)?;
+        let mut own = session.read_table(Arc::new(all)).map_err(failed)?;
         if self.bucket > 0 {
             own = own.filter(col("doc_id").gt_eq(lit(self.first(self.bucket)))).map_err(failed)?;
         }
@@ -174,6 +186,24 @@ impl Distinct {
     fn first(&self, bucket: u64) -> ScalarValue {
         let first = (u128::MAX / self.of as u128 + 1) * bucket as u128;
         ScalarValue::FixedSizeBinary(16, Some(first.to_be_bytes().to_vec()))
+    }
+}
+
+/// The documents of some units: many small files, which DataFusion would open one after the other.
+#[derive(Debug)]
+struct Units {
+    schema: SchemaRef,
+    files: Vec<(Location, File)>,
+}
+
+impl PartitionStream for Units {
+    fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let rows = scan_all(self.files.clone()).map_err(|e| DataFusionError::External(Box::new(e)));
+        Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), rows))
     }
 }
 
@@ -211,8 +241,6 @@ async fn sum_of_stops(folder: &Location, table: &Table) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use arrow::array::{ArrayRef, FixedSizeBinaryArray, Int64Array, RecordBatch, StringArray};
 
     use super::*;
