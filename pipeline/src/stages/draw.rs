@@ -296,8 +296,7 @@ impl Pass {
         bar: &Bar,
     ) -> Result<(Table, Vec<Stratum>)> {
         let mut writer = TableWriter::new(folder, name, tables::drawn());
-        let mut sums: Vec<Stratum> =
-            self.cuts.iter().map(|cut| nothing_of(&cut.domain, &cut.stratum)).collect();
+        let mut sums = nothing_drawn(&self.cuts);
         let mut batches = std::pin::pin!(scan(from, self.mixture.clone(), None));
         while let Some(batch) = batches.try_next().await? {
             check_stop(stop)?;
@@ -364,9 +363,18 @@ impl Pass {
     }
 }
 
-fn nothing_of(domain: &str, stratum: &str) -> Stratum {
-    let (domain, stratum) = (domain.to_owned(), stratum.to_owned());
-    Stratum { domain, stratum, by_length: vec![0; 9], ..Default::default() }
+/// Of each cut's stratum, nothing.
+fn nothing_drawn(cuts: &[Cut]) -> Vec<Stratum> {
+    let nothing = |cut: &Cut| {
+        let (domain, stratum) = (cut.domain.clone(), cut.stratum.clone());
+        Stratum {
+            domain,
+            stratum,
+            by_length: vec![0; tables::LENGTH_BUCKET_NAMES.len()],
+            ..Default::default()
+        }
+    };
+    cuts.iter().map(nothing).collect()
 }
 
 /// Draws from a mixture table and writes `drawn`. Its notes are what came of each stratum, as [`Asked`]. `perform` does
@@ -416,7 +424,7 @@ pub async fn draw(
     let mut passes = std::pin::pin!(futures::stream::iter(passes).buffered(at_a_time));
     let mut output = Output::default();
     output.table("drawn", Table::default());
-    let mut sums: Vec<Stratum> = cuts.iter().map(|cut| nothing_of(&cut.domain, &cut.stratum)).collect();
+    let mut sums = nothing_drawn(&cuts);
     while let Some(done) = passes.try_next().await? {
         let drawn: Vec<Stratum> = read(&done.notes)?;
         sums.iter_mut().zip(&drawn).for_each(|(sum, drawn)| sum.add(drawn));
