@@ -104,6 +104,8 @@ pub struct Cluster {
     session: OnceCell<SessionContext>,
     /// When a task ended last.
     ended: Mutex<Instant>,
+    /// When it was said last that one failed.
+    said: Mutex<Option<Instant>>,
 }
 
 impl Cluster {
@@ -115,6 +117,7 @@ impl Cluster {
             stop: stop.clone(),
             session: OnceCell::new(),
             ended: Mutex::new(Instant::now()),
+            said: Mutex::default(),
         }
     }
 
@@ -153,7 +156,7 @@ impl Cluster {
             if attempt == ATTEMPTS || !matches!(failed.exit_code(), 4 | 75) {
                 return Err(failed);
             }
-            tracing::warn!("a task failed, and is given out again: {failed}");
+            self.warn(&failed);
             tokio::time::sleep(Duration::from_secs(1 << attempt)).await;
             attempt += 1;
         };
@@ -170,6 +173,15 @@ impl Cluster {
         tokio::select! {
             answer = self.ask(message) => answer.map_err(|e| e.to_string()),
             () = self.stalled(began) => Err(format!("nothing was done for {} minutes", STALLED.as_secs() / 60)),
+        }
+    }
+
+    /// Says why a task is given out again; of many that fail at once, of one.
+    fn warn(&self, failed: &Error) {
+        let mut said = self.said.lock().expect("no panic while held");
+        if said.is_none_or(|at| at.elapsed().as_secs() > 0) {
+            *said = Some(Instant::now());
+            tracing::warn!("a task failed, and is given out again: {failed}");
         }
     }
 
@@ -279,6 +291,10 @@ pub struct Place {
 }
 
 impl Place {
+    fn name(&self) -> String {
+        format!("{}:{}", self.host, self.port)
+    }
+
     /// The address to listen at: only for this machine, unless it has a name that others know.
     fn bind(&self) -> &'static str {
         if self.host == "localhost" || self.host == "127.0.0.1" { "127.0.0.1" } else { "0.0.0.0" }
@@ -287,10 +303,7 @@ impl Place {
 
 /// Schedules until a signal says to stop.
 pub async fn schedule(place: Place) -> Result<()> {
-    let failed = |e: &dyn std::fmt::Display| Error::Cluster {
-        url: format!("{}:{}", place.host, place.port),
-        message: e.to_string(),
-    };
+    let failed = |e: &dyn std::fmt::Display| Error::Cluster { url: place.name(), message: e.to_string() };
     let config = SchedulerConfig {
         external_host: place.host.clone(),
         bind_host: place.bind().to_owned(),
@@ -310,6 +323,7 @@ pub async fn schedule(place: Place) -> Result<()> {
         ..Default::default()
     };
     let address = format!("{}:{}", place.bind(), place.port).parse().map_err(|e| failed(&e))?;
+    tracing::info!("scheduler at {}", place.name());
     let cluster = BallistaCluster::new_from_config(&config).await.map_err(|e| failed(&e))?;
     start_server(cluster, address, Arc::new(config)).await.map_err(|e| failed(&e))
 }
@@ -324,8 +338,9 @@ pub async fn execute(
     spool: Option<&str>,
     stop: Arc<AtomicBool>,
 ) -> Result<()> {
-    let failed =
-        |message: String| Error::Cluster { url: format!("{}:{}", scheduler.host, scheduler.port), message };
+    let failed = |message: String| Error::Cluster { url: scheduler.name(), message };
+    let slots = engine.partitions;
+    tracing::info!("executor at {} for {}: {slots} tasks at a time", place.name(), scheduler.name());
     let engine = Arc::new(engine);
     let work_dir = tempfile::tempdir()
         .map_err(|source| Error::Io { doing: "cannot make a temporary folder".into(), source })?;
@@ -341,7 +356,7 @@ pub async fn execute(
         scheduler_host: scheduler.host.clone(),
         scheduler_port: scheduler.port,
         scheduler_connect_timeout_seconds: EXECUTOR_TIMEOUT as u16,
-        vcores: engine.partitions,
+        vcores: slots,
         task_scheduling_policy: TaskSchedulingPolicy::PushStaged,
         work_dir: work_dir.path().to_str().map(str::to_owned),
         executor_heartbeat_interval_seconds: HEARTBEAT,

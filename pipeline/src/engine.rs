@@ -10,6 +10,7 @@ use arrow::buffer::OffsetBuffer;
 use arrow::compute::{BatchCoalescer, CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, SchemaRef};
 use arrow::util::display::FormatOptions;
+use datafusion::common::runtime::SpawnedTask;
 use datafusion::datasource::MemTable;
 use datafusion::datasource::file_format::parquet::ParquetFormat;
 use datafusion::datasource::listing::{ListingOptions, ListingTable, ListingTableConfig, ListingTableUrl};
@@ -33,8 +34,8 @@ use crate::stage::{File, Table};
 use crate::store::Location;
 use crate::{Error, Result};
 
-/// How many files are compared with their digests at a time.
-const CHECKS: usize = 16;
+/// How many files are asked of storage at a time.
+pub const FILES_AT_A_TIME: usize = 16;
 
 /// Where queries run, and within which limits.
 pub struct Engine {
@@ -126,7 +127,7 @@ impl Engine {
                 checks.push(self.check(folder, file));
             }
         }
-        futures::stream::iter(checks).buffer_unordered(CHECKS).try_collect::<()>().await?;
+        futures::stream::iter(checks).buffer_unordered(FILES_AT_A_TIME).try_collect::<()>().await?;
         if urls.is_empty() {
             let empty = MemTable::try_new(schema, vec![vec![]]).map_err(failed)?;
             session.register_table(name, Arc::new(empty)).map_err(failed)?;
@@ -365,11 +366,15 @@ pub fn scan(
     files.then(move |file| rows(folder.clone(), file, columns.clone())).try_flatten()
 }
 
-/// Reads the rows of many small files, in any order, some files at a time: to wait for each by itself would take longer
+/// Reads the rows of many small files, in any order, so many files at a time: to wait for each by itself would take longer
 /// than to read them.
-pub fn scan_all(files: Vec<(Location, File)>) -> impl Stream<Item = Result<RecordBatch>> {
-    let files = futures::stream::iter(files).map(|(folder, file)| rows(folder, file, None));
-    files.buffer_unordered(CHECKS).try_flatten()
+pub fn scan_all(files: Vec<(Location, File)>, at_a_time: usize) -> impl Stream<Item = Result<RecordBatch>> {
+    // as tasks: a query that spills asks for no rows meanwhile, and requests that nobody polls run out of time
+    let files = futures::stream::iter(files).map(|(folder, file)| {
+        let reading = SpawnedTask::spawn(rows(folder, file, None));
+        async { reading.join().await.expect("reading does not panic") }
+    });
+    files.buffer_unordered(at_a_time).try_flatten()
 }
 
 /// A file's rows. Its digest is checked, and the output withdrawn where it is broken.

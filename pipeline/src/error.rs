@@ -297,6 +297,15 @@ fn storage_cure(url: &str, why: &object_store::Error) -> Option<String> {
     if says(&["169.254.169.254", "metadata.google.internal", "169.254.170.2"]) {
         return Some(format!("no credentials were found; {variables}"));
     }
+    if says(&["certificate"]) {
+        return Some("the endpoint's certificate is not one that this machine trusts".into());
+    }
+    if says(&["client error (Connect)", "operation timed out"]) {
+        let endpoint = if url.starts_with("s3") { "AWS_ENDPOINT, " } else { "" };
+        return Some(format!(
+            "no connection, or no answer in time: look at {endpoint}the network and the storage"
+        ));
+    }
     if says(&["NoSuchBucket", "ContainerNotFound", "specified bucket does not exist"]) {
         return Some("there is no such bucket: make it, or name another one".into());
     }
@@ -334,6 +343,8 @@ mod tests {
         for (answer, cure) in [
             ("HTTP error: URL scheme is not allowed", "AWS_ALLOW_HTTP=true"),
             ("Error performing PUT http://169.254.169.254/latest/api/token", "no credentials were found"),
+            ("client error (Connect): tcp connect error: Connection refused", "no connection"),
+            ("client error (Connect): invalid peer certificate: UnknownIssuer", "certificate"),
             ("404 Not Found: <Code>NoSuchBucket</Code>", "there is no such bucket"),
             ("403 Forbidden: <Code>RequestTimeTooSkewed</Code>", "clock is wrong"),
             ("403 Forbidden: <Code>SignatureDoesNotMatch</Code>", "wrong, expired, or not allowed"),

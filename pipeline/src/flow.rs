@@ -49,6 +49,33 @@ fn can_train(run: &Run) -> Result<()> {
     Err(run.conf.wrong(&["train"], message, "asked for here", Some(help.into())))
 }
 
+fn ends(until: Option<Stage>, stage: Stage) -> bool {
+    until.is_some_and(|until| until <= stage)
+}
+
+/// The tokenizer, after what can be wrong in the conf of a run up to `until` was looked for: it is said before hours are spent.
+pub async fn checked(run: &Run, until: Option<Stage>) -> Result<Tokenizer> {
+    #[cfg(feature = "train")]
+    {
+        stages::train::conf(run)?;
+        stages::eval::conf(run)?;
+    }
+    let trains = run.goal != Goal::Look && !ends(until, Stage::Pack);
+    if trains {
+        can_train(run)?;
+    }
+    mixture::recipe(run)?;
+    let tokenizer = stages::tokenizer::obtain(run).await?;
+    #[cfg(feature = "train")]
+    if trains {
+        stages::train::check_checkpoint(run, &tokenizer).await?;
+        if !ends(until, Stage::Train) {
+            stages::eval::check(run, &tokenizer).await?;
+        }
+    }
+    Ok(tokenizer)
+}
+
 /// A run that finds so many outputs broken, one after the other, gives up.
 const MOST_WITHDRAWN: usize = 100;
 
@@ -70,29 +97,8 @@ impl Flow {
     }
 
     async fn through(&mut self, run: &Run, until: Option<Stage>) -> Result<()> {
-        let ends = |stage: Stage| until.is_some_and(|until| until <= stage);
-
-        // what can be wrong in the conf is said before hours are spent
-        #[cfg(feature = "train")]
-        {
-            stages::train::conf(run)?;
-            stages::eval::conf(run)?;
-        }
-        let trains = run.goal != Goal::Look && !ends(Stage::Pack);
-        if trains {
-            can_train(run)?;
-        }
-        mixture::recipe(run)?;
-
-        let tokenizer = stages::tokenizer::obtain(run).await?;
-        #[cfg(feature = "train")]
-        if trains {
-            stages::train::check_checkpoint(run, &tokenizer).await?;
-            if !ends(Stage::Train) {
-                stages::eval::check(run, &tokenizer).await?;
-            }
-        }
-        let tokenizer = self.tokenizer.insert(tokenizer);
+        let ends = |stage: Stage| ends(until, stage);
+        let tokenizer = self.tokenizer.insert(checked(run, until).await?);
         if ends(Stage::Tokenizer) {
             return Ok(());
         }

@@ -59,7 +59,7 @@ impl Progress {
             bar,
             counts,
             started: Instant::now(),
-            logged: Mutex::new(Instant::now()),
+            logged: Mutex::default(),
         };
         Bar(Arc::new(inner))
     }
@@ -80,7 +80,7 @@ struct Inner {
     bar: ProgressBar,
     counts: Counts,
     started: Instant,
-    logged: Mutex<Instant>,
+    logged: Mutex<Option<Instant>>,
 }
 
 /// A stage's progress. Clones count together.
@@ -105,8 +105,8 @@ impl Bar {
             return;
         }
         let mut logged = self.0.logged.lock().expect("no panic while held");
-        if logged.elapsed() >= EVERY {
-            *logged = Instant::now();
+        if logged.unwrap_or(self.0.started).elapsed() >= EVERY {
+            *logged = Some(Instant::now());
             let left = match (done, self.0.total) {
                 (1.., total) if total > done => {
                     let left = self.0.started.elapsed().mul_f64((total - done) as f64 / done as f64);
@@ -127,13 +127,13 @@ impl Bar {
         Box::pin(RecordBatchStreamAdapter::new(schema, counted))
     }
 
-    /// Replaces the message: for work that isn't counted in rows.
+    /// Replaces the message: for work that isn't counted in rows. The first is logged at once.
     pub fn say(&self, done: u64, message: String) {
         self.0.bar.set_position(done);
         self.0.bar.set_message(message.clone());
         let mut logged = self.0.logged.lock().expect("no panic while held");
-        if !self.0.terminal && !self.0.silent && logged.elapsed() >= EVERY {
-            *logged = Instant::now();
+        if !self.0.terminal && !self.0.silent && logged.is_none_or(|at| at.elapsed() >= EVERY) {
+            *logged = Some(Instant::now());
             tracing::info!("{}: {message}", self.0.name);
         }
     }

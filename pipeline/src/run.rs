@@ -185,6 +185,7 @@ impl Run {
     /// It begins now, and not when its conf was read.
     pub fn begin(&mut self) {
         (self.started, self.clock) = (jiff::Timestamp::now(), Instant::now());
+        self.steps = Mutex::default();
     }
 
     /// How long it has taken so far.

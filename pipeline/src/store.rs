@@ -222,11 +222,8 @@ impl Stores {
             let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
             return Ok((format!("{scheme}://{bucket}/"), parse(path)?));
         }
-        let scheme = text.split_once('/').and_then(|(first, rest)| {
-            let scheme = first.trim_end_matches(':');
-            (scheme != first || rest.starts_with('/')).then_some(scheme)
-        });
-        if let Some(scheme) = scheme.filter(|scheme| SCHEMES.contains(scheme)) {
+        let (scheme, rest) = text.split_at(text.find([':', '/']).unwrap_or(text.len()));
+        if SCHEMES.contains(&scheme) && (rest.starts_with(':') || rest.starts_with("//")) {
             return Err(unusable(text, format!("write {scheme}:// for storage")));
         }
         let mut absolute = PathBuf::new();
@@ -248,7 +245,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A store with the settings of the environment, as `object_store::parse_url_opts` takes them, and more patience.
 fn store_of(url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
-    let retry = RetryConfig { retry_timeout: PATIENCE, max_retries: usize::MAX, ..RetryConfig::default() };
+    let retry = RetryConfig { retry_timeout: PATIENCE, max_retries: 1000, ..RetryConfig::default() };
     macro_rules! build {
         ($builder:ty, $cloud:literal) => {{
             let settings = std::env::vars().filter(|(key, _)| key.starts_with($cloud));
@@ -269,7 +266,8 @@ fn store_of(url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
 }
 
 /// What a path begins with where a URL's colon or slash was forgotten.
-const SCHEMES: [&str; 10] = ["s3", "s3a", "gs", "az", "abfs", "abfss", "adl", "http", "https", "file"];
+const SCHEMES: [&str; 11] =
+    ["s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https", "file"];
 
 fn unusable(text: &str, why: impl std::fmt::Display) -> Error {
     Error::usage(
@@ -294,7 +292,7 @@ mod tests {
     #[test]
     fn a_misspelt_url_is_no_folder() {
         let stores = Stores::new("/data/here");
-        for wrong in ["s3//bucket/x", "s3:/bucket/x", "gs//bucket", "file:/x"] {
+        for wrong in ["s3//bucket/x", "s3:/bucket/x", "s3:bucket/x", "gs//bucket", "file:/x"] {
             let error = stores.open(wrong).map(|at| at.url()).unwrap_err();
             assert!(error.to_string().contains("://"), "{error}");
         }

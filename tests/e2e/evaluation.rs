@@ -273,6 +273,11 @@ fn what_training_and_evaluations_lack_is_said_before_documents_are_read() {
     let said = bench.say(&[&["run", "conf.toml"][..], &none].concat());
     assert!(said.code == 2 && said.err.contains("no documents are held out"), "{said:?}");
     assert!(tree(&bench.path("out/stages/tokens")).is_empty());
+    let own = recipe("cut_128k");
+    let sweep = ["sweep", "conf.toml", "--recipes", &own, "--set", TRAIN];
+    let said = bench.say(&[&sweep[..], &["--set", "eval.needle.haystack=nowhere"]].concat());
+    assert!(said.code == 2 && said.err.contains("nowhere` has no files"), "{said:?}");
+    assert!(tree(&bench.path("out/stages/tokens")).is_empty());
 }
 
 #[test]
@@ -289,6 +294,16 @@ fn a_sweep_with_a_mistake_in_its_last_recipe_computes_nothing() {
         assert!(said.code == 2 && said.err.contains(message), "{said:?}");
         assert!(tree(&bench.path("out")).is_empty());
     }
+}
+
+#[test]
+fn a_sweep_whose_last_recipe_names_no_domain_draws_nothing() {
+    let bench = Bench::new(3);
+    let recipes = format!("{},{}:domain=nosuch", recipe("cut_128k"), recipe("upsample_domain"));
+    let said = bench.say(&["sweep", "conf.toml", "--recipes", &recipes]);
+    assert!(said.code == 2 && said.err.contains("nosuch"), "{said:?}");
+    assert!(!tree(&bench.path("out/stages/mixture")).is_empty());
+    assert!(tree(&bench.path("out/stages/draw")).is_empty());
 }
 
 #[test]

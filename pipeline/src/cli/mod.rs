@@ -8,6 +8,7 @@ mod eval;
 mod gc;
 #[cfg(feature = "train")]
 mod generate;
+mod log;
 mod plan;
 mod preview;
 mod report;
@@ -142,22 +143,8 @@ pub fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_env("LENGTHWISE_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,lengthwise=info,lengthwise_model=info"));
-    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(terminal)
-        .with_target(false)
-        // whoever reads the log may go away: that costs nothing
-        .log_internal_errors(false);
     let json = std::env::var("LENGTHWISE_LOG_FORMAT").is_ok_and(|format| format == "json");
-    if json {
-        log.json().flatten_event(true).init();
-    } else {
-        log.compact().init();
-    }
+    log::start(json);
     match start(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

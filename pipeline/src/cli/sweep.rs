@@ -3,10 +3,11 @@
 use clap::Args;
 
 use super::compare::OutputArguments;
-use super::{ConfArguments, run, run_folder};
+use super::{ConfArguments, run, run_folder, until_stopped};
 use crate::compare::Side;
+use crate::flow::checked;
 use crate::recipe::Recipe;
-use crate::run::{Goal, Run};
+use crate::run::{Goal, Run, Stage};
 use crate::stages::mixture;
 use crate::{Error, Result};
 
@@ -42,8 +43,17 @@ pub async fn main(arguments: SweepArguments) -> Result<()> {
             runs.push((name, seed, run));
         }
     }
-    let mut sides = vec![];
+    // what is wrong with one of them is said before the others have trained
+    for (_, _, run) in &runs {
+        until_stopped(run, checked(run, None)).await?;
+    }
     let all = runs.len();
+    for (i, (name, seed, run)) in runs.iter_mut().enumerate() {
+        run.begin();
+        tracing::info!("sweep: the mixture of {name} with seed {}, {} of {all}", *seed + 1, i + 1);
+        run::go(run, Some(Stage::Mixture)).await?;
+    }
+    let mut sides = vec![];
     for (name, seed, mut run) in runs {
         run.begin();
         tracing::info!("sweep: {name} with seed {}, {} of {all}", seed + 1, sides.len() + 1);

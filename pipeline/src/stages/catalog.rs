@@ -22,7 +22,7 @@ use serde_json::json;
 
 use super::places;
 use super::tokens::Tokens;
-use crate::engine::{query, scan, scan_all, write_table};
+use crate::engine::{FILES_AT_A_TIME, query, scan, scan_all, write_table};
 use crate::progress::Bar;
 use crate::run::{Run, Stage, ingredients};
 use crate::sql::StageSql;
@@ -151,9 +151,10 @@ impl Distinct {
             let own = table.files.into_iter().map(|file| (folder.clone(), file));
             files[i % engine.partitions].extend(own);
         }
-        let partitions = files
-            .into_iter()
-            .map(|files| Arc::new(Units { schema: tables::documents(), files }) as Arc<dyn PartitionStream>);
+        let at_a_time = (FILES_AT_A_TIME / engine.partitions).max(2);
+        let partitions = files.into_iter().map(|files| {
+            Arc::new(Units { schema: tables::documents(), files, at_a_time }) as Arc<dyn PartitionStream>
+        });
 
         let failed = |e| query("cannot compute the catalog", e);
         let session = engine.session();
@@ -194,6 +195,7 @@ impl Distinct {
 struct Units {
     schema: SchemaRef,
     files: Vec<(Location, File)>,
+    at_a_time: usize,
 }
 
 impl PartitionStream for Units {
@@ -202,7 +204,8 @@ impl PartitionStream for Units {
     }
 
     fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let rows = scan_all(self.files.clone()).map_err(|e| DataFusionError::External(Box::new(e)));
+        let rows =
+            scan_all(self.files.clone(), self.at_a_time).map_err(|e| DataFusionError::External(Box::new(e)));
         Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), rows))
     }
 }

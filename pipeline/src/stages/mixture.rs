@@ -221,7 +221,7 @@ impl Weaver {
             }
             let value = copies.value(row);
             if !(0.0..=MOST_COPIES).contains(&value) {
-                let cure = "copies has to be a number from 0 to 1,000,000: look for a division by zero or a negative weight";
+                let cure = "copies has to be a number from 0 to 1,000,000: look for a division by zero, a negative weight or a share above 1";
                 return Err(wrong(&self.recipe, &doc_id, format!("copies is {value}"), cure));
             }
             let fixed = (value * ONE as f64).round() as u64;

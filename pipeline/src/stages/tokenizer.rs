@@ -59,13 +59,16 @@ pub async fn obtain(run: &Run) -> Result<Tokenizer> {
     if let Some(url) = &run.conf.tokenizer.url {
         let at = run.stores.open(url).map_err(|e| run.conf.names_wrong(&["tokenizer", "url"], e))?;
         let Some(json) = at.get().await? else {
-            let help = "a Hugging Face tokenizer.json is wanted; a path is relative to the folder where the command runs";
-            return Err(run.conf.wrong(
-                &["tokenizer", "url"],
-                format!("there is no {}", at.url()),
-                "this file",
-                Some(help.into()),
-            ));
+            let within = at.join("tokenizer.json");
+            let (message, help) = match within.get().await? {
+                Some(_) => (format!("{} is a folder", at.url()), format!("write {}", within.url())),
+                None => (
+                    format!("there is no {}", at.url()),
+                    "a Hugging Face tokenizer.json is wanted; a path is relative to the folder where the command runs"
+                        .to_owned(),
+                ),
+            };
+            return Err(run.conf.wrong(&["tokenizer", "url"], message, "this file", Some(help)));
         };
         return Tokenizer::load(json, &at.url());
     }
