@@ -226,20 +226,27 @@ fn sequence(batch: &RecordBatch, index: u64, vocab_size: usize) -> Result<Sequen
     let (domains, doc_ids) = (field("source")?.as_string::<i32>(), field("doc_id")?.as_string::<i32>());
     let (starts, ends) = (field("start")?, field("end")?);
     let place = |column: &dyn Array, row: usize| {
-        (column.as_primitive::<Int32Type>().value(row).max(0) as usize).min(ids.len())
+        usize::try_from(column.as_primitive::<Int32Type>().value(row)).unwrap_or(usize::MAX)
     };
-    let mut all: Vec<Segment> = vec![];
+    let (mut all, mut end) = (vec![], 0);
     for row in 0..segments.len() {
         let range = place(starts.as_ref(), row)..place(ends.as_ref(), row);
-        if range.start > range.end || all.last().is_some_and(|before| before.range.end > range.start) {
-            return Err("the documents of a sequence are not in order".into());
+        if range.start != end || range.end < end {
+            return Err("the documents of a sequence don't follow one another".into());
+        }
+        if range.end > ids.len() {
+            return Err("a document of a sequence ends after it does".into());
         }
         if doc_ids.value(row).is_empty() {
             // nothing is predicted from padding, and padding isn't predicted
             targets[range.start.saturating_sub(1)..range.end].fill(NO_TARGET);
         }
+        end = range.end;
         let (domain, doc_id) = (domains.value(row).to_owned(), doc_ids.value(row).to_owned());
         all.push(Segment { domain, doc_id, range });
+    }
+    if end != ids.len() {
+        return Err("the documents of a sequence end before it does".into());
     }
     Ok(Sequence { index, ids, targets, segments: all })
 }
@@ -357,6 +364,10 @@ pub(crate) mod tests {
         writer.write(&batch).unwrap();
         for (bytes, message) in [
             (good, "id 12 is not in the model's vocabulary of 10"),
+            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 1), ("b", 2, 3)])]), "don't follow one another"),
+            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 2)])]), "end before it does"),
+            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 4)])]), "ends after it does"),
+            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 2), ("b", 2, -1)])]), "ends after it does"),
             (writer.into_inner().unwrap(), "there is no column `input_ids`"),
             (b"no parquet".to_vec(), "memory:///data/train-00000-of-00001.parquet: "),
         ] {
