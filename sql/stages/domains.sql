@@ -17,6 +17,19 @@ lengths as (
     group by domain, tokens
 ),
 
+-- all of it from here on comes of one reading of the documents: a step that two others read would be computed twice
+ranked as (
+    select
+        *,
+        sum(documents) over (partition by domain) as domain_documents,
+        sum(documents) over (
+            partition by domain order by tokens
+            rows between unbounded preceding and current row
+        ) as documents_up_to
+    from lengths
+),
+
+-- the p-quantile is the smallest length that at least p of the documents do not exceed
 totals as (
     select
         domain,
@@ -24,6 +37,11 @@ totals as (
         sum(sum_tokens) as tokens,
         coalesce(sum(documents) filter (where tokens > $long_tokens), 0) as long_documents,
         coalesce(sum(sum_tokens) filter (where tokens > $long_tokens), 0) as long_tokens,
+        min(tokens) filter (where documents_up_to * 100 >= domain_documents * 25) as p25,
+        min(tokens) filter (where documents_up_to * 100 >= domain_documents * 50) as p50,
+        min(tokens) filter (where documents_up_to * 100 >= domain_documents * 75) as p75,
+        min(tokens) filter (where documents_up_to * 100 >= domain_documents * 90) as p90,
+        min(tokens) filter (where documents_up_to * 100 >= domain_documents * 99) as p99,
         max(tokens) as longest,
         make_array(
             coalesce(sum(documents) filter (where tokens < 1024), 0),
@@ -47,58 +65,27 @@ totals as (
             coalesce(sum(sum_tokens) filter (where tokens >= 65536 and tokens < 131072), 0),
             coalesce(sum(sum_tokens) filter (where tokens >= 131072), 0)
         ) as tokens_by_length
-    from lengths
-    group by domain
-),
-
-all_domains as (
-    select sum(tokens) as tokens from totals
-),
-
-ranked as (
-    select
-        domain,
-        tokens,
-        sum(documents) over (
-            partition by domain order by tokens
-            rows between unbounded preceding and current row
-        ) as documents_up_to
-    from lengths
-),
-
--- the p-quantile is the smallest length that at least p of the documents do not exceed
-quantiles as (
-    select
-        ranked.domain,
-        min(ranked.tokens) filter (where documents_up_to * 100 >= totals.documents * 25) as p25,
-        min(ranked.tokens) filter (where documents_up_to * 100 >= totals.documents * 50) as p50,
-        min(ranked.tokens) filter (where documents_up_to * 100 >= totals.documents * 75) as p75,
-        min(ranked.tokens) filter (where documents_up_to * 100 >= totals.documents * 90) as p90,
-        min(ranked.tokens) filter (where documents_up_to * 100 >= totals.documents * 99) as p99
     from ranked
-    inner join totals on ranked.domain = totals.domain
-    group by ranked.domain
+    group by domain
 ),
 
 described as (
     select
-        totals.domain,
-        totals.documents,
-        totals.tokens,
-        cast(totals.tokens as double) / greatest(cast(all_domains.tokens as double), 1.0) as share,
-        totals.long_documents,
-        totals.long_tokens,
-        quantiles.p25,
-        quantiles.p50,
-        quantiles.p75,
-        quantiles.p90,
-        quantiles.p99,
-        totals.longest,
-        totals.documents_by_length,
-        totals.tokens_by_length
+        domain,
+        documents,
+        tokens,
+        cast(tokens as double) / greatest(cast(sum(tokens) over () as double), 1.0) as share,
+        long_documents,
+        long_tokens,
+        p25,
+        p50,
+        p75,
+        p90,
+        p99,
+        longest,
+        documents_by_length,
+        tokens_by_length
     from totals
-    inner join quantiles on totals.domain = quantiles.domain
-    cross join all_domains
 )
 
 select * from described order by domain
