@@ -36,7 +36,7 @@ use tokio::sync::OnceCell;
 
 use crate::engine::Engine;
 use crate::hash::Digest;
-use crate::progress::Progress;
+use crate::progress::{Progress, Rarely};
 use crate::stage::Output;
 use crate::store::{Location, Stores};
 use crate::task::{Task, Worker};
@@ -104,8 +104,8 @@ pub struct Cluster {
     session: OnceCell<SessionContext>,
     /// When a task ended last.
     ended: Mutex<Instant>,
-    /// When it was said last that one failed.
-    said: Mutex<Option<Instant>>,
+    /// Of many tasks that fail at once, one is said.
+    warnings: Rarely,
 }
 
 impl Cluster {
@@ -117,7 +117,7 @@ impl Cluster {
             stop: stop.clone(),
             session: OnceCell::new(),
             ended: Mutex::new(Instant::now()),
-            said: Mutex::default(),
+            warnings: Rarely::new(Duration::from_secs(1)),
         }
     }
 
@@ -156,7 +156,9 @@ impl Cluster {
             if attempt == ATTEMPTS || !matches!(failed.exit_code(), 4 | 75) {
                 return Err(failed);
             }
-            self.warn(&failed);
+            if self.warnings.is_time() {
+                tracing::warn!("a task failed, and is given out again: {failed}");
+            }
             tokio::time::sleep(Duration::from_secs(1 << attempt)).await;
             attempt += 1;
         };
@@ -173,15 +175,6 @@ impl Cluster {
         tokio::select! {
             answer = self.ask(message) => answer.map_err(|e| e.to_string()),
             () = self.stalled(began) => Err(format!("nothing was done for {} minutes", STALLED.as_secs() / 60)),
-        }
-    }
-
-    /// Says why a task is given out again; of many that fail at once, of one.
-    fn warn(&self, failed: &Error) {
-        let mut said = self.said.lock().expect("no panic while held");
-        if said.is_none_or(|at| at.elapsed().as_secs() > 0) {
-            *said = Some(Instant::now());
-            tracing::warn!("a task failed, and is given out again: {failed}");
         }
     }
 

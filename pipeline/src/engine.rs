@@ -421,6 +421,25 @@ mod tests {
         assert_eq!(tables[0], tables[2]);
     }
 
+    #[tokio::test]
+    async fn files_ahead_are_read_while_nobody_asks_for_rows() {
+        let folder = crate::store::Stores::new("/").open("memory:///t/ahead").unwrap();
+        let mut files = vec![];
+        for file in 0..3 {
+            let mut writer = TableWriter::new(&folder, &format!("n-{file}"), numbers(0..0).schema());
+            writer.write(numbers(0..10)).await.unwrap();
+            files.push((folder.clone(), writer.finish().await.unwrap().files.remove(0)));
+        }
+        let mut rows = std::pin::pin!(scan_all(files.clone(), 3));
+        assert_eq!(rows.next().await.unwrap().unwrap().num_rows(), 10);
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        for (folder, file) in files {
+            folder.join(&file.name).delete().await.unwrap();
+        }
+        let left: Vec<_> = rows.try_collect().await.unwrap();
+        assert_eq!(left.iter().map(RecordBatch::num_rows).sum::<usize>(), 20);
+    }
+
     #[test]
     fn a_full_disk_is_the_machine_s_fault_and_not_the_data_s() {
         // ENOSPC, as sorts that spill hand it on

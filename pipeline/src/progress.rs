@@ -10,7 +10,29 @@ use futures::TryStreamExt;
 use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Without a terminal, a line is logged this often.
-const EVERY: Duration = Duration::from_secs(10);
+pub const EVERY: Duration = Duration::from_secs(10);
+
+/// Says whether it is time to say again what would be said too often: at first, and then so long after it was.
+pub struct Rarely {
+    every: Duration,
+    last: Mutex<Option<Instant>>,
+}
+
+impl Rarely {
+    pub fn new(every: Duration) -> Self {
+        Self { every, last: Mutex::default() }
+    }
+
+    /// Whoever asks when it is time is the one who says it.
+    pub fn is_time(&self) -> bool {
+        let mut last = self.last.lock().expect("no panic while held");
+        let is_time = last.is_none_or(|at| at.elapsed() >= self.every);
+        if is_time {
+            *last = Some(Instant::now());
+        }
+        is_time
+    }
+}
 
 /// Where bars are drawn.
 #[derive(Clone)]
@@ -59,7 +81,7 @@ impl Progress {
             bar,
             counts,
             started: Instant::now(),
-            logged: Mutex::default(),
+            lines: Rarely::new(EVERY),
         };
         Bar(Arc::new(inner))
     }
@@ -80,7 +102,7 @@ struct Inner {
     bar: ProgressBar,
     counts: Counts,
     started: Instant,
-    logged: Mutex<Option<Instant>>,
+    lines: Rarely,
 }
 
 /// A stage's progress. Clones count together.
@@ -104,9 +126,7 @@ impl Bar {
         if self.0.terminal || self.0.silent {
             return;
         }
-        let mut logged = self.0.logged.lock().expect("no panic while held");
-        if logged.unwrap_or(self.0.started).elapsed() >= EVERY {
-            *logged = Some(Instant::now());
+        if self.0.started.elapsed() >= EVERY && self.0.lines.is_time() {
             let left = match (done, self.0.total) {
                 (1.., total) if total > done => {
                     let left = self.0.started.elapsed().mul_f64((total - done) as f64 / done as f64);
@@ -131,9 +151,7 @@ impl Bar {
     pub fn say(&self, done: u64, message: String) {
         self.0.bar.set_position(done);
         self.0.bar.set_message(message.clone());
-        let mut logged = self.0.logged.lock().expect("no panic while held");
-        if !self.0.terminal && !self.0.silent && logged.is_none_or(|at| at.elapsed() >= EVERY) {
-            *logged = Some(Instant::now());
+        if !self.0.terminal && !self.0.silent && self.0.lines.is_time() {
             tracing::info!("{}: {message}", self.0.name);
         }
     }

@@ -1,11 +1,10 @@
 //! The log, on stderr.
 
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
-
 use tracing_subscriber::filter::{EnvFilter, FilterExt, LevelFilter, dynamic_filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::progress::{EVERY, Rarely};
 
 /// What is said unless `LENGTHWISE_LOG` says otherwise: of libraries, what warns, that storage is asked again, and that the
 /// scheduler has lost an executor.
@@ -14,10 +13,9 @@ const SAID: &str = concat!(
     "ballista_scheduler::state::executor_manager=info"
 );
 
-/// Where the library of storage says that a request failed and is tried again. Hundreds may, each some times: one is said …
+/// Where the library of storage says that a request failed and is tried again. Hundreds may, each some times: one is said now
+/// and then.
 const RETRY: &str = "object_store::client::retry";
-/// … this often.
-const EVERY: Duration = Duration::from_secs(10);
 
 /// Starts it, as text for people or as JSON.
 pub fn start(json: bool) {
@@ -25,18 +23,9 @@ pub fn start(json: bool) {
         Ok(filter) => (filter, true),
         Err(_) => (EnvFilter::new(SAID), false),
     };
-    let said: Mutex<Option<Instant>> = Mutex::default();
-    let now_and_then = dynamic_filter_fn(move |event, _| {
-        if asked || event.target() != RETRY {
-            return true;
-        }
-        let mut said = said.lock().expect("no panic while held");
-        let again = said.is_none_or(|at| at.elapsed() >= EVERY);
-        if again {
-            *said = Some(Instant::now());
-        }
-        again
-    });
+    let retries = Rarely::new(EVERY);
+    let now_and_then =
+        dynamic_filter_fn(move |event, _| asked || event.target() != RETRY || retries.is_time());
     // or else libraries would make up what nobody hears
     let now_and_then =
         now_and_then.with_max_level_hint(filter.max_level_hint().unwrap_or(LevelFilter::TRACE));
