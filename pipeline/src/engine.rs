@@ -159,8 +159,15 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
     // storage may have failed deep inside: in a scan, in its Parquet reader, shared between partitions
     let mut cause: Option<&dyn std::error::Error> = Some(&source);
     while let Some(error) = cause {
-        if let Some(Error::Withdrawn { url }) = error.downcast_ref() {
-            return Error::Withdrawn { url: url.clone() };
+        // of our own readers
+        match error.downcast_ref() {
+            Some(Error::Withdrawn { url }) => return Error::Withdrawn { url: url.clone() },
+            Some(Error::Storage { doing, url, .. }) => {
+                let (doing, url) = (*doing, url.clone());
+                let source = object_store::Error::Generic { store: "storage", source: Box::new(source) };
+                return Error::Storage { doing, url, source };
+            }
+            _ => {}
         }
         if error.is::<object_store::Error>() {
             let source = object_store::Error::Generic { store: "storage", source: Box::new(source) };
@@ -454,6 +461,17 @@ mod tests {
             assert_eq!(error.exit_code(), 4);
             assert!(error.to_string().contains("engine.spill"), "{error}");
         }
+    }
+
+    #[test]
+    fn storage_that_fails_deep_inside_a_query_is_said_with_its_url() {
+        let source = object_store::Error::Generic { store: "S3", source: "403 Forbidden".into() };
+        let ours = Error::Storage { doing: "read", url: "s3://bucket/x".into(), source };
+        let shared = DataFusionError::Shared(Arc::new(DataFusionError::External(Box::new(ours))));
+        let error = query("cannot compute table catalog", shared);
+        assert!(error.to_string().contains("s3://bucket/x"), "{error}");
+        let help = miette::Diagnostic::help(&error).unwrap().to_string();
+        assert!(help.contains("the credentials are wrong"), "{help}");
     }
 
     #[tokio::test]

@@ -297,7 +297,7 @@ fn storage_cure(url: &str, why: &object_store::Error) -> Option<String> {
     if says(&["169.254.169.254", "metadata.google.internal", "169.254.170.2"]) {
         return Some(format!("no credentials were found; {variables}"));
     }
-    if says(&["certificate"]) {
+    if says(&["invalid peer certificate"]) {
         return Some("the endpoint's certificate is not one that this machine trusts".into());
     }
     if says(&["client error (Connect)", "operation timed out"]) {
@@ -350,7 +350,9 @@ mod tests {
             ("403 Forbidden: <Code>SignatureDoesNotMatch</Code>", "wrong, expired, or not allowed"),
             ("500", "AWS_ENDPOINT"),
         ] {
-            let error = refused("s3://bucket/x", answer);
+            // what an object is called is no sign of anything
+            let answer = format!("{answer}: GET http://storage/certificates/x");
+            let error = refused("s3://bucket/certificates/x", &answer);
             let help = error.help().expect("there is help").to_string();
             assert!(help.contains(cure) && help.ends_with("where this one was"), "{help}");
             // the library's message has its cause's in it

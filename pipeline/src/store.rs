@@ -266,7 +266,7 @@ fn store_of(url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
 }
 
 /// What a path begins with where a URL's colon or slash was forgotten.
-const SCHEMES: [&str; 11] =
+pub const SCHEMES: [&str; 11] =
     ["s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https", "file"];
 
 fn unusable(text: &str, why: impl std::fmt::Display) -> Error {
@@ -292,6 +292,10 @@ mod tests {
     #[test]
     fn a_misspelt_url_is_no_folder() {
         let stores = Stores::new("/data/here");
+        for secret in ["s3:/key:secret@bucket/x", "s3//key:secret@bucket", "s3:key:secret@bucket"] {
+            let error = stores.open(secret).map(|at| at.url()).unwrap_err().to_string();
+            assert!(!error.contains("secret") && error.contains("password"), "{error}");
+        }
         for wrong in ["s3//bucket/x", "s3:/bucket/x", "s3:bucket/x", "gs//bucket", "file:/x"] {
             let error = stores.open(wrong).map(|at| at.url()).unwrap_err();
             assert!(error.to_string().contains("://"), "{error}");

@@ -3,20 +3,28 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::sync::mpsc;
+use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::bench::{Bench, said, terminate};
+use crate::bench::{Bench, recipe, said, terminate, tree};
 
 /// Hears what is posted to it, and answers with success.
 fn listener() -> (String, mpsc::Receiver<(String, Value)>) {
+    slow_listener(|_| Duration::ZERO)
+}
+
+/// The same, where answers take as long as is said.
+fn slow_listener(
+    takes: impl Fn(&Value) -> Duration + Send + 'static,
+) -> (String, mpsc::Receiver<(String, Value)>) {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", server.local_addr().unwrap());
     let (send, heard) = mpsc::channel();
     std::thread::spawn(move || {
         for stream in server.incoming() {
             let (mut stream, mut text) = (stream.unwrap(), Vec::new());
-            let body = loop {
+            let body: (String, Value) = loop {
                 let mut bytes = [0; 4096];
                 let read = stream.read(&mut bytes).unwrap();
                 text.extend_from_slice(&bytes[..read]);
@@ -29,12 +37,14 @@ fn listener() -> (String, mpsc::Receiver<(String, Value)>) {
                     break (head.to_owned(), serde_json::from_str(body).unwrap());
                 }
             };
-            stream
-                .write_all(b"HTTP/1.1 201 Created\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-                .unwrap();
+            let takes = takes(&body.1);
             if send.send(body).is_err() {
                 return;
             }
+            std::thread::sleep(takes);
+            // whoever has ended meanwhile needs no answer
+            let _ =
+                stream.write_all(b"HTTP/1.1 201 Created\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
         }
     });
     (url, heard)
@@ -166,6 +176,12 @@ fn prometheus_reads_how_a_run_ended() {
     assert_eq!(run(&["--set", "mixture.budget=400M"]).code, 3);
     let text = std::fs::read_to_string(&file).unwrap();
     assert!(text.contains("lengthwise_run_exit_code{run=\"t\"} 3\n"), "{text}");
+    let recipes = recipe("cut_128k");
+    let mut sweep = bench.command(&["sweep", "conf.toml", "--recipes", &recipes]);
+    sweep.args(["--set", "train={ checkpoint = \"nowhere\", steps = 4 }"]);
+    assert_eq!(said(sweep.env("LENGTHWISE_METRICS", &file).output().unwrap()).code, 2);
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains("lengthwise_run_exit_code{run=\"t-cut_128k\"} 2\n"), "{text}");
     assert_eq!(run(&[]).code, 0);
     let text = std::fs::read_to_string(&file).unwrap();
     for line in [
@@ -184,6 +200,22 @@ fn prometheus_reads_how_a_run_ended() {
         let (name, value) = line.rsplit_once(' ').unwrap();
         assert!(name.ends_with('}') && name.contains("{run=") && value.parse::<f64>().is_ok(), "{line}");
     }
+}
+
+#[test]
+fn a_signal_between_two_runs_of_a_sweep_stops_it() {
+    let bench = Bench::new(3);
+    let second = |event: &Value| event["job"]["name"] == "t-cut_128k" && event["eventType"] == "START";
+    let (url, heard) = slow_listener(move |event| Duration::from_secs(if second(event) { 3 } else { 0 }));
+    let recipes = format!("{},{}", recipe("per_source"), recipe("cut_128k"));
+    let mut command = bench.command(&["sweep", "conf.toml", "--recipes", &recipes]);
+    let mut child = command.env("OPENLINEAGE_URL", &url).spawn().unwrap();
+    assert!(heard.iter().any(|(_, event)| second(&event)));
+    // while the listener takes its time, no work is under way
+    terminate(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    let mixtures = tree(&bench.path("out/stages/mixture"));
+    assert_eq!(mixtures.iter().filter(|path| path.ends_with("manifest.json")).count(), 1);
 }
 
 #[test]

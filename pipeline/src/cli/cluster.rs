@@ -62,7 +62,7 @@ struct PlaceArguments {
     #[arg(long, default_value = "localhost")]
     host: String,
     /// 50050 of a scheduler, 50061 of an executor by default; an executor takes the next one, too
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=65534))]
     port: Option<u16>,
 }
 

@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{Mutex, OnceCell};
 
 use crate::conf::Conf;
 use crate::error::Doing;
@@ -219,12 +220,19 @@ fn start(command: Command) -> Result<()> {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// How many there were.
+    told: usize,
 }
+
+/// What has been heard since work first listened: a signal is for all that this process does, also where it comes
+/// between one piece of work and the next.
+static SIGNALS: OnceCell<Mutex<Signals>> = OnceCell::const_new();
 
 impl Signals {
     fn listen() -> Result<Self> {
         let listen = |kind| signal(kind).doing(|| "cannot listen for signals".into());
-        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+        let (terminate, interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+        Ok(Self { terminate, interrupt, told: 0 })
     }
 
     /// Returns when the next one comes.
@@ -233,6 +241,7 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
+        self.told += 1;
     }
 }
 
@@ -248,20 +257,21 @@ async fn until_told<T>(
     finishes: &AtomicBool,
     work: impl Future<Output = Result<T>>,
 ) -> Result<T> {
-    let mut told = Signals::listen()?;
+    let mut signals = SIGNALS.get_or_try_init(async || Signals::listen().map(Mutex::new)).await?.lock().await;
     let mut work = std::pin::pin!(work);
-    for signals in 1.. {
+    loop {
+        match signals.told {
+            0 => {}
+            1 if finishes.load(Ordering::Relaxed) => {
+                tracing::info!("stopping after this step, with a checkpoint; once more to stop now");
+            }
+            _ => return Err(Error::Stopped),
+        }
         tokio::select! {
             done = &mut work => return done,
-            () = told.next() => {}
+            () = signals.next() => stop.store(true, Ordering::Relaxed),
         }
-        stop.store(true, Ordering::Relaxed);
-        if signals == 2 || !finishes.load(Ordering::Relaxed) {
-            break;
-        }
-        tracing::info!("stopping after this step, with a checkpoint; once more to stop now");
     }
-    Err(Error::Stopped)
 }
 
 /// Prints a value for a machine, or a text for a person.

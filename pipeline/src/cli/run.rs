@@ -13,7 +13,7 @@ use lengthwise_model::comm::Place;
 use serde_json::json;
 
 use super::{ConfArguments, print, until_stopped};
-use crate::flow::{Flow, remember};
+use crate::flow::{Flow, checked, remember};
 use crate::run::{Goal, Run, Stage};
 use crate::watch::{Watch, refused, summary};
 use crate::{Error, Result};
@@ -184,8 +184,21 @@ async fn follow(run: &Run, until: Option<Stage>) -> Result<()> {
 
 /// Runs to the end or to `until`; the run's directory, where it came to one.
 pub async fn go(run: &Run, until: Option<Stage>) -> Result<Option<String>> {
-    let work = until_stopped(run, through(run, until));
-    let folder = Watch::new().during(run, work).await?;
+    watched(run, through(run, until)).await
+}
+
+/// What a sweep does of each run before the first trains: its mixture, after what is wrong in the rest was looked for.
+pub async fn go_ahead(run: &Run) -> Result<()> {
+    let work = async {
+        checked(run, None).await?;
+        through(run, Some(Stage::Mixture)).await
+    };
+    watched(run, work).await.map(|_| ())
+}
+
+/// Does a run's work until a signal says to stop, and tells those who watch it.
+async fn watched(run: &Run, work: impl Future<Output = Result<Option<String>>>) -> Result<Option<String>> {
+    let folder = Watch::new().during(run, until_stopped(run, work)).await?;
     tracing::info!("{}", summary(run, folder.as_deref()));
     Ok(folder)
 }

@@ -3,11 +3,10 @@
 use clap::Args;
 
 use super::compare::OutputArguments;
-use super::{ConfArguments, run, run_folder, until_stopped};
+use super::{ConfArguments, run, run_folder};
 use crate::compare::Side;
-use crate::flow::checked;
 use crate::recipe::Recipe;
-use crate::run::{Goal, Run, Stage};
+use crate::run::{Goal, Run};
 use crate::stages::mixture;
 use crate::{Error, Result};
 
@@ -43,15 +42,12 @@ pub async fn main(arguments: SweepArguments) -> Result<()> {
             runs.push((name, seed, run));
         }
     }
-    // what is wrong with one of them is said before the others have trained; they differ in recipe and seed alone
-    if let Some((_, _, run)) = runs.first() {
-        until_stopped(run, checked(run, None)).await?;
-    }
+    // what is wrong with one of them is said before the others have trained
     let all = runs.len();
     for (i, (name, seed, run)) in runs.iter_mut().enumerate() {
         run.begin();
         tracing::info!("sweep: the mixture of {name} with seed {}, {} of {all}", *seed + 1, i + 1);
-        run::go(run, Some(Stage::Mixture)).await?;
+        run::go_ahead(run).await?;
     }
     let mut sides = vec![];
     for (name, seed, mut run) in runs {

@@ -1,5 +1,7 @@
 //! Credentials come from the environment; one that is typed into a URL is refused, and never shown.
 
+use crate::store::SCHEMES;
+
 /// What the names of query parameters that carry credentials contain, as in URLs signed by S3 or Google …
 const SECRET_PARAMETERS: [&str; 6] = ["key", "token", "secret", "signature", "credential", "passw"];
 
@@ -9,9 +11,30 @@ const AZURE_SIGNATURE: &str = "sig";
 /// In these URLs of Azure, what stands before `@` is the container, not a user.
 const CONTAINER_SCHEMES: [&str; 2] = ["abfs", "abfss"];
 
+/// Where in a text the next URL begins, and what follows its `://`; also where that is misspelt, as in `s3:/` and `s3//`.
+fn next_url(text: &str) -> Option<(usize, usize)> {
+    text.match_indices([':', '/']).find_map(|(at, _)| {
+        let is_scheme = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+        let begin = text[..at].trim_end_matches(is_scheme).len();
+        let sign = if text[at..].starts_with("://") {
+            3
+        } else if !SCHEMES.contains(&&text[begin..at]) {
+            return None;
+        } else if text[at..].starts_with(":/") || text[at..].starts_with("//") {
+            2
+        } else if text[at..].starts_with(':') {
+            1
+        } else {
+            return None;
+        };
+        Some((begin, at + sign))
+    })
+}
+
 /// Does this URL carry a password, a key or a signature?
 pub fn in_url(url: &str) -> bool {
-    let Some((scheme, rest)) = url.split_once("://") else { return false };
+    let Some((begin, path)) = next_url(url) else { return false };
+    let (scheme, rest) = (url[begin..path].trim_end_matches([':', '/']), &url[path..]);
     let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
     let (user, host) = match authority.rsplit_once('@') {
         Some((user, host)) => (Some(user), host),
@@ -37,15 +60,13 @@ pub fn in_url(url: &str) -> bool {
 pub fn mask(text: &str) -> String {
     let mut masked = String::with_capacity(text.len());
     let mut rest = text;
-    while let Some(colon) = rest.find("://") {
-        let is_scheme = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
-        let scheme = rest[..colon].trim_end_matches(is_scheme).len();
+    while let Some((scheme, path)) = next_url(rest) {
         let ends = |c: char| c.is_whitespace() || "\"'`".contains(c);
-        let end = rest[colon..].find(ends).map_or(rest.len(), |length| colon + length);
-        masked.push_str(&rest[..colon + 3]);
+        let end = rest[path..].find(ends).map_or(rest.len(), |length| path + length);
+        masked.push_str(&rest[..path]);
         match in_url(&rest[scheme..end]) {
-            true => masked.extend(std::iter::repeat_n('*', end - colon - 3)),
-            false => masked.push_str(&rest[colon + 3..end]),
+            true => masked.extend(std::iter::repeat_n('*', end - path)),
+            false => masked.push_str(&rest[path..end]),
         }
         rest = &rest[end..];
     }

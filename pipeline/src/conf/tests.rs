@@ -653,8 +653,13 @@ fn credentials_are_told_from_ordinary_urls() {
         "https://b.s3.amazonaws.com/x?X-Amz-Signature=abc",
         "https://host/x?a=1&api_key=abc",
         "abfss://container:key@account.dfs.core.windows.net/x",
+        "s3:/key:secret@bucket/x",
+        "s3//key:secret@bucket/x",
+        "s3:key:secret@bucket/x",
     ] {
         assert!(secret::in_url(url), "{url}");
+        let masked = secret::mask(&format!("url=\"{url}\" # what"));
+        assert!(masked.starts_with("url=\"") && masked.ends_with("**\" # what"), "{masked}");
     }
     for url in [
         "runs/a@b/c:d",
@@ -664,6 +669,9 @@ fn credentials_are_told_from_ordinary_urls() {
         "http://[::1]/x",
         "abfss://container@account.dfs.core.windows.net/x",
         "s3://${BUCKET:-data}/x",
+        "/data/s3/x:y@z",
+        "a//b:c@d",
+        "s3:bucket/x",
     ] {
         assert!(!secret::in_url(url), "{url}");
         assert_eq!(secret::mask(url), url);

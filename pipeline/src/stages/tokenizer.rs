@@ -107,5 +107,5 @@ pub async fn obtain(run: &Run) -> Result<Tokenizer> {
         .files
         .first()
         .ok_or_else(|| Error::Corrupt { url: published.folder.url(), message: "no tokenizer".into() })?;
-    Tokenizer::load(file.read(&published.folder).await?, &published.folder.join(&file.name).url())
+    Tokenizer::load(file.checked(&published.folder).await?, &published.folder.join(&file.name).url())
 }
