@@ -7,16 +7,20 @@ use std::sync::Arc;
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Int32Type};
 use bytes::Bytes;
+use bytes::buf::Reader;
 use futures::future::BoxFuture;
-use futures::{FutureExt, TryFutureExt, TryStreamExt};
+use futures::{FutureExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
 use parquet::arrow::async_reader::{
     AsyncFileReader, ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder,
 };
+use parquet::column::page::{Page, PageReader};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::file::reader::{ChunkReader, Length};
+use parquet::file::serialized_reader::SerializedPageReader;
 
 use crate::backprop::NO_TARGET;
 use crate::{Error, Location, Result};
@@ -98,7 +102,8 @@ impl Dataset {
     async fn builder(&self, path: &Path) -> Result<ParquetRecordBatchStreamBuilder<Object>> {
         let meta = self.folder.store.head(path).await;
         let meta = meta.map_err(|source| Error::Storage { doing: "read", path: self.url(path), source })?;
-        let object = Object { store: self.folder.store.clone(), path: path.clone(), size: meta.size };
+        let store = self.folder.store.clone();
+        let object = Object { store, path: path.clone(), size: meta.size, metadata: None };
         let builder = unbroken(ParquetRecordBatchStreamBuilder::new(object)).await;
         builder.map_err(|message| Error::Dataset { file: self.url(path), message })
     }
@@ -153,12 +158,20 @@ struct Object {
     store: Arc<dyn ObjectStore>,
     path: Path,
     size: u64,
+    metadata: Option<Arc<ParquetMetaData>>,
 }
 
 impl AsyncFileReader for Object {
     fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ParquetError>> {
-        let read = async move { self.store.get_range(&self.path, range).await };
-        read.map_err(|e| ParquetError::External(Box::new(e))).boxed()
+        let read = async move {
+            let read = self.store.get_range(&self.path, range.clone()).await;
+            let bytes = read.map_err(|e| ParquetError::External(Box::new(e)))?;
+            if let Some(metadata) = &self.metadata {
+                check_dictionaries(metadata, range, &bytes)?;
+            }
+            Ok(bytes)
+        };
+        read.boxed()
     }
 
     fn get_metadata<'a>(
@@ -166,7 +179,66 @@ impl AsyncFileReader for Object {
         _: Option<&'a ArrowReaderOptions>,
     ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
         let size = self.size;
-        async move { ParquetMetaDataReader::new().load_and_finish(self, size).await.map(Arc::new) }.boxed()
+        async move {
+            let metadata = ParquetMetaDataReader::new().load_and_finish(&mut *self, size).await?;
+            Ok(self.metadata.insert(Arc::new(metadata)).clone())
+        }
+        .boxed()
+    }
+}
+
+/// Refuses dictionaries that have fewer bytes than their headers say values: the Parquet library makes room for as many
+/// as are said, up to 16 GiB, before it looks.
+fn check_dictionaries(
+    metadata: &ParquetMetaData,
+    range: Range<u64>,
+    bytes: &Bytes,
+) -> Result<(), ParquetError> {
+    let mut columns = metadata.row_groups().iter().flat_map(|group| group.columns());
+    let Some(column) = columns.find(|column| {
+        let (start, length) = column.byte_range();
+        (start..start + length) == range
+    }) else {
+        return Ok(());
+    };
+    let chunk = Arc::new(Chunk { start: range.start, bytes: bytes.clone() });
+    // rows are wanted only where an index says where pages are
+    let mut pages = SerializedPageReader::new(chunk, column, 0, None)?;
+    // what else is wrong is said by who reads the values
+    while let Ok(Some(page)) = pages.peek_next_page() {
+        if !page.is_dict {
+            pages.skip_next_page()?;
+        } else if let Some(Page::DictionaryPage { buf, num_values, .. }) = pages.get_next_page()?
+            && num_values as usize > buf.len()
+        {
+            let message = format!("a dictionary of {num_values} values has {} bytes", buf.len());
+            return Err(ParquetError::General(message));
+        }
+    }
+    Ok(())
+}
+
+/// A column's part of a file, at its place in it.
+struct Chunk {
+    start: u64,
+    bytes: Bytes,
+}
+
+impl Length for Chunk {
+    fn len(&self) -> u64 {
+        self.start + self.bytes.len() as u64
+    }
+}
+
+impl ChunkReader for Chunk {
+    type T = Reader<Bytes>;
+
+    fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
+        self.bytes.get_read(start - self.start)
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
+        self.bytes.get_bytes(start - self.start, length)
     }
 }
 
@@ -362,7 +434,12 @@ pub(crate) mod tests {
         let batch = RecordBatch::try_from_iter([("x", Arc::new(Int32Array::from(vec![1])) as _)]).unwrap();
         let mut writer = parquet::arrow::ArrowWriter::try_new(Vec::new(), batch.schema(), None).unwrap();
         writer.write(&batch).unwrap();
+        let mut lying = packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 3)])]);
+        // Thrift's fields of a page's header: the one of dictionaries, and in it the number of values, two for each
+        let at = lying.windows(3).position(|bytes| bytes == [0x4c, 0x15, 2 * 3]).unwrap();
+        lying[at + 2] = 2 * 63;
         for (bytes, message) in [
+            (lying, "a dictionary of 63 values has 12 bytes"),
             (good, "id 12 is not in the model's vocabulary of 10"),
             (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 1), ("b", 2, 3)])]), "don't follow one another"),
             (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 2)])]), "end before it does"),
