@@ -1,8 +1,25 @@
-//! Names the sources, so that machines of a cluster can tell whether they have the same ones; and has the program find
-//! LibTorch's libraries where they are.
+//! Names what the program is made of: its sources, so that manifests and machines of a cluster can tell builds apart, and the
+//! libraries that its results come through. And has it find LibTorch's libraries where they are.
 
-use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
+
+/// What sources are, beside this crate's folder.
+const SOURCES: [&str; 3] = ["src", "../model/src", "../sql"];
+
+/// Libraries through which documents, ids, tables or weights go.
+const LIBRARIES: [&str; 11] = [
+    "arrow",
+    "burn",
+    "datafusion",
+    "flate2",
+    "libm",
+    "onig_sys",
+    "parquet",
+    "serde_json",
+    "sqlparser",
+    "tokenizers",
+    "zstd-sys",
+];
 
 /// All files below a folder.
 fn files(folder: &Path, into: &mut Vec<PathBuf>) {
@@ -12,17 +29,49 @@ fn files(folder: &Path, into: &mut Vec<PathBuf>) {
     }
 }
 
+/// FNV-1a, of 128 bits: the same from every compiler.
+fn add(hash: u128, bytes: &[u8]) -> u128 {
+    let prime = (1 << 88) + 0x13b;
+    bytes.iter().fold(hash, |hash, byte| (hash ^ u128::from(*byte)).wrapping_mul(prime))
+}
+
+/// The versions of some packages, as the workspace's lock file has them.
+fn versions(lock: &str) -> Vec<String> {
+    let packages = lock.split("[[package]]").filter_map(|package| {
+        let value = |key: &str| {
+            let line = package.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(" = "))?;
+            Some(line.trim_matches('"').to_owned())
+        };
+        let name = value("name").filter(|name| LIBRARIES.contains(&name.as_str()))?;
+        Some(format!("{name} {}", value("version")?))
+    });
+    packages.collect()
+}
+
 fn main() {
-    println!("cargo:rerun-if-changed=src");
     let mut sources = vec![];
-    files("src".as_ref(), &mut sources);
-    sources.sort();
-    let mut hasher = DefaultHasher::new();
-    for path in sources {
-        hasher.write(path.to_string_lossy().as_bytes());
-        hasher.write(&std::fs::read(&path).unwrap_or_default());
+    for folder in SOURCES {
+        println!("cargo:rerun-if-changed={folder}");
+        files(folder.as_ref(), &mut sources);
     }
-    println!("cargo:rustc-env=LENGTHWISE_SOURCES={:016x}", hasher.finish());
+    sources.sort();
+    let mut hash = 0x6c62272e07bb014262b821756295c58d;
+    for path in sources {
+        let bytes = std::fs::read(&path).unwrap_or_default();
+        hash = add(hash, path.to_string_lossy().as_bytes());
+        hash = add(hash, &(bytes.len() as u64).to_le_bytes());
+        hash = add(hash, &bytes);
+    }
+    println!("cargo:rustc-env=LENGTHWISE_SOURCES={hash:032x}");
+
+    println!("cargo:rerun-if-changed=../Cargo.lock");
+    let mut libraries = versions(&std::fs::read_to_string("../Cargo.lock").unwrap_or_default());
+    let compiler = std::env::var_os("RUSTC")
+        .and_then(|rustc| std::process::Command::new(rustc).arg("--version").output().ok());
+    let compiler = compiler.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    libraries.extend(compiler.iter().filter_map(|text| Some(format!("rustc {}", text.split(' ').nth(1)?))));
+    println!("cargo:rustc-env=LENGTHWISE_LIBRARIES={}", libraries.join(","));
+
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     if std::env::var_os("CARGO_FEATURE_LIBTORCH").is_some()
         && let Ok(root) = std::env::var("LIBTORCH")

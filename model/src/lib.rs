@@ -34,6 +34,7 @@ pub mod train;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
@@ -113,6 +114,17 @@ impl Location {
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(source) => Err(Error::Storage { doing: "read", path: self.url(), source }),
         }
+    }
+
+    /// The BLAKE3 of the object, which is never whole in memory.
+    pub async fn digest(&self) -> Result<[u8; 32]> {
+        let failed = |source| Error::Storage { doing: "read", path: self.url(), source };
+        let mut bytes = self.store.get(&self.path).await.map_err(failed)?.into_stream();
+        let mut hasher = blake3::Hasher::new();
+        while let Some(some) = bytes.try_next().await.map_err(failed)? {
+            hasher.update(&some);
+        }
+        Ok(*hasher.finalize().as_bytes())
     }
 
     pub async fn put(&self, bytes: Vec<u8>) -> Result<Written> {

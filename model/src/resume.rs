@@ -33,8 +33,24 @@ pub struct Manifest {
     pub dataset: String,
     /// The settings that decide what comes out.
     pub settings: Value,
-    /// Names and sizes of its files.
-    pub files: Vec<(String, u64)>,
+    /// Its files, but for logs.
+    pub files: Vec<File>,
+}
+
+/// A file of a checkpoint.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct File {
+    pub name: String,
+    pub bytes: u64,
+    /// In hexadecimal digits.
+    pub blake3: String,
+}
+
+impl From<Written> for File {
+    fn from(written: Written) -> Self {
+        let blake3 = blake3::Hash::from_bytes(written.blake3).to_hex().to_string();
+        Self { name: written.name, bytes: written.bytes, blake3 }
+    }
 }
 
 /// A checkpoint that can be gone on from.
@@ -81,7 +97,7 @@ impl Resume {
                     "it was trained with other settings; training does not go on from it".into(),
                 ));
             }
-            for (name, size) in &manifest.files {
+            for File { name, bytes: size, .. } in &manifest.files {
                 let at = folder.join(name);
                 match at.store.head(&at.path).await {
                     Ok(meta) if meta.size == *size => {}
@@ -103,6 +119,24 @@ impl Resume {
             return Ok(Some(Self { folder, manifest, ranks }));
         }
         Ok(None)
+    }
+
+    /// Compares the digests of a rank's share of the files: a disk may have lost what was written last, and kept the size.
+    ///
+    /// # Errors
+    /// A file is not what was written.
+    pub async fn check(&self, comm: &dyn Comm) -> Result<()> {
+        for file in self.manifest.files.iter().skip(comm.rank()).step_by(comm.size()) {
+            let digest = self.folder.join(&file.name).digest().await?;
+            if blake3::Hash::from_bytes(digest).to_hex().as_str() != file.blake3 {
+                let message = format!(
+                    "{} is not what was written there; remove this folder to go on from the checkpoint before",
+                    file.name
+                );
+                return Err(Error::Checkpoint { at: self.folder.url(), message });
+            }
+        }
+        Ok(())
     }
 
     /// Some numbers of a unit, as whichever ranks wrote them.

@@ -188,6 +188,7 @@ impl<'a> Rank<'a> {
         let saved = wait.block_on(Resume::find(&job.checkpoints, &job.dataset_digest, &settings))?;
         let (shards, optimizer, done, lines) = match &saved {
             Some(saved) => {
+                wait.block_on(saved.check(world))?;
                 let (shards, optimizer) = saved.state(units, world, &device, conf.weight_decay, wait)?;
                 let lines =
                     wait.block_on(saved.folder.join("metrics.jsonl").get())?.unwrap_or_default().to_vec();
@@ -424,28 +425,40 @@ impl<'a> Rank<'a> {
         Share { ids: sharding.take(&sequence.ids, 0), targets: sharding.take(&targets, NO_TARGET), sharding }
     }
 
+    /// What every rank wrote of its shard, told to all: sizes and digests as numbers that a sum leaves as they are.
+    fn of_all_ranks(&self, own: &Written) -> Result<Vec<Written>> {
+        const NUMBERS: usize = 1 + 32;
+        let (rank, ranks) = (self.world.rank(), self.world.size());
+        let mut numbers = vec![0.0; ranks * NUMBERS];
+        numbers[rank * NUMBERS] = own.bytes as f64;
+        let digest = &mut numbers[rank * NUMBERS + 1..(rank + 1) * NUMBERS];
+        digest.iter_mut().zip(own.blake3).for_each(|(number, byte)| *number = f64::from(byte));
+        let numbers = total(self.world, &numbers, &self.name.open()?)?;
+        let written = |(rank, numbers): (usize, &[f64])| Written {
+            name: resume::ranks_file(rank, ranks),
+            bytes: numbers[0] as u64,
+            blake3: std::array::from_fn(|i| numbers[i + 1] as u8),
+        };
+        Ok(numbers.chunks(NUMBERS).enumerate().map(written).collect())
+    }
+
     /// A checkpoint that training goes on from.
     fn save(&self, step: u64) -> Result<()> {
         let folder = self.job.checkpoints.join(&format!("step-{step}"));
         let own = resume::write_rank(&folder, self.world, &self.shards, &self.optimizer);
         let own = self.wait.block_on(own)?;
-        // every rank's file has the name of its rank; sizes differ by what they own
-        let sizes = total(self.world, &self.of_this_rank(own.bytes as f64), &self.name.open()?)?;
+        let shards = self.of_all_ranks(&own)?;
         let mut files = self.write(&folder)?;
         // with times in them, they are none of what the manifest answers for
         self.write_logs(&folder)?;
         if self.world.rank() == 0 {
-            files.extend(sizes.into_iter().enumerate().map(|(rank, bytes)| Written {
-                name: resume::ranks_file(rank, self.world.size()),
-                bytes: bytes as u64,
-                blake3: [0; 32],
-            }));
+            files.extend(shards);
             let manifest = Manifest {
                 step,
                 ranks: self.world.size(),
                 dataset: self.job.dataset_digest.clone(),
                 settings: self.job.conf.content(),
-                files: files.into_iter().map(|file| (file.name, file.bytes)).collect(),
+                files: files.into_iter().map(Into::into).collect(),
             };
             self.wait.block_on(resume::publish(&self.job.checkpoints, &manifest))?;
         }
@@ -679,6 +692,13 @@ mod tests {
         file.put(bytes[..bytes.len() - 1].to_vec()).await.unwrap();
         let error = until(&job, u64::MAX).await.0.unwrap_err().to_string();
         assert!(error.contains("optimizer-00000-of-00001.safetensors has"), "{error}");
+        let mut flipped = bytes.to_vec();
+        flipped[bytes.len() / 2] ^= 1;
+        file.put(flipped).await.unwrap();
+        let error = until(&job, u64::MAX).await.0.unwrap_err().to_string();
+        assert!(error.contains("optimizer-00000-of-00001.safetensors is not what was written"), "{error}");
+        file.put(bytes.to_vec()).await.unwrap();
+        until(&job, u64::MAX).await.0.unwrap();
     }
 
     #[tokio::test]

@@ -92,7 +92,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let documents = "select doc_id, domain, tokens from documents order by doc_id";
     let documents =
         session.sql(documents).await?.execute_stream().await?.map_err(|e| query("the catalog", e));
-    let mut weaver = Weaver::new(file, Box::pin(rows), Box::pin(documents), None);
+    let mut weaver = Weaver::new(file, 131_072, Box::pin(rows), Box::pin(documents), None);
     let mut sums = Sums::new(4096, 4);
     while weaver
         .step(&mut |span| {

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
+use crate::preview::NAMED;
 use crate::publish::RunManifest;
+use crate::stages::domains::Domain;
 
 /// Cards of a run's directory, by file name.
 pub fn cards(manifest: &RunManifest) -> Vec<(&'static str, String)> {
@@ -33,7 +35,7 @@ fn made_of(manifest: &RunManifest) -> String {
     format!(
         "- run `{}` of lengthwise {}\n- {}\n- conf `{}`, recipe `{}`: {} tokens drawn\n",
         manifest.run,
-        manifest.lengthwise,
+        manifest.build.lengthwise,
         commit(manifest),
         manifest.conf_file,
         mixture.recipe,
@@ -60,10 +62,23 @@ fn dataset(manifest: &RunManifest, heldout: bool) -> String {
         recipe(manifest),
         made_of(manifest),
     );
-    for domain in &manifest.summary.domains {
+    let mut domains: Vec<&Domain> = manifest.summary.domains.iter().collect();
+    if domains.len() > NAMED {
+        domains.sort_by(|a, b| b.tokens.cmp(&a.tokens).then_with(|| a.domain.cmp(&b.domain)));
+    }
+    for domain in domains.iter().take(NAMED) {
         card += &format!(
             "| {} | {} | {} | {:.4} |\n",
             domain.domain, domain.documents, domain.tokens, domain.share
+        );
+    }
+    if let Some(others @ [_, ..]) = domains.get(NAMED..) {
+        card += &format!(
+            "| {} others | {} | {} | {:.4} |\n",
+            others.len(),
+            others.iter().map(|d| d.documents).sum::<u64>(),
+            others.iter().map(|d| d.tokens).sum::<u64>(),
+            others.iter().map(|d| d.share).sum::<f64>(),
         );
     }
     card

@@ -171,6 +171,9 @@ pub fn compare(sides: &[Side]) -> Comparison {
     let firsts: Vec<&Side> = groups.iter().map(|group| group[0]).collect();
     let previews: Vec<Vec<Preview>> =
         groups.iter().map(|group| group.iter().map(|side| side.preview()).collect()).collect();
+    let named: BTreeSet<String> = previews.iter().flatten().flat_map(Preview::largest).collect();
+    let previews: Vec<Vec<Preview>> =
+        previews.iter().map(|group| group.iter().map(|preview| preview.only(&named)).collect()).collect();
     let scores = sides.iter().flat_map(|side| side.manifest.summary.evaluations.keys());
     let scores: BTreeSet<&String> = scores.collect();
     // losses of other tokens have nothing to do with each other

@@ -5,15 +5,16 @@ use std::collections::btree_map::Entry;
 
 use serde_json::json;
 
-use crate::publish::{self, Attempt, RunManifest, StageKey, Summary};
+use crate::engine::put_file;
+use crate::publish::{self, Attempt, Build, RunManifest, StageKey, Summary};
 use crate::run::{Goal, Run, Stage};
-use crate::stage::{Published, Table};
+use crate::stage::{File, Published, Table};
 use crate::stages::domains::Domain;
 use crate::stages::mixture::Asked;
 use crate::stages::shuffle::Drawn;
 use crate::stages::tokenizer::Tokenizer;
 use crate::stages::tokens::Tokens;
-use crate::stages::{self, catalog, domains, draw, mixture, pack};
+use crate::stages::{self, catalog, domains, draw, mixture, pack, shuffle};
 use crate::store::{Location, json_lines};
 use crate::{Error, Result};
 
@@ -79,21 +80,29 @@ pub async fn checked(run: &Run, until: Option<Stage>) -> Result<Tokenizer> {
 /// A run that finds so many outputs broken, one after the other, gives up.
 const MOST_WITHDRAWN: usize = 100;
 
+/// Does `work` again where it finds that what a stage left is broken: that is withdrawn by then, and computed again.
+pub async fn mended<T>(run: &Run, mut work: impl AsyncFnMut() -> Result<T>) -> Result<T> {
+    for _ in 0..MOST_WITHDRAWN {
+        match work().await {
+            Err(Error::Withdrawn { url }) if run.goal != Goal::Look => {
+                tracing::warn!("{url} is broken; its stage is computed again");
+                run.steps.lock().expect("no panic while held").clear();
+            }
+            done => return done,
+        }
+    }
+    work().await
+}
+
 impl Flow {
     /// Goes through the stages up to `until`, and leaves in `self` what there is when one fails. Where a stage finds that
     /// what an earlier one left is broken, that is computed again.
     pub async fn go(&mut self, run: &Run, until: Option<Stage>) -> Result<()> {
-        for _ in 0..MOST_WITHDRAWN {
-            match self.through(run, until).await {
-                Err(Error::Withdrawn { url }) if run.goal != Goal::Look => {
-                    tracing::warn!("{url} is broken; its stage is computed again");
-                    *self = Self::default();
-                    run.steps.lock().expect("no panic while held").clear();
-                }
-                gone => return gone,
-            }
-        }
-        self.through(run, until).await
+        mended(run, async || {
+            *self = Self::default();
+            self.through(run, until).await
+        })
+        .await
     }
 
     async fn through(&mut self, run: &Run, until: Option<Stage>) -> Result<()> {
@@ -134,6 +143,11 @@ impl Flow {
             table: drawn.table("drawn"),
             tokens: drawn.count("tokens"),
         };
+        if ends(Stage::Shuffle) {
+            let layout = pack::layout(run, tokenizer, "train")?;
+            shuffle::obtain(run, tokens, catalog, &chosen, layout).await?;
+            return Ok(());
+        }
         let packed = pack::obtain(run, tokenizer, tokens, catalog, &chosen, "train").await?;
         self.packed = Some(packed);
         let (table, count) = (catalog.table("heldout"), catalog.count("heldout_tokens"));
@@ -194,7 +208,12 @@ impl Flow {
         let id = folder.path.filename().unwrap_or_default().to_owned();
 
         let steps = run.steps.lock().expect("no panic while held").clone();
-        let attempt = Attempt {
+        let trained = self.trained.as_ref();
+        let logs: Vec<(&Published, File)> = trained
+            .into_iter()
+            .flat_map(|trained| trained.table("logs").files.into_iter().map(move |file| (trained, file)))
+            .collect();
+        let mut attempt = Attempt {
             started: run.started.to_string(),
             seconds: run.seconds(),
             host: std::env::var("HOSTNAME")
@@ -204,10 +223,12 @@ impl Flow {
                 .to_owned(),
             cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
             steps: steps.clone(),
+            files: logs.iter().map(|(_, file)| File { name: in_checkpoint(file), ..file.clone() }).collect(),
         };
         // before files that may be links to old ones: `gc` sees that the folder is worked in
-        let name = format!("attempts/{}-{}.json", run.started.strftime("%Y%m%dT%H%M%S"), std::process::id());
-        folder.join(&name).put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
+        let name = format!("attempts/{}-{}", run.started.strftime("%Y%m%dT%H%M%S"), std::process::id());
+        let at = folder.join(&format!("{name}.json"));
+        at.put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
 
         let mut files = publish::copy_table(packed, "train", &folder, "data").await?;
         if let Some(heldout) = &self.heldout {
@@ -216,12 +237,9 @@ impl Flow {
         if let Some(trained) = &self.trained {
             files.extend(publish::copy_table(trained, "checkpoint", &folder, "checkpoint").await?);
         }
-        if let Some(trained) = &self.trained {
-            // beside the model, as one looks for them there; with times in them, they are none of what the manifest answers for
-            for file in trained.table("logs").files {
-                let name = file.name.rsplit('/').next().unwrap_or_default();
-                trained.folder.join(&file.name).copy_to(&folder.join("checkpoint").join(name)).await?;
-            }
+        // beside the model, as one looks for them there
+        for (trained, file) in &logs {
+            trained.folder.join(&file.name).copy_to(&folder.join(&in_checkpoint(file))).await?;
         }
         let notes_of = |(name, e): &(String, Published)| (name.clone(), e.manifest.notes.clone());
         let mut evaluations: BTreeMap<_, _> = self.evaluated.iter().map(notes_of).collect();
@@ -261,7 +279,7 @@ impl Flow {
         let (commit, dirty) = publish::commit_of(run);
         let manifest = RunManifest {
             run: id,
-            lengthwise: env!("CARGO_PKG_VERSION").to_owned(),
+            build: Build::this(),
             commit,
             dirty,
             conf_file: run.conf_file.clone(),
@@ -291,19 +309,22 @@ impl Flow {
                 evaluations,
             },
         };
-        for (name, card) in crate::cards::cards(&manifest) {
-            folder.join(name).put(card).await?;
-        }
         let metrics = self.metrics().await?;
-        let html = crate::report::html(&manifest, &attempt, &metrics);
-        folder.join("report.html").put(html).await?;
+        let report = ("report.html", crate::report::html(&manifest, &attempt, &metrics));
+        for (name, text) in crate::cards::cards(&manifest).into_iter().chain([report]) {
+            attempt.files.push(put_file(&folder, name, text.into_bytes(), 0).await?);
+        }
+        at.put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
 
-        let text = crate::seal::seal(&manifest);
-        let at = folder.join("manifest.json");
-        if !at.put_new(text.clone()).await? {
-            match publish::find(&folder).await.unwrap_or_default() {
-                Some(there) if there.files == manifest.files => {}
-                _ => at.put(text).await?,
+        // the manifest says what the last run was made of
+        let (text, at) = (crate::seal::seal(&manifest), folder.join("manifest.json"));
+        match at.get().await? {
+            Some(before) if before == text => {}
+            before => {
+                if let Some(before) = before {
+                    folder.join(&format!("{name}-manifest-before.json")).put(before).await?;
+                }
+                at.put(text).await?;
             }
         }
         Ok((folder, manifest))
@@ -319,6 +340,11 @@ impl Flow {
         let Some(bytes) = trained.folder.join(&file.name).get().await? else { return Ok(vec![]) };
         Ok(json_lines(&bytes).flatten().collect())
     }
+}
+
+/// Where a file of the training's logs is in a run's directory.
+fn in_checkpoint(log: &File) -> String {
+    format!("checkpoint/{}", log.name.rsplit('/').next().unwrap_or_default())
 }
 
 /// What a stage left in its notes.

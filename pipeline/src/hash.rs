@@ -160,6 +160,11 @@ pub fn doc_id(domain: &str, text: &str) -> [u8; 16] {
     first_16(&hasher.finalize()).to_le_bytes()
 }
 
+/// `text_id`: the first 16 bytes of BLAKE3 over the text. Documents of several domains may have one text.
+pub fn text_id(text: &str) -> [u8; 16] {
+    first_16(&blake3::hash(text.as_bytes())).to_le_bytes()
+}
+
 /// 64 bits that look random and depend on nothing but their arguments. `tag` keeps the uses apart:
 /// what is drawn says nothing about where it is placed.
 pub fn unit_hash(tag: &str, seed: u64, doc_id: &[u8; 16], start: u64, copy: u32) -> u64 {

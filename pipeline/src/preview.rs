@@ -1,12 +1,13 @@
 //! preview: what a recipe makes of the corpus, before anything is drawn.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use indicatif::HumanCount;
 use serde::Serialize;
 
 use crate::stages::domains::Domain;
-use crate::stages::mixture::{Asked, Repeated, Stratum, shortfalls};
+use crate::stages::mixture::{Asked, Repeated, Stratum, left_out, shortfalls};
 use crate::tables::LENGTH_BUCKET_NAMES;
 
 /// A mixture beside the corpus it is made of.
@@ -22,7 +23,15 @@ pub struct Preview {
     pub most_copies: Vec<Repeated>,
     /// What falls short, a line each.
     pub shortfalls: Vec<String>,
+    /// What the conf leaves out, a line each.
+    pub left_out: Vec<String>,
 }
+
+/// So many domains are named where people read; the others are summed.
+pub const NAMED: usize = 100;
+
+/// What the domains that are not named are called.
+const OTHERS: &str = "(all others)";
 
 /// What becomes of a domain.
 #[derive(Clone, Debug, Serialize)]
@@ -44,6 +53,32 @@ pub struct Mixed {
     /// Shares of the domain's tokens by length, before and after.
     pub lengths_before: Vec<f64>,
     pub lengths_after: Vec<f64>,
+}
+
+impl Mixed {
+    /// Some domains as one.
+    fn sum(domains: &[Mixed]) -> Self {
+        let add = |of: fn(&Mixed) -> f64| domains.iter().map(of).sum::<f64>();
+        let (tokens, drawn) = (add(|d| d.tokens as f64).max(1.0), add(|d| d.drawn as f64).max(1.0));
+        let lengths = |of: fn(&Mixed) -> &Vec<f64>, weight: fn(&Mixed) -> f64, sum: f64| {
+            let at = |i: usize| domains.iter().map(|d| of(d)[i] * weight(d)).sum::<f64>() / sum;
+            (0..LENGTH_BUCKET_NAMES.len()).map(at).collect()
+        };
+        Self {
+            domain: OTHERS.to_owned(),
+            documents: domains.iter().map(|d| d.documents).sum(),
+            tokens: domains.iter().map(|d| d.tokens).sum(),
+            share: add(|d| d.share),
+            target: add(|d| d.target),
+            mixture_share: add(|d| d.mixture_share),
+            drawn: domains.iter().map(|d| d.drawn).sum(),
+            epochs: drawn / tokens,
+            long_before: add(|d| d.long_before * d.tokens as f64) / tokens,
+            long_after: add(|d| d.long_after * d.drawn as f64) / drawn,
+            lengths_before: lengths(|d| &d.lengths_before, |d| d.tokens as f64, tokens),
+            lengths_after: lengths(|d| &d.lengths_after, |d| d.drawn as f64, drawn),
+        }
+    }
 }
 
 fn share(part: u64, whole: u64) -> f64 {
@@ -71,8 +106,12 @@ impl Preview {
         asked: &Asked,
     ) -> Self {
         let all: u64 = asked.strata.iter().flat_map(|s| &s.by_length).sum();
+        let mut by_domain: BTreeMap<&str, Vec<&Stratum>> = BTreeMap::new();
+        for stratum in &asked.strata {
+            by_domain.entry(&stratum.domain).or_default().push(stratum);
+        }
         let mixed = domains.iter().map(|domain| {
-            let strata: Vec<&Stratum> = asked.strata.iter().filter(|s| s.domain == domain.domain).collect();
+            let strata = by_domain.remove(domain.domain.as_str()).unwrap_or_default();
             let by_length = sum_by_length(strata.iter().map(|s| &s.by_length));
             let drawn: u64 = by_length.iter().sum();
             Mixed {
@@ -99,12 +138,29 @@ impl Preview {
             lengths_after: shares(&sum_by_length(asked.strata.iter().map(|s| &s.by_length))),
             most_copies: asked.most_copies.clone(),
             shortfalls: shortfalls(asked, domains, budget, max_copies),
+            left_out: left_out(domains).into_iter().collect(),
         }
+    }
+
+    /// The names of the domains with the most tokens.
+    pub fn largest(&self) -> BTreeSet<String> {
+        let mut domains: Vec<&Mixed> = self.domains.iter().collect();
+        domains.sort_by(|a, b| b.tokens.cmp(&a.tokens).then_with(|| a.domain.cmp(&b.domain)));
+        domains.iter().take(NAMED).map(|mixed| mixed.domain.clone()).collect()
+    }
+
+    /// The same, with only these domains named, and a line that sums the others.
+    pub fn only(&self, names: &BTreeSet<String>) -> Self {
+        let (mut domains, others): (Vec<Mixed>, Vec<Mixed>) =
+            self.domains.iter().cloned().partition(|mixed| names.contains(&mixed.domain));
+        domains.extend((!others.is_empty()).then(|| Mixed::sum(&others)));
+        Self { domains, ..self.clone() }
     }
 
     /// For a terminal.
     pub fn text(&self) -> String {
         let mut out = String::new();
+        let shown = self.only(&self.largest()).domains;
         let (documents, tokens) =
             self.domains.iter().fold((0, 0), |(d, t), domain| (d + domain.documents, t + domain.tokens));
         let _ = writeln!(
@@ -116,15 +172,14 @@ impl Preview {
             HumanCount(documents),
             HumanCount(tokens)
         );
-        let width =
-            self.domains.iter().map(|d| d.domain.chars().count()).max().unwrap_or(0).max("domain".len());
+        let width = shown.iter().map(|d| d.domain.chars().count()).max().unwrap_or(0).max("domain".len());
         let long = format!("long (>{})", self.long_tokens);
         let _ = writeln!(
             out,
             "{:width$}  {:>10}  {:>14}  {:>23}  {:>12}  {:>6}  {long:>17}",
             "domain", "documents", "tokens", "share → target → mix", "drawn", "epochs"
         );
-        for d in &self.domains {
+        for d in &shown {
             let _ = writeln!(
                 out,
                 "{:width$}  {:>10}  {:>14}  {:>5.1} → {:>5.1} → {:>5.1} %  {:>12}  {:>6.2}  {:>5.1} → {:>5.1} %",
@@ -148,7 +203,7 @@ impl Preview {
         let _ = writeln!(out, "\n{:width$}{heads}   % of tokens by document length", "");
         line(&mut out, "corpus", &self.lengths_before);
         line(&mut out, "mixture", &self.lengths_after);
-        for d in self.domains.iter().filter(|d| d.drawn > 0) {
+        for d in shown.iter().filter(|d| d.drawn > 0) {
             line(&mut out, &d.domain, &d.lengths_after);
         }
         let repeated: Vec<&Repeated> = self.most_copies.iter().filter(|r| r.copies > 1.0).collect();
@@ -165,9 +220,11 @@ impl Preview {
                 );
             }
         }
-        if !self.shortfalls.is_empty() {
-            let _ = writeln!(out, "\nfalls short");
-            for line in &self.shortfalls {
+        for (heading, lines) in [("falls short", &self.shortfalls), ("left out", &self.left_out)] {
+            if !lines.is_empty() {
+                let _ = writeln!(out, "\n{heading}");
+            }
+            for line in lines {
                 let _ = writeln!(out, "  {line}");
             }
         }
@@ -178,9 +235,11 @@ impl Preview {
 /// Two mixtures side by side, with the difference in points.
 pub fn against(a: (&str, &Preview), b: (&str, &Preview)) -> String {
     let mut out = String::new();
-    let mut names: Vec<&str> = a.1.domains.iter().chain(&b.1.domains).map(|d| d.domain.as_str()).collect();
-    names.sort_unstable();
-    names.dedup();
+    let named: BTreeSet<String> = a.1.largest().into_iter().chain(b.1.largest()).collect();
+    let (shown_a, shown_b) = (a.1.only(&named), b.1.only(&named));
+    let (a, b) = ((a.0, &shown_a), (b.0, &shown_b));
+    let all = a.1.domains.iter().chain(&b.1.domains).map(|d| d.domain.as_str());
+    let names: BTreeSet<&str> = all.collect();
     let width = names.iter().map(|n| n.chars().count()).max().unwrap_or(0).max(8);
     let find = |p: &'_ Preview, name: &str| p.domains.iter().find(|d| d.domain == name).cloned();
     let _ = writeln!(out, "a  {}  {}, {} tokens", a.0, a.1.recipe, HumanCount(a.1.budget));
@@ -217,8 +276,8 @@ pub fn against(a: (&str, &Preview), b: (&str, &Preview)) -> String {
             .collect();
     let _ = writeln!(out, "{:width$}{points}", "points");
     for (name, preview) in [("a", a.1), ("b", b.1)] {
-        for shortfall in &preview.shortfalls {
-            let _ = writeln!(out, "{name}: {shortfall}");
+        for line in preview.shortfalls.iter().chain(&preview.left_out) {
+            let _ = writeln!(out, "{name}: {line}");
         }
     }
     out

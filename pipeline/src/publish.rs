@@ -7,7 +7,7 @@
 //!     manifest.json                        written last, if absent
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -26,8 +26,8 @@ use crate::{Error, Result, seal};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunManifest {
     pub run: String,
-    /// The version of lengthwise.
-    pub lengthwise: String,
+    /// What computed it.
+    pub build: Build,
     /// The git commit of the folder that conf and SQL were read from, where it is one.
     pub commit: Option<String>,
     /// Whether tracked files differed from that commit.
@@ -45,6 +45,47 @@ pub struct RunManifest {
     /// Digests of rows of the packed tables, whatever library wrote their bytes.
     pub tables: BTreeMap<String, Table>,
     pub summary: Summary,
+}
+
+/// What a program is made of, as far as what it computes may depend on it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+pub struct Build {
+    /// The version of lengthwise.
+    pub lengthwise: String,
+    /// A digest of its sources, and of the SQL in it.
+    pub sources: String,
+    /// Libraries and their versions.
+    pub libraries: BTreeMap<String, String>,
+}
+
+impl Build {
+    /// This program's.
+    pub fn this() -> Self {
+        let libraries = env!("LENGTHWISE_LIBRARIES").split(',').filter_map(|library| library.split_once(' '));
+        Self {
+            lengthwise: env!("CARGO_PKG_VERSION").to_owned(),
+            sources: env!("LENGTHWISE_SOURCES").to_owned(),
+            libraries: libraries.map(|(name, version)| (name.to_owned(), version.to_owned())).collect(),
+        }
+    }
+
+    /// What differs from another build, a line each.
+    pub fn differences(&self, other: &Build) -> Vec<String> {
+        let mut lines = vec![];
+        let mut differ = |what: &str, a: Option<&String>, b: Option<&String>| {
+            if a != b {
+                let shown = |version: Option<&String>| version.map_or("none", String::as_str).to_owned();
+                lines.push(format!("{what}: {} then, {} now", shown(a), shown(b)));
+            }
+        };
+        differ("lengthwise", Some(&self.lengthwise), Some(&other.lengthwise));
+        differ("digest of lengthwise's sources", Some(&self.sources), Some(&other.sources));
+        let names: BTreeSet<&String> = self.libraries.keys().chain(other.libraries.keys()).collect();
+        for name in names {
+            differ(name, self.libraries.get(name), other.libraries.get(name));
+        }
+        lines
+    }
 }
 
 /// A source file that was read.
@@ -84,13 +125,30 @@ impl Summary {
 }
 
 /// One attempt at a run, successful or not.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Attempt {
     pub started: String,
     pub seconds: f64,
     pub host: String,
     pub cores: usize,
     pub steps: Vec<Step>,
+    /// What it wrote into the run's directory that says when, where or how fast, or that a newer version would word in
+    /// another way: report, cards and the training's logs.
+    pub files: Vec<File>,
+}
+
+/// The attempts at a run, the first one first.
+pub async fn attempts(folder: &Location) -> Result<Vec<Attempt>> {
+    let mut listed = folder.join("attempts").list().await?;
+    listed.sort_by(|a, b| a.location.cmp(&b.location));
+    let mut attempts = vec![];
+    for meta in listed {
+        let at = folder.join("attempts").join(meta.location.filename().unwrap_or_default());
+        let bytes = at.get().await?.unwrap_or_default();
+        // what a manifest said before lies there, too
+        attempts.extend(serde_json::from_slice::<Attempt>(&bytes).ok());
+    }
+    Ok(attempts)
 }
 
 /// The commit of a folder, and whether tracked files differ from it.
@@ -121,27 +179,21 @@ pub fn id(name: &str, last: &[&Published]) -> String {
 }
 
 /// Copies a stage's files into a folder of the run; a hard link each where storage is local.
+///
+/// # Errors
+/// [`Error::Withdrawn`] where a file of the stage is broken.
 pub async fn copy_table(from: &Published, table: &str, folder: &Location, below: &str) -> Result<Vec<File>> {
     let mut files = vec![];
     for file in from.table(table).files {
         let placed = File { name: format!("{below}/{}", file.name), ..file.clone() };
-        if !placed.intact(folder).await? {
-            from.folder.join(&file.name).copy_to(&folder.join(&placed.name)).await?;
+        let (own, copy) = (from.folder.join(&file.name), folder.join(&placed.name));
+        if !copy.is_copy_of(&own).await? && !placed.is_sound(folder).await? {
+            file.check(&from.folder).await?;
+            own.copy_to(&copy).await?;
         }
         files.push(placed);
     }
     Ok(files)
-}
-
-/// The manifest of a run's directory, if the run was published and its files are there.
-pub async fn find(folder: &Location) -> Result<Option<RunManifest>> {
-    let Some(manifest) = written(folder).await? else { return Ok(None) };
-    for file in &manifest.files {
-        if !file.intact(folder).await? {
-            return Ok(None);
-        }
-    }
-    Ok(Some(manifest))
 }
 
 /// The manifest in a run's directory, whether or not its files are there.

@@ -155,7 +155,8 @@ impl Draft {
         Ok(output)
     }
 
-    /// What an earlier attempt's job wrote, if it finished and its files still are what it says.
+    /// What an earlier attempt's job wrote, if it finished and its files still have the digests that it says: a disk may
+    /// have lost what was written last, and kept the size.
     pub async fn done(&self, name: &str) -> Result<Option<Output>> {
         if self.again {
             return Ok(None);
@@ -165,7 +166,7 @@ impl Draft {
         };
         let Ok(output) = seal::open::<Output>(&bytes) else { return Ok(None) };
         for file in output.tables.values().flat_map(|table| &table.files) {
-            if !file.intact(&self.folder).await? {
+            if !file.is_sound(&self.folder).await? {
                 return Ok(None);
             }
         }
@@ -174,14 +175,12 @@ impl Draft {
 }
 
 impl File {
-    /// Whether the file is there with the right size. Digests are checked where files are read, and by `verify`.
-    pub async fn intact(&self, folder: &Location) -> Result<bool> {
-        use object_store::ObjectStoreExt;
-        let at = folder.join(&self.name);
-        match at.store.head(&at.path).await {
-            Ok(meta) => Ok(meta.size == self.bytes),
-            Err(object_store::Error::NotFound { .. }) => Ok(false),
-            Err(source) => Err(Error::Storage { doing: "look at", url: at.url(), source }),
+    /// Whether the file is there with the right bytes.
+    pub async fn is_sound(&self, folder: &Location) -> Result<bool> {
+        match folder.join(&self.name).digest().await {
+            Ok(digest) => Ok(digest == self.blake3),
+            Err(Error::Storage { source: object_store::Error::NotFound { .. }, .. }) => Ok(false),
+            Err(other) => Err(other),
         }
     }
 

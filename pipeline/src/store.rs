@@ -139,6 +139,25 @@ impl Location {
         self.store.copy(&self.path, &to.path).await.map_err(self.failed("copy"))
     }
 
+    /// Whether this object surely is a copy of another one that has not changed since, as far as the store tells: a link to
+    /// the same file, or of the same size and written later by the store's one clock.
+    pub async fn is_copy_of(&self, own: &Location) -> Result<bool> {
+        let (Some(copy), Some(own)) = (self.head().await?, own.head().await?) else { return Ok(false) };
+        Ok(match self.base.as_str() {
+            "/" => copy.e_tag.is_some() && copy.e_tag == own.e_tag,
+            _ => copy.size == own.size && copy.last_modified >= own.last_modified,
+        })
+    }
+
+    /// What the store says of the object; `None` where there is none.
+    pub async fn head(&self) -> Result<Option<ObjectMeta>> {
+        match self.store.head(&self.path).await {
+            Ok(meta) => Ok(Some(meta)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(source) => Err(self.failed("look at")(source)),
+        }
+    }
+
     /// Removes the object; nothing happens where there is none.
     pub async fn delete(&self) -> Result<()> {
         match self.store.delete(&self.path).await {

@@ -13,7 +13,8 @@ fn schema(columns: &[(&str, DataType)]) -> SchemaRef {
 const DOC_ID: DataType = DataType::FixedSizeBinary(16);
 use DataType::{Boolean, Float64, Int32, Int64, Utf8};
 
-/// A source row that became a document. `part` names the file of ids that holds it.
+/// A source row that became a document. `text_id` is the same for the same text in every domain; `part` names the file
+/// of ids that holds the document.
 pub fn documents() -> SchemaRef {
     schema(&[
         ("doc_id", DOC_ID),
@@ -21,6 +22,7 @@ pub fn documents() -> SchemaRef {
         ("tokens", Int64),
         ("bytes", Int64),
         ("origin", Utf8),
+        ("text_id", DOC_ID),
         ("part", Int64),
     ])
 }

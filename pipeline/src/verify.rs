@@ -1,18 +1,22 @@
 //! verify: recomputes every digest and every sum of a run, from the stored files alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::Int32Type;
 use bytes::Bytes;
+use datafusion::prelude::SessionContext;
+use futures::StreamExt;
+use object_store::path::Path;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde::Serialize;
 
+use crate::engine::{Engine, stream};
 use crate::hash::{Digest, RowDigest};
-use crate::publish::{RunManifest, output_of, stage_of};
+use crate::publish::{self, RunManifest, output_of, stage_of};
 use crate::stage::{File, Manifest, Table};
 use crate::store::Location;
-use crate::{Error, Result};
+use crate::{Error, Result, tables};
 
 /// What was checked and what was wrong.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -30,11 +34,12 @@ pub struct Verdict {
 pub async fn verify(
     folder: &Location,
     manifest: &RunManifest,
+    engine: &Engine,
     mut seen: impl FnMut(&str),
 ) -> Result<Verdict> {
     let mut verdict = Verdict::default();
     let output = output_of(folder);
-    let mut stages: BTreeMap<String, Vec<Manifest>> = BTreeMap::new();
+    let mut stages: Stages = BTreeMap::new();
     for key in &manifest.stages {
         seen(&key.stage);
         let found = match stage_of(&output, key).await {
@@ -59,20 +64,29 @@ pub async fn verify(
         if verdict.wrong.len() > before {
             withdraw(&at, &mut verdict).await?;
         }
-        stages.entry(key.stage.clone()).or_default().push(stage);
+        stages.entry(key.stage.clone()).or_default().push((at, stage));
     }
     seen("run");
     let before = verdict.wrong.len();
     for file in &manifest.files {
         check_file(folder, file, &mut verdict).await?;
     }
+    check_attempts(folder, &mut verdict).await?;
     check_packed(folder, manifest, &mut verdict).await?;
+    // what can't be read can't be asked
+    if verdict.wrong.is_empty() {
+        check_documents(folder, manifest, &stages, engine, &mut verdict).await?;
+    }
     if verdict.wrong.len() > before {
         withdraw(folder, &mut verdict).await?;
     }
+    check_strays(folder, manifest, &mut verdict).await?;
     accounts(&stages, manifest, &mut verdict);
     Ok(verdict)
 }
+
+/// The outputs of a run's stages that are as their manifests say, with their folders, by the stage's name.
+type Stages = BTreeMap<String, Vec<(Location, Manifest)>>;
 
 async fn withdraw(folder: &Location, verdict: &mut Verdict) -> Result<()> {
     let at = folder.join("manifest.json");
@@ -93,7 +107,7 @@ async fn check_file(folder: &Location, file: &File, verdict: &mut Verdict) -> Re
     if Digest::of(&bytes) == file.blake3 {
         return Ok(Some(bytes));
     }
-    // a run looks at sizes only: a file of the right size and the wrong bytes must not stay
+    // a run that goes on finds files by their sizes first
     at.delete().await?;
     verdict.withdrawn.push(at.url());
     if bytes.len() as u64 != file.bytes {
@@ -127,7 +141,7 @@ async fn check_table(folder: &Location, name: &str, table: &Table, verdict: &mut
 }
 
 /// Digest and number of a Parquet file's rows.
-fn digest_of(bytes: Bytes) -> Result<(RowDigest, u64), parquet::errors::ParquetError> {
+pub fn digest_of(bytes: Bytes) -> Result<(RowDigest, u64), parquet::errors::ParquetError> {
     let (mut digest, mut rows) = (RowDigest::default(), 0);
     for batch in ParquetRecordBatchReaderBuilder::try_new(bytes)?.build()? {
         let batch = batch?;
@@ -140,15 +154,153 @@ fn digest_of(bytes: Bytes) -> Result<(RowDigest, u64), parquet::errors::ParquetE
     Ok((digest, rows))
 }
 
+/// Report, cards and logs: each is what one of the attempts wrote.
+async fn check_attempts(folder: &Location, verdict: &mut Verdict) -> Result<()> {
+    let mut written: BTreeMap<String, Vec<Digest>> = BTreeMap::new();
+    for file in publish::attempts(folder).await?.into_iter().flat_map(|attempt| attempt.files) {
+        written.entry(file.name).or_default().push(file.blake3);
+    }
+    if !written.contains_key("report.html") {
+        verdict.wrong.push(format!("{}: no attempt says what the report was", folder.join("attempts").url()));
+    }
+    for (name, digests) in written {
+        let at = folder.join(&name);
+        match at.head().await? {
+            None => verdict.wrong.push(format!("{}: missing", at.url())),
+            Some(_) if digests.contains(&at.digest().await?) => verdict.files += 1,
+            Some(_) => verdict.wrong.push(format!("{}: it is not what a run wrote there", at.url())),
+        }
+    }
+    Ok(())
+}
+
+/// Folders of a run's directory that other programs read whole.
+const READ_WHOLE: [&str; 4] = ["data/", "heldout/", "checkpoint/", "eval/"];
+
+/// Files that are none of the run's, where `load_dataset` or a trainer would read them all the same. They stay.
+async fn check_strays(folder: &Location, manifest: &RunManifest, verdict: &mut Verdict) -> Result<()> {
+    let of_attempts = publish::attempts(folder).await?.into_iter().flat_map(|attempt| attempt.files);
+    let own: BTreeSet<Path> = manifest.files.iter().map(|file| folder.join(&file.name).path).collect();
+    let own: BTreeSet<Path> = own.into_iter().chain(of_attempts.map(|f| folder.join(&f.name).path)).collect();
+    let below: Vec<Path> = READ_WHOLE.iter().map(|name| folder.join(name).path).collect();
+    for meta in folder.list().await? {
+        let path = meta.location;
+        if !own.contains(&path) && below.iter().any(|folder| path.prefix_matches(folder)) {
+            let name: Vec<_> = path.prefix_match(&folder.path).into_iter().flatten().collect();
+            let name = name.iter().map(AsRef::as_ref).collect::<Vec<_>>().join("/");
+            verdict.wrong.push(format!(
+                "{}/{name}: it is none of the run's files, and whoever reads the folder reads it, too; remove it",
+                folder.url()
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Asks the packed files which documents they have: of none more than was drawn, and together as much as was planned.
+async fn check_documents(
+    folder: &Location,
+    manifest: &RunManifest,
+    stages: &Stages,
+    engine: &Engine,
+    verdict: &mut Verdict,
+) -> Result<()> {
+    for (split, below, (stage, table)) in
+        [("train", "data/", ("draw", "drawn")), ("heldout", "heldout/", ("catalog", "heldout"))]
+    {
+        let packs = stages.get("pack").into_iter().flatten();
+        let Some((_, pack)) = packs.into_iter().find(|(_, pack)| pack.tables.contains_key(split)) else {
+            continue;
+        };
+        let Some((drawn_folder, drawn)) = stages.get(stage).and_then(|outputs| outputs.first()) else {
+            continue;
+        };
+        let session = engine.session();
+        let files = manifest.files.iter().filter(|file| file.name.starts_with(below)).cloned().collect();
+        let packed = Table { files, ..Table::default() };
+        engine.register(&session, "packed", tables::packed(), &[(folder, &packed)], &[]).await?;
+        let drawn = drawn.tables.get(table).cloned().unwrap_or_default();
+        engine.register(&session, "drawn", tables::drawn(), &[(drawn_folder, &drawn)], &["doc_id"]).await?;
+        let has = |key: &str| u8::from(pack.ingredients.get(key).is_some_and(|id| !id.is_null()));
+        let wrong = too_much(&session, has("bos"), has("eos")).await?;
+        verdict.wrong.extend(wrong.into_iter().map(|line| format!("{below}: {line}")));
+    }
+    Ok(())
+}
+
+/// So many documents are named.
+const MOST_NAMED: usize = 5;
+
+/// Documents with more ids in `packed` than were drawn of them, in words; `bos` and `eos` say how many ids stand before and
+/// after a document.
+async fn too_much(session: &SessionContext, bos: u8, eos: u8) -> Result<Vec<String>> {
+    let sql = format!(
+        "with segments as (
+            select unnest(source) as segment from packed
+        ),
+
+        packed_ids as (
+            select
+                segment['doc_id'] as doc_id,
+                sum(cast(segment['end'] - segment['start'] as decimal(38, 0))) as ids
+            from segments
+            where segment['doc_id'] <> ''
+            group by segment['doc_id']
+        ),
+
+        drawn_ids as (
+            select
+                encode(doc_id, 'hex') as doc_id,
+                sum(cast(stop - start as decimal(38, 0))
+                    + case when start = 0 then {bos} else 0 end
+                    + case when stop = tokens then {eos} else 0 end) as ids
+            from drawn
+            group by doc_id
+        )
+
+        select packed_ids.doc_id, packed_ids.ids, coalesce(drawn_ids.ids, 0) as asked
+        from packed_ids
+        left join drawn_ids on packed_ids.doc_id = drawn_ids.doc_id
+        where packed_ids.ids > coalesce(drawn_ids.ids, 0)
+        order by packed_ids.doc_id"
+    );
+    let doing = "cannot ask the packed files for their documents";
+    let mut rows = stream(session, doing, &sql).await?;
+    let (mut wrong, mut more) = (vec![], 0);
+    while let Some(batch) = rows.next().await {
+        let batch = batch.map_err(|e| crate::engine::query(doing, e))?;
+        let text = |column: usize, row: usize| {
+            arrow::util::display::array_value_to_string(batch.column(column), row).unwrap_or_default()
+        };
+        for row in 0..batch.num_rows() {
+            match wrong.len() < MOST_NAMED {
+                true => wrong.push(format!(
+                    "document {} has {} ids, where {} were drawn of it",
+                    text(0, row),
+                    text(1, row),
+                    text(2, row)
+                )),
+                false => more += 1,
+            }
+        }
+    }
+    wrong.extend((more > 0).then(|| format!("so have {more} documents more")));
+    Ok(wrong)
+}
+
 /// Reads the packed files alone: segments tile every sequence, and each domain has the tokens that were planned.
 async fn check_packed(folder: &Location, manifest: &RunManifest, verdict: &mut Verdict) -> Result<()> {
     let sequence_tokens = manifest.conf.pack.sequence_tokens.0 as i32;
     let mut ids: BTreeMap<String, u64> = BTreeMap::new();
-    for file in manifest.files.iter().filter(|f| f.name.starts_with("data/")) {
+    let packed = |file: &&File| file.name.starts_with("data/") || file.name.starts_with("heldout/");
+    for file in manifest.files.iter().filter(packed) {
+        // planned are the domains of the one, and all sequences of both are as long
+        let mut none = BTreeMap::new();
+        let ids = if file.name.starts_with("data/") { &mut ids } else { &mut none };
         let Some(bytes) = folder.join(&file.name).get().await? else { continue };
         let mut read = || -> Result<(), parquet::errors::ParquetError> {
             for batch in ParquetRecordBatchReaderBuilder::try_new(bytes.clone())?.build()? {
-                check_sequences(&batch?, sequence_tokens, &file.name, &mut ids, &mut verdict.wrong);
+                check_sequences(&batch?, sequence_tokens, &file.name, ids, &mut verdict.wrong);
             }
             Ok(())
         };
@@ -198,9 +350,9 @@ fn check_sequences(
 }
 
 /// Nothing lost, nothing twice: what a stage took in is what it gave out and what it set aside.
-fn accounts(stages: &BTreeMap<String, Vec<Manifest>>, manifest: &RunManifest, verdict: &mut Verdict) {
+fn accounts(stages: &Stages, manifest: &RunManifest, verdict: &mut Verdict) {
     let sum = |stage: &str, name: &str| -> u64 {
-        stages.get(stage).into_iter().flatten().map(|m| m.counts.get(name).copied().unwrap_or(0)).sum()
+        stages.get(stage).into_iter().flatten().map(|(_, m)| m.counts.get(name).copied().unwrap_or(0)).sum()
     };
     let mut equal = |what: &str, a: u64, b: u64| {
         if a != b {

@@ -1,8 +1,13 @@
--- One row: the sum of the target shares in billionths, where it is not a billion.
+-- One row: the sum of the target shares in units of 10^-18, where it is not one.
+-- Each share may be off by its rounding alone, so that the error is bounded by the number of domains.
 with shares as (
-    select sum(cast(round(share * 1000000000) as decimal(38, 0))) as billionths from shares
+    select
+        sum(cast(round(share * 1000000000000000000) as decimal(38, 0))) as sum_of_shares,
+        count(*) as domains
+    from shares
 )
 
-select billionths
+select sum_of_shares, domains
 from shares
-where billionths not between 999999900 and 1000000100
+where sum_of_shares not between 1000000000000000000 - 1000 - domains
+    and 1000000000000000000 + 1000 + domains

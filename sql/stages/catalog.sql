@@ -12,11 +12,12 @@ distinct_documents as (
         min(tokens) as tokens,
         min(bytes) as bytes,
         min(origin) as origin,
+        min(text_id) as text_id,
         min(part) as part
     from documents
     group by doc_id
 )
 
-select doc_id, domain, tokens, bytes, origin, part
+select doc_id, domain, tokens, bytes, origin, text_id, part
 from distinct_documents
 order by doc_id

@@ -1,10 +1,11 @@
 -- heldout: the documents that no recipe sees, for evaluation.
+-- A text is held out in every domain that has it or in none, so that no domain trains on what another holds out.
 -- One row: a document held out, as a span that is drawn once, whole.
 --   $seed       bigint   the run's seed
---   $place      bigint   a document is a candidate where its hash, 63 bits, is below: the share of documents
+--   $place      bigint   a text is a candidate where its hash, 63 bits, is below: the share of texts
 --   $millionths bigint   the share again: of no domain's tokens is more held out
 with catalog as (
-    select doc_id, domain, tokens from catalog
+    select doc_id, domain, tokens, text_id from catalog
 ),
 
 limits as (
@@ -18,40 +19,42 @@ candidates as (
         catalog.doc_id,
         catalog.domain,
         catalog.tokens,
+        catalog.text_id,
         cast(catalog.tokens as decimal(38, 0)) * 1000000 as millionths,
         limits.millionths as most,
-        heldout_hash($seed, catalog.doc_id) as place
+        heldout_hash($seed, catalog.text_id) as place
     from catalog
     inner join limits on catalog.domain = limits.domain
-    where heldout_hash($seed, catalog.doc_id) < $place
+    where heldout_hash($seed, catalog.text_id) < $place
 ),
 
--- one document that is larger than the whole limit must not keep the smaller ones from being held out
-fitting as (
-    select * from candidates where millionths <= most
-),
-
+-- of a domain's candidates in their order, each that is not larger than the whole limit takes its room: one that is must
+-- not keep the smaller ones from being held out
 summed as (
     select
-        doc_id,
-        domain,
-        tokens,
-        most,
-        sum(millionths) over (
-            partition by domain order by place, doc_id
+        *,
+        sum(case when millionths <= most then millionths else 0 end) over (
+            partition by domain order by place, text_id
             rows between unbounded preceding and current row
         ) as millionths_so_far
-    from fitting
+    from candidates
+),
+
+texts as (
+    select text_id
+    from summed
+    group by text_id
+    having bool_and(millionths <= most and millionths_so_far <= most)
 )
 
 select
-    doc_id,
+    summed.doc_id,
     cast(0 as bigint) as start,
-    tokens as stop,
+    summed.tokens as stop,
     cast(0 as int) as copy,
     '' as stratum,
-    domain,
-    tokens
+    summed.domain,
+    summed.tokens
 from summed
-where millionths_so_far <= most
-order by doc_id
+inner join texts on summed.text_id = texts.text_id
+order by summed.doc_id

@@ -16,4 +16,5 @@ mod s3;
 mod same_bytes;
 mod servers;
 mod training;
+mod trust;
 mod watching;

@@ -108,24 +108,24 @@ fn a_stage_s_rows_change_only_with_its_version() {
     lines.sort();
     // where a digest differs and its stage's VERSION doesn't, caches of the old rows would be taken for the new ones
     insta::assert_snapshot!(lines.join("\n"), @r"
-    catalog, version 2: catalog, 240 rows, 46331d83
-    catalog, version 2: heldout, 10 rows, 5aa2fb89
-    domains, version 1: domains, 3 rows, 8ac1f8d1
+    catalog, version 3: catalog, 240 rows, 9c351684
+    catalog, version 3: heldout, 10 rows, 93c37e31
+    domains, version 1: domains, 3 rows, f57bce48
     domains, version 1: shares, 3 rows, 81c3d1e2
-    draw, version 2: drawn, 222 rows, acf3b6bb
-    mixture, version 2: mixture, 230 rows, cf3e487c
-    pack, version 1: heldout, 3 rows, a064347a
-    pack, version 1: train, 157 rows, 90fee1f7
-    shuffle, version 1: ids, 40126 rows, ce24940a
-    shuffle, version 1: ids, 761 rows, 7b7ef0c5
-    shuffle, version 1: plan, 15 rows, 59d28e72
-    shuffle, version 1: plan, 534 rows, ea316b1f
-    shuffle, version 1: ranges, 1 rows, 3e6eeac8
-    shuffle, version 1: ranges, 4 rows, bfef296a
+    draw, version 2: drawn, 228 rows, 7f2e189e
+    mixture, version 3: mixture, 230 rows, e9236fde
+    pack, version 2: heldout, 4 rows, fbc0b097
+    pack, version 2: train, 157 rows, ae49cd2b
+    shuffle, version 1: ids, 1020 rows, b7cbbfc2
+    shuffle, version 1: ids, 40120 rows, f65d0ceb
+    shuffle, version 1: plan, 15 rows, 01a4bab8
+    shuffle, version 1: plan, 540 rows, ba73433f
+    shuffle, version 1: ranges, 1 rows, 96225232
+    shuffle, version 1: ranges, 4 rows, 4f1cd7da
     tokenizer, version 1: tokenizer, 1 rows, f7bebc41
-    tokens, version 2: documents, 240 rows, 46331d83
-    tokens, version 2: rejects, 0 rows, 00000000
-    tokens, version 2: tokens, 240 rows, fa8a725d
+    tokens, version 3: documents, 240 rows, 9c351684
+    tokens, version 3: rejects, 0 rows, 00000000
+    tokens, version 3: tokens, 240 rows, fa8a725d
     ");
 }
 

@@ -13,7 +13,7 @@ use lengthwise_model::comm::Place;
 use serde_json::json;
 
 use super::{ConfArguments, print, until_stopped};
-use crate::flow::{Flow, checked, remember};
+use crate::flow::{Flow, checked, mended, remember};
 use crate::run::{Goal, Run, Stage};
 use crate::watch::{Watch, refused, summary};
 use crate::{Error, Result};
@@ -204,6 +204,11 @@ async fn watched(run: &Run, work: impl Future<Output = Result<Option<String>>>) 
 }
 
 async fn through(run: &Run, until: Option<Stage>) -> Result<Option<String>> {
+    mended(run, async || publish(run, until).await).await
+}
+
+/// Goes through the stages, and publishes what came of them where they came to packed sequences.
+async fn publish(run: &Run, until: Option<Stage>) -> Result<Option<String>> {
     let mut flow = Flow::default();
     let gone = flow.go(run, until).await;
     let remembered = remember(run).await;

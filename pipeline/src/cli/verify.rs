@@ -4,6 +4,7 @@ use clap::Args;
 use indicatif::HumanCount;
 
 use super::{print, run_folder};
+use crate::engine::Engine;
 use crate::{Result, publish, verify};
 
 #[derive(Args)]
@@ -18,7 +19,11 @@ pub struct VerifyArguments {
 pub async fn main(arguments: VerifyArguments) -> Result<()> {
     let folder = run_folder(&arguments.run)?;
     let manifest = publish::read(&folder).await?;
-    let verdict = verify::verify(&folder, &manifest, |what| tracing::debug!("verifying {what}")).await?;
+    let conf = &manifest.conf.engine;
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let engine = Engine::new(conf.partitions.unwrap_or(cores), conf.memory.0, None)?;
+    let seen = |what: &str| tracing::debug!("verifying {what}");
+    let verdict = verify::verify(&folder, &manifest, &engine, seen).await?;
     print(arguments.json, &verdict, || {
         let mut lines: Vec<String> = verdict.wrong.iter().map(|wrong| format!("wrong: {wrong}")).collect();
         lines.extend(

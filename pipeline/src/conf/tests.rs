@@ -1,5 +1,6 @@
 use insta::assert_snapshot;
 use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme};
+use proptest::prelude::*;
 
 use super::*;
 
@@ -1365,4 +1366,17 @@ fn a_later_stage_can_point_into_the_conf() {
     20 | budget = 10000000
        `----
     "#);
+}
+
+proptest! {
+    #[test]
+    fn a_float_comes_back_from_a_manifest_to_the_last_bit(bits in any::<u64>()) {
+        let value = f64::from_bits(bits);
+        prop_assume!(value.is_finite());
+        let sealed = crate::seal::seal(&serde_json::json!({ "params": { "x": value } }));
+        let opened: serde_json::Value = crate::seal::open(&sealed).unwrap();
+        let param: Param = serde_json::from_value(opened["params"]["x"].clone()).unwrap();
+        let Param::Float(back) = param else { panic!("{param:?}") };
+        prop_assert_eq!(back.to_bits(), bits);
+    }
 }

@@ -15,15 +15,18 @@ pub mod slide;
 mod tests;
 mod text;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
 
-use crate::preview::{Mixed, Preview};
+use crate::preview::{Mixed, NAMED, Preview};
 use crate::publish::{Attempt, RunManifest};
+use crate::stages::mixture::Stratum;
+use crate::stages::shuffle::Placed;
 use crate::tables::LENGTH_BUCKET_NAMES;
 use charts::{Axis, curve, legend, sparkline};
-use promises::{FAR, Promise, Standing, budgets, promises, short as short_strata};
+use promises::{FAR, Promise, Short, Standing, budgets, promises, short as short_strata};
 use text::{
     Cell, bytes, code, count, drawing, duration, escape, figure, flagged, number, percent, points, short,
     table, words,
@@ -48,13 +51,14 @@ pub fn html(manifest: &RunManifest, attempt: &Attempt, metrics: &[Value]) -> Str
     );
     // the largest first, in charts and in tables
     preview.domains.sort_by(|a, b| b.tokens.cmp(&a.tokens).then_with(|| a.domain.cmp(&b.domain)));
+    let shown = preview.only(&preview.largest());
 
     let sections = [
-        section("Before and after", shares_and_lengths(&preview)),
-        section("Domains", domains(manifest, &preview)),
+        section("Before and after", shares_and_lengths(&shown)),
+        section("Domains", domains(manifest, &shown)),
         section("Strata", strata(manifest)),
         section("What fell short", fell_short(manifest)),
-        section("Documents repeated most", repeated(manifest, &preview)),
+        section("Documents repeated most", repeated(&preview)),
         section("Training", training(metrics)),
         evaluations(manifest),
         section("Lineage", lineage(attempt)),
@@ -166,7 +170,7 @@ fn verdict(promises: &[Promise]) -> String {
 fn numbers(manifest: &RunManifest, preview: &Preview) -> String {
     let (conf, summary) = (&manifest.conf, &manifest.summary);
     let counted = |name: &str| number(summary.counts.get(name).copied().unwrap_or(0));
-    let (packed, dropped) = placed(manifest, None);
+    let (packed, dropped) = placed(manifest);
     let total = total(preview);
     let mut facts = vec![
         ("budget", number(conf.mixture.budget.0), "tokens"),
@@ -205,7 +209,7 @@ fn made_by(manifest: &RunManifest) -> String {
         ("commit", commit),
         ("seed", manifest.conf.run.seed.to_string()),
         ("tokenizer", short(&manifest.tokenizer.to_string())),
-        ("lengthwise", escape(&manifest.lengthwise)),
+        ("lengthwise", escape(&manifest.build.lengthwise)),
     ];
     let facts = facts.iter().map(|(name, value)| format!("<div><dt>{name}</dt><dd>{value}</dd></div>\n"));
     format!("<dl class=\"made\">\n{}</dl>\n", facts.collect::<String>())
@@ -235,11 +239,10 @@ fn total(preview: &Preview) -> Total {
     }
 }
 
-/// Tokens packed and dropped, of one domain or of all.
-fn placed(manifest: &RunManifest, domain: Option<&str>) -> (u64, u64) {
+/// Tokens packed and dropped, of all domains.
+fn placed(manifest: &RunManifest) -> (u64, u64) {
     let domains = manifest.summary.planned.domains.iter();
-    let chosen = domains.filter(|placed| domain.is_none_or(|domain| placed.domain == domain));
-    chosen.fold((0, 0), |(packed, dropped), d| (packed + d.packed, dropped + d.dropped))
+    domains.fold((0, 0), |(packed, dropped), d| (packed + d.packed, dropped + d.dropped))
 }
 
 /// The two panels of the paper's Figure 2.
@@ -315,11 +318,22 @@ fn domains(manifest: &RunManifest, preview: &Preview) -> String {
         "packed",
         "dropped",
     ];
+    let domains = &manifest.summary.planned.domains;
+    let by_name: BTreeMap<&str, &Placed> = domains.iter().map(|d| (d.domain.as_str(), d)).collect();
+    // what is left is of those that are not named
+    let (all_packed, all_dropped) = placed(manifest);
+    let named = preview.domains.iter().filter_map(|d| by_name.get(d.domain.as_str()));
+    let others = named.fold((all_packed, all_dropped), |(p, d), of| (p - of.packed, d - of.dropped));
+    let is_domain = |name: &str| manifest.summary.domains.iter().any(|d| d.domain == name);
     let rows: Vec<Vec<Cell>> = preview
         .domains
         .iter()
         .map(|d| {
-            let (packed, dropped) = placed(manifest, Some(&d.domain));
+            let (packed, dropped) = match by_name.get(d.domain.as_str()) {
+                Some(placed) => (placed.packed, placed.dropped),
+                None if is_domain(&d.domain) => (0, 0),
+                None => others,
+            };
             let off = d.mixture_share - d.target;
             let off = if off.abs() > FAR { flagged(points(off)) } else { figure(points(off)) };
             vec![
@@ -340,7 +354,7 @@ fn domains(manifest: &RunManifest, preview: &Preview) -> String {
             ]
         })
         .collect();
-    let (all, (packed, dropped)) = (total(preview), placed(manifest, None));
+    let (all, packed, dropped) = (total(preview), all_packed, all_dropped);
     let share = |of: fn(&Mixed) -> f64| percent(preview.domains.iter().map(of).sum());
     let foot = vec![
         words("all"),
@@ -373,8 +387,18 @@ fn domains(manifest: &RunManifest, preview: &Preview) -> String {
 
 fn strata(manifest: &RunManifest) -> String {
     let asked = budgets(&manifest.summary.asked);
-    let named = manifest.summary.drawn.strata.iter().filter(|s| !s.stratum.is_empty());
+    let with_names = manifest.summary.drawn.strata.iter().filter(|s| !s.stratum.is_empty());
+    let mut named: Vec<&Stratum> = with_names.collect();
+    let others = largest(&mut named, |s| (s.budget, &s.domain, &s.stratum));
+    let foot = (!others.is_empty()).then(|| {
+        let sum = |of: fn(&Stratum) -> u64| figure(number(others.iter().map(|s| of(s)).sum()));
+        let asked = |s: &Stratum| asked.get(&(s.domain.as_str(), s.stratum.as_str())).copied().unwrap_or(0);
+        let asked = figure(number(others.iter().map(|s| asked(s)).sum()));
+        let name = format!("{} others", number(others.len() as u64));
+        vec![words(&name), words(""), sum(|s| s.spans), asked, sum(|s| s.budget)]
+    });
     let rows: Vec<Vec<Cell>> = named
+        .iter()
         .map(|s| {
             let asked = asked.get(&(s.domain.as_str(), s.stratum.as_str())).copied().unwrap_or(0);
             let drawn = number(s.budget);
@@ -382,13 +406,28 @@ fn strata(manifest: &RunManifest) -> String {
             vec![words(&s.domain), words(&s.stratum), figure(number(s.spans)), figure(number(asked)), drawn]
         })
         .collect();
-    table("Strata", &["domain", "stratum", "spans drawn", "tokens asked", "tokens drawn"], &rows, None)
+    table("Strata", &["domain", "stratum", "spans drawn", "tokens asked", "tokens drawn"], &rows, foot)
+}
+
+/// Leaves the largest in a list that would be too long to read, in the order that it had, and returns the others.
+fn largest<'a, T, K: Ord>(all: &mut Vec<&'a T>, size: impl Fn(&'a T) -> K) -> Vec<&'a T> {
+    if all.len() <= NAMED {
+        return vec![];
+    }
+    let mut sizes: Vec<K> = all.iter().map(|one| size(one)).collect();
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    let least = sizes.swap_remove(NAMED - 1);
+    let (kept, others) = all.iter().partition(|one| size(one) >= least);
+    *all = kept;
+    others
 }
 
 /// What the recipe asked for and did not get, and domains that the conf's shares name but no document has.
 fn fell_short(manifest: &RunManifest) -> String {
     let short = short_strata(&manifest.summary);
-    let rows: Vec<Vec<Cell>> = short
+    let mut named: Vec<&Short> = short.iter().collect();
+    let others = largest(&mut named, |s| (s.asked.abs_diff(s.drawn), s.domain, s.stratum));
+    let rows: Vec<Vec<Cell>> = named
         .iter()
         .map(|s| {
             vec![
@@ -402,8 +441,11 @@ fn fell_short(manifest: &RunManifest) -> String {
         .collect();
     let (asked, drawn) = short.iter().fold((0, 0), |sum, s| (sum.0 + s.asked, sum.1 + s.drawn));
     let reached = percent(drawn as f64 / asked.max(1) as f64);
-    let foot =
-        vec![words("all of these"), words(""), figure(number(asked)), figure(number(drawn)), figure(reached)];
+    let these = match others.len() {
+        0 => "all of these".to_owned(),
+        more => format!("all of these and {} others", number(more as u64)),
+    };
+    let foot = vec![words(&these), words(""), figure(number(asked)), figure(number(drawn)), figure(reached)];
     let headings = ["domain", "stratum", "tokens asked", "tokens drawn", "% of what was asked"];
 
     let mut body = table("What fell short", &headings, &rows, Some(foot));
@@ -411,14 +453,18 @@ fn fell_short(manifest: &RunManifest) -> String {
         let copies = manifest.conf.mixture.max_copies;
         body += &format!("<p class=\"soft\">No span is drawn more than {copies} times (max_copies).</p>\n");
     }
-    for domain in manifest.summary.domains.iter().filter(|d| d.target > 0.0 && d.tokens == 0) {
+    let absent = || manifest.summary.domains.iter().filter(|d| d.target > 0.0 && d.tokens == 0);
+    for domain in absent().take(NAMED) {
         let (name, target) = (escape(&domain.domain), percent(domain.target));
         body += &format!("<p>{name} should have {target}\u{a0}% of the tokens, but has no documents.</p>\n");
+    }
+    if let Some(more @ 1..) = absent().count().checked_sub(NAMED) {
+        body += &format!("<p>So it is with {} others.</p>\n", number(more as u64));
     }
     body
 }
 
-fn repeated(manifest: &RunManifest, preview: &Preview) -> String {
+fn repeated(preview: &Preview) -> String {
     let rows: Vec<Vec<Cell>> = preview
         .most_copies
         .iter()
@@ -428,13 +474,7 @@ fn repeated(manifest: &RunManifest, preview: &Preview) -> String {
             vec![code(&r.doc_id), words(&r.domain), figure(tokens), figure(format!("{:.2}", r.copies))]
         })
         .collect();
-    let mut body =
-        table("Documents repeated most", &["document", "domain", "tokens", "copies asked"], &rows, None);
-    if preview.most_copies.iter().any(|r| r.copies > f64::from(manifest.conf.mixture.max_copies)) {
-        let copies = manifest.conf.mixture.max_copies;
-        body += &format!("<p class=\"soft\">At most {copies} copies are drawn (max_copies).</p>\n");
-    }
-    body
+    table("Documents repeated most", &["document", "domain", "tokens", "copies expected"], &rows, None)
 }
 
 fn training(metrics: &[Value]) -> String {

@@ -3,7 +3,7 @@ use serde_json::json;
 use super::*;
 use crate::conf::Conf;
 use crate::hash::Digest;
-use crate::publish::{Input, Summary};
+use crate::publish::{Build, Input, Summary};
 use crate::run::Step;
 use crate::stages::domains::Domain;
 use crate::stages::mixture::{Asked, Repeated, Stratum};
@@ -68,7 +68,7 @@ fn manifest() -> RunManifest {
     let sql = "-- A mixture of mine.\nselect 1 < 2 as \"x\"\n";
     RunManifest {
         run: "small-0123456789ab".into(),
-        lengthwise: "0.1.0".into(),
+        build: Build { lengthwise: "0.1.0".into(), ..Default::default() },
         commit: Some("fd24ffb6e8870dc0677b521f99e650d9be5c7e21".into()),
         dirty: true,
         conf_file: "conf/small.toml".into(),
@@ -111,6 +111,7 @@ fn attempt() -> Attempt {
         host: "vm".into(),
         cores: 2,
         steps: vec![step("tokens", true, 0.02), step("pack", false, 33.1)],
+        files: vec![],
     }
 }
 
@@ -140,7 +141,7 @@ fn what_the_data_says_is_escaped_wherever_it_stands() {
     let mut manifest = manifest();
     manifest.run = "<i>".into();
     manifest.conf_file = "<i>".into();
-    manifest.lengthwise = "<i>".into();
+    manifest.build.lengthwise = "<i>".into();
     manifest.commit = Some("<i>".into());
     manifest.sql.insert("<i>.sql".into(), "</pre><i>".into());
     manifest.inputs[0].url = "<i>".into();

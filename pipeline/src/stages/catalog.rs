@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::AsArray;
-use arrow::datatypes::{Int64Type, SchemaRef};
+use arrow::datatypes::{Int64Type, Schema, SchemaRef};
 use datafusion::catalog::streaming::StreamingTable;
 use datafusion::common::ScalarValue;
 use datafusion::common::runtime::SpawnedTask;
@@ -31,7 +31,7 @@ use crate::store::Location;
 use crate::task::{Task, Worker};
 use crate::{Error, Result, seal, tables};
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// A bucket has about so many documents: what a core sorts in five minutes, while every bucket more is another look at the
 /// documents of all units.
@@ -43,6 +43,7 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
     let heldout_sql = run.stage_sql("heldout")?;
     // millionths, so that the limit is exact integer arithmetic in SQL
     let millionths = (run.conf.mixture.holdout * 1e6).round() as i64;
+    // parts are where ids lie: what later stages read is found by them
     let mut list = ingredients([
         ("version", json!(VERSION)),
         ("documents", json!(tokens.digest("documents"))),
@@ -65,7 +66,8 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
         };
         output.count("duplicates", duplicates);
 
-        let session = run.engine.session();
+        // candidates may be as many as the documents, and are joined with each other
+        let session = run.engine.merging_session();
         run.engine
             .register(&session, "catalog", tables::catalog(), &[(&draft.folder, &catalog)], &["doc_id"])
             .await?;
@@ -212,11 +214,14 @@ impl PartitionStream for Units {
 
 /// Registers `documents`, as a recipe sees it: the catalog without what is held out and without places.
 pub async fn register_documents(run: &Run, session: &SessionContext, catalog: &Published) -> Result<()> {
-    let columns = tables::documents().project(&[0, 1, 2, 3, 4]).expect("five of six columns");
+    let all = tables::documents();
+    let seen = ["doc_id", "domain", "tokens", "bytes", "origin"];
+    let seen = all.fields().iter().filter(|field| seen.contains(&field.name().as_str()));
+    let columns = Arc::new(Schema::new(seen.cloned().collect::<Vec<_>>()));
     let files = catalog.table("catalog");
     let heldout = catalog.table("heldout");
     let name = if heldout.rows > 0 { "all_documents" } else { "documents" };
-    run.engine.register(session, name, columns.into(), &[(&catalog.folder, &files)], &["doc_id"]).await?;
+    run.engine.register(session, name, columns, &[(&catalog.folder, &files)], &["doc_id"]).await?;
     if heldout.rows > 0 {
         run.engine
             .register(session, "heldout", tables::heldout(), &[(&catalog.folder, &heldout)], &["doc_id"])
@@ -245,6 +250,7 @@ async fn sum_of_stops(folder: &Location, table: &Table) -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use arrow::array::{ArrayRef, FixedSizeBinaryArray, Int64Array, RecordBatch, StringArray};
+    use proptest::prelude::*;
 
     use super::*;
     use crate::engine::{Engine, TableWriter};
@@ -259,12 +265,14 @@ mod tests {
         let text = |text: &str| -> ArrayRef { Arc::new(StringArray::from(vec![text; rows.len()])) };
         let ids = FixedSizeBinaryArray::try_from_iter(rows.iter().map(|row| row.0)).unwrap();
         let tokens = number(|row| row.0[15] as i64 + 1);
+        let text_ids: ArrayRef = Arc::new(ids.clone());
         let columns = vec![
             Arc::new(ids) as ArrayRef,
             text("d"),
             tokens.clone(),
             tokens,
             text("o"),
+            text_ids.clone(),
             number(|row| row.1),
         ];
         RecordBatch::try_new(tables::documents(), columns).unwrap()
@@ -317,5 +325,73 @@ mod tests {
             assert_eq!(read, ids.iter().map(<[u8; 16]>::as_slice).collect::<Vec<_>>(), "{of} buckets");
         }
         assert!(digests.iter().all(|digest| *digest == digests[0]));
+    }
+
+    /// Which of some documents (domain, text, tokens) heldout.sql holds out, by their places.
+    async fn heldout(documents: &[(usize, u8, i64)], millionths: i64, seed: i64) -> Vec<usize> {
+        let session = Engine::new(2, 64 << 20, None).unwrap().merging_session();
+        places::register(&session);
+        let ids = |of: &dyn Fn(usize) -> [u8; 16]| -> ArrayRef {
+            let ids = (0..documents.len()).map(of);
+            Arc::new(FixedSizeBinaryArray::try_from_iter(ids).unwrap())
+        };
+        let columns: [(&str, ArrayRef); 4] = [
+            ("doc_id", ids(&|i| (i as u128).to_be_bytes())),
+            (
+                "domain",
+                Arc::new(StringArray::from_iter_values(documents.iter().map(|d| format!("d{}", d.0)))),
+            ),
+            ("tokens", Arc::new(Int64Array::from_iter_values(documents.iter().map(|d| d.2)))),
+            ("text_id", ids(&|i| [documents[i].1; 16])),
+        ];
+        let catalog = RecordBatch::try_from_iter(columns).unwrap();
+        session.register_batch("catalog", catalog).unwrap();
+        let sql = include_str!("../../../sql/stages/heldout.sql");
+        let sql = StageSql::parse("heldout.sql", sql).unwrap();
+        let place = (millionths as i128 * i64::MAX as i128 / 1_000_000) as i64;
+        let parameters = [("seed", seed), ("place", place), ("millionths", millionths)];
+        let rows = sql.plan(&session, &parameters.into()).await.unwrap().collect().await.unwrap();
+        let ids = rows.iter().flat_map(|rows| rows.column(0).as_fixed_size_binary().iter().flatten());
+        ids.map(|id| u128::from_be_bytes(id.try_into().unwrap()) as usize).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn a_text_is_held_out_where_every_domain_that_has_it_has_room(
+            texts in prop::collection::vec((1i64..200, prop::collection::btree_set(0usize..4, 1..4)), 1..60),
+            millionths in 1i64..900_000,
+            seed in 0i64..100,
+        ) {
+            let documents: Vec<(usize, u8, i64)> = (0u8..)
+                .zip(&texts)
+                .flat_map(|(text, (tokens, domains))| domains.iter().map(move |domain| (*domain, text, *tokens)))
+                .collect();
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let got = runtime.block_on(heldout(&documents, millionths, seed));
+
+            // the same in other words: a domain goes through its texts, and each that fits by itself takes its room
+            let place = |text: u8| crate::hash::unit_hash("heldout", seed as u64, &[text; 16], 0, 0) >> 1;
+            let below = (millionths as i128 * i64::MAX as i128 / 1_000_000) as u64;
+            let mut out: Vec<u8> = (0..texts.len() as u8).filter(|text| place(*text) < below).collect();
+            out.sort_by_key(|text| (place(*text), *text));
+            let mut refused = vec![];
+            for domain in 0..4 {
+                let own = |text: &u8| texts[*text as usize].1.contains(&domain);
+                let all: i64 = texts.iter().filter(|text| text.1.contains(&domain)).map(|text| text.0).sum();
+                let (most, mut sum) = (all * millionths, 0);
+                for text in out.iter().filter(|text| own(text)) {
+                    let tokens = texts[*text as usize].0 * 1_000_000;
+                    sum += if tokens <= most { tokens } else { 0 };
+                    if tokens > most || sum > most {
+                        refused.push(*text);
+                    }
+                }
+            }
+            let want: Vec<usize> = (0..documents.len())
+                .filter(|i| out.contains(&documents[*i].1) && !refused.contains(&documents[*i].1))
+                .collect();
+            prop_assert_eq!(got, want);
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! domains: exact statistics of each domain, and the target shares.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, Float64Array, RecordBatch, StringArray};
@@ -22,6 +23,7 @@ pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {
     let shares_sql = run.stage_sql("shares")?;
     let long_tokens = run.conf.mixture.long_tokens.0 as i64;
     let named = run.conf.mixture.shares.targets();
+    // the corpus's shares are those of the catalog, a conf's are in `shares`
     let list = ingredients([
         ("version", json!(VERSION)),
         ("catalog", catalog.digest("catalog")),
@@ -104,7 +106,7 @@ pub struct Domain {
 /// All rows of `domains` with their target shares, by domain; target shares of domains that have no documents too.
 pub async fn read(domains: &Published) -> Result<Vec<Domain>> {
     let batches: Vec<_> = scan(domains.folder.clone(), domains.table("domains"), None).try_collect().await?;
-    let mut rows = vec![];
+    let mut rows: BTreeMap<String, Domain> = BTreeMap::new();
     for batch in batches {
         let number = |i: usize, row: usize| batch.column(i).as_primitive::<Int64Type>().value(row) as u64;
         let list = |i: usize, row: usize| -> Vec<u64> {
@@ -112,8 +114,9 @@ pub async fn read(domains: &Published) -> Result<Vec<Domain>> {
             values.as_primitive::<Int64Type>().values().iter().map(|v| *v as u64).collect()
         };
         for row in 0..batch.num_rows() {
-            rows.push(Domain {
-                domain: batch.column(0).as_string::<i32>().value(row).to_owned(),
+            let name = batch.column(0).as_string::<i32>().value(row).to_owned();
+            let domain = Domain {
+                domain: name.clone(),
                 documents: number(1, row),
                 tokens: number(2, row),
                 share: batch.column(3).as_primitive::<Float64Type>().value(row),
@@ -125,7 +128,8 @@ pub async fn read(domains: &Published) -> Result<Vec<Domain>> {
                 longest: number(11, row),
                 documents_by_length: list(12, row),
                 tokens_by_length: list(13, row),
-            });
+            };
+            rows.insert(name, domain);
         }
     }
     let shares: Vec<_> = scan(domains.folder.clone(), domains.table("shares"), None).try_collect().await?;
@@ -133,18 +137,45 @@ pub async fn read(domains: &Published) -> Result<Vec<Domain>> {
         let (names, values) =
             (batch.column(0).as_string::<i32>(), batch.column(1).as_primitive::<Float64Type>());
         for row in 0..names.len() {
-            match rows.iter_mut().find(|d| d.domain == names.value(row)) {
-                Some(domain) => domain.target = values.value(row),
-                None => rows.push(Domain {
-                    domain: names.value(row).to_owned(),
-                    target: values.value(row),
-                    documents_by_length: vec![0; 9],
-                    tokens_by_length: vec![0; 9],
-                    ..Default::default()
-                }),
-            }
+            let domain = names.value(row).to_owned();
+            let domain = rows.entry(domain.clone()).or_insert_with(|| Domain {
+                domain,
+                documents_by_length: vec![0; 9],
+                tokens_by_length: vec![0; 9],
+                ..Default::default()
+            });
+            domain.target = values.value(row);
         }
     }
-    rows.sort_by(|a, b| a.domain.cmp(&b.domain));
-    Ok(rows)
+    Ok(rows.into_values().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sql::StageSql;
+    use datafusion::prelude::SessionContext;
+
+    #[tokio::test]
+    async fn shares_of_any_number_of_domains_sum_to_one_and_others_do_not() {
+        let check = include_str!("../../../sql/checks/domains_have_shares_that_sum_to_one.sql");
+        let check = StageSql::parse("check.sql", check).unwrap();
+        let wrong = async |shares: Vec<f64>| {
+            let session = SessionContext::new();
+            let shares: [(&str, arrow::array::ArrayRef); 1] =
+                [("share", Arc::new(Float64Array::from(shares)))];
+            session.register_batch("shares", RecordBatch::try_from_iter(shares).unwrap()).unwrap();
+            let rows = check.plan(&session, &Default::default()).await.unwrap().collect().await.unwrap();
+            rows.iter().any(|rows| rows.num_rows() > 0)
+        };
+        for domains in (1..3000).step_by(113).chain([600, 100_000]) {
+            let equal = vec![1.0 / domains as f64; domains];
+            assert!(!wrong(equal.clone()).await, "{domains}");
+            assert!(wrong(equal.iter().map(|share| share * (1.0 + 1e-9)).collect()).await, "{domains}");
+            assert!(wrong(vec![equal, vec![1e-9]].concat()).await, "{domains}");
+        }
+        let uneven: Vec<f64> = (1..=5000).map(|i| i as f64).collect();
+        let sum: f64 = uneven.iter().sum();
+        assert!(!wrong(uneven.iter().map(|weight| weight / sum).collect()).await);
+    }
 }

@@ -53,8 +53,14 @@ const RANGES: usize = if cfg!(test) { 1 << 6 } else { 1 << 18 };
 /// More of them in one stratum would be finer than its copies.
 const MOST_BITS: u32 = 14;
 
-/// Copies that are sorted in memory, in all strata together. Tests go through more passes.
+/// Copies that are sorted in memory, in all strata together, or else in each. Tests go through more passes.
 const SORTED: u64 = if cfg!(test) { 4 } else { 1 << 15 };
+const SORTED_OF_A_STRATUM: u64 = if cfg!(test) { 2 } else { 16 };
+
+/// How many copies of each of so many strata are sorted.
+fn sorted_of_each(strata: usize) -> u64 {
+    (SORTED / strata.max(1) as u64).max(SORTED_OF_A_STRATUM)
+}
 
 /// A pass is at most so many tasks: each of them answers with a tally.
 const TASKS: usize = 256;
@@ -101,9 +107,10 @@ enum Tally {
 }
 
 impl Cut {
-    fn new(asked: &Stratum, strata: usize) -> Self {
+    /// `few`: all copies of the stratum can be sorted; of the others, there are `many` strata.
+    fn new(asked: &Stratum, few: bool, many: usize) -> Self {
         let nothing = End::At { last: Rank { key: 0, doc_id: [0; 16], start: 0, copy: 0 }, tokens: 0 };
-        let bits = (RANGES / strata).max(2).ilog2().min(MOST_BITS);
+        let bits = (RANGES / many.max(1)).max(2).ilog2().min(MOST_BITS);
         Self {
             domain: asked.domain.clone(),
             stratum: asked.stratum.clone(),
@@ -111,9 +118,9 @@ impl Cut {
             from: 0,
             below: 0,
             bits,
-            // the first pass looks at keys from 0 to 4
-            shift: 66 - bits,
-            few: false,
+            // the first pass looks at keys from 0 to 4, or at all there are
+            shift: if few { Key::BITS - 1 } else { 66 - bits },
+            few,
             end: (asked.budget == 0).then_some(nothing),
         }
     }
@@ -164,7 +171,7 @@ impl Cut {
                     }
                     sum += length as u64;
                 }
-                unreachable!("the counts of the pass before found the budget's end in this range");
+                self.end = Some(End::Everything);
             }
         }
     }
@@ -388,7 +395,10 @@ pub async fn draw(
     perform: impl AsyncFn(Pass, Option<&str>) -> Result<Output>,
 ) -> Result<Output> {
     let strata = asked.strata.len();
-    let mut cuts: Vec<Cut> = asked.strata.iter().map(|stratum| Cut::new(stratum, strata)).collect();
+    let few = |stratum: &Stratum| stratum.spans * u64::from(terms.max_copies) <= sorted_of_each(strata);
+    let many = asked.strata.iter().filter(|stratum| !few(stratum)).count();
+    let cuts = asked.strata.iter().map(|stratum| Cut::new(stratum, few(stratum), many));
+    let mut cuts: Vec<Cut> = cuts.collect();
     let shares: Vec<Table> = mixture
         .files
         .chunks(mixture.files.len().div_ceil(TASKS).max(1))
@@ -409,7 +419,7 @@ pub async fn draw(
         }
         drop(passes);
         for (cut, tally) in cuts.iter_mut().zip(tallies) {
-            cut.conclude(tally, (SORTED / strata as u64).max(1));
+            cut.conclude(tally, sorted_of_each(strata));
         }
     }
 
@@ -499,6 +509,7 @@ pub async fn obtain(run: &Run, mixture: &Published) -> Result<Published> {
         max_copies: run.conf.mixture.max_copies,
         long_tokens: run.conf.mixture.long_tokens.0,
     };
+    // budgets are sums over the mixture's rows; long_tokens only decides what the notes count
     let list = ingredients([
         ("version", json!(VERSION)),
         ("mixture", mixture.digest("mixture")),
@@ -649,6 +660,51 @@ mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let (asked, got) = runtime.block_on(drawn(&rows, files, terms));
             prop_assert_eq!(got, by_definition(&rows, &asked, terms));
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+        #[test]
+        fn what_a_recipe_asks_for_is_what_is_drawn_on_average(
+            docs in prop::collection::btree_map(0u8..200, (1i64..9000, 1u64..(9 << 32), any::<bool>()), 30..60),
+            scale in 0u32..8,
+            max_copies in 1u32..5,
+        ) {
+            const SEEDS: u64 = 60;
+            let rows: Vec<Row> = docs
+                .into_iter()
+                .map(|(doc, (length, copies, long))| (doc, 0, length, (copies >> scale).max(1), long))
+                .collect();
+            let length_of = |doc: u8| rows.iter().find(|row| row.0 == doc).unwrap().2;
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let mut asked = Asked::default();
+            let mut sums = [[0i64; 9]; 2];
+            for seed in 0..SEEDS {
+                let terms = Terms { seed, max_copies, long_tokens: 100 };
+                let (said, got) = runtime.block_on(drawn(&rows, 1, terms));
+                for (doc, start, stop, _) in got {
+                    let long = rows.iter().any(|row| row.0 == doc && row.4);
+                    sums[usize::from(!long)][tables::length_bucket(length_of(doc))] += stop - start;
+                }
+                asked = said;
+            }
+            for stratum in &asked.strata {
+                let owed = stratum.budget - stratum.shortfall(max_copies);
+                prop_assert_eq!(stratum.by_length.iter().sum::<u64>(), owed);
+                let short = stratum.stratum == "short";
+                let own = || rows.iter().filter(|row| row.4 != short).map(|row| row.2 as f64);
+                // a mean of so many draws is as near as this, and the key where a budget ends is one span's
+                let near = 4.0 * (own().map(|l| l * l).sum::<f64>() / SEEDS as f64).sqrt()
+                    + 0.25 * own().fold(0.0, f64::max);
+                for (bucket, expected) in stratum.by_length.iter().enumerate() {
+                    let mean = sums[usize::from(short)][bucket] as f64 / SEEDS as f64;
+                    prop_assert!(
+                        (mean - *expected as f64).abs() <= near,
+                        "{} {bucket}: {mean} are drawn, {expected} were expected, within {near}", stratum.stratum
+                    );
+                }
+            }
         }
     }
 

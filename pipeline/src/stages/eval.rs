@@ -97,6 +97,13 @@ impl Model {
         Ok(Text::new(&self.tokenizer)?.is_alike(&Text::new(&other.tokenizer)?))
     }
 
+    /// The digest of a file of the checkpoint.
+    fn identity_of(&self, name: &str) -> Option<Digest> {
+        let files = self.identity.as_array()?.iter();
+        let digest = files.filter(|file| file[0] == name).map(|file| file[1].clone()).next()?;
+        serde_json::from_value(digest).ok()
+    }
+
     async fn subject(&self) -> Result<&Subject> {
         let open = async || {
             let mut checkpoint = Checkpoint::open(&(&self.checkpoint).into()).await?;
@@ -171,9 +178,21 @@ pub async fn all(
 ) -> Result<Vec<(String, Published)>> {
     let Some(conf) = conf(run)? else { return Ok(vec![]) };
     let train = run.conf.train::<TrainConf>()?;
+    let packed_heldout = heldout;
     let heldout = heldout.map(|heldout| heldout.folder.clone());
     let (checkpoint, output) = (trained.folder.clone(), run.output.clone());
     let model = Model::of_conf(checkpoint, heldout, output, &conf, train.as_ref()).await?;
+    // what is asked is what was trained, and of documents as they were packed
+    for file in trained.table("checkpoint").files {
+        if model.identity_of(&file.name).is_some_and(|digest| digest != file.blake3) {
+            file.check(&trained.folder).await?;
+        }
+    }
+    if let Some(heldout) = packed_heldout.filter(|_| conf.evaluations().contains(&Evaluation::Loss)) {
+        for file in heldout.table("heldout").files {
+            file.check(&heldout.folder).await?;
+        }
+    }
     let around = Around { stores: &run.stores, progress: &run.progress, stop: &run.stop };
     let mut all = vec![];
     for evaluation in conf.evaluations() {

@@ -26,6 +26,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::catalog::register_documents;
 use super::domains::{self, Domain};
+use super::expected::Spans;
 use crate::conf::{Param, Shortfall};
 use crate::engine::{TableWriter, query, scan};
 use crate::hash::hex;
@@ -36,7 +37,7 @@ use crate::sql::scalar_json;
 use crate::stage::{Output, Published};
 use crate::{Error, Result, functions, tables};
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Fixed-point one: `copies` are multiples of 2⁻³².
 pub const ONE: u64 = 1 << 32;
@@ -130,6 +131,7 @@ impl Document {
     async fn settle(
         &mut self,
         recipe: &str,
+        max_span: i64,
         catalog: &mut Catalog,
         each: &mut impl FnMut(Span<'_>) -> Result<()>,
     ) -> Result<()> {
@@ -143,17 +145,8 @@ impl Document {
             ));
         };
         self.spans.sort_by_key(|span| span.0);
-        let mut before = None;
+        let mut before: Option<(i64, i64)> = None;
         for (start, stop, copies, stratum) in self.spans.drain(..) {
-            if before.replace(start) == Some(start) {
-                let what = format!("two rows begin at token {start}");
-                return Err(wrong(
-                    recipe,
-                    &doc_id,
-                    what,
-                    "return a span once: add up its copies, or look for a join that multiplies rows",
-                ));
-            }
             if start < 0 || start >= stop || stop > tokens {
                 let what = format!("the span [{start}, {stop}) is not inside its {tokens} tokens");
                 return Err(wrong(
@@ -162,6 +155,22 @@ impl Document {
                     what,
                     "0 <= start < stop <= tokens has to hold: write `least(start + $max_span, tokens) as stop`",
                 ));
+            }
+            if stop - start > max_span {
+                let what = format!("the span [{start}, {stop}) is longer than max_span, {max_span} tokens");
+                let cure = "write a row for each `unnest(range(0, tokens, $max_span)) as start`, with \
+                            `least(start + $max_span, tokens) as stop`, or raise `mixture.max_span`";
+                return Err(wrong(recipe, &doc_id, what, cure));
+            }
+            if let Some((first, end)) = before.replace((start, stop))
+                && start < end
+            {
+                let what = match first == start {
+                    true => format!("two rows begin at token {start}"),
+                    false => format!("the spans [{first}, {end}) and [{start}, {stop}) overlap"),
+                };
+                let cure = "return a token once: add up the copies, or look for a join that multiplies rows";
+                return Err(wrong(recipe, &doc_id, what, cure));
             }
             if copies > 0 {
                 each(Span { doc_id: &doc_id, start, stop, copies, stratum: &stratum, domain, tokens })?;
@@ -179,22 +188,30 @@ fn wrong(recipe: &str, doc_id: &[u8], what: impl std::fmt::Display, cure: &str) 
 /// and what is held out (`doc_id`), all sorted by doc_id, and checks every row.
 pub struct Weaver {
     recipe: String,
+    max_span: i64,
     rows: Batches,
     catalog: Catalog,
     document: Document,
 }
 
 impl Weaver {
-    pub fn new(recipe: &str, rows: Batches, catalog: Batches, heldout: Option<Batches>) -> Self {
+    pub fn new(
+        recipe: &str,
+        max_span: u64,
+        rows: Batches,
+        catalog: Batches,
+        heldout: Option<Batches>,
+    ) -> Self {
         let catalog = Catalog { all: Sorted::new(catalog), heldout: heldout.map(Sorted::new) };
-        Self { recipe: recipe.to_owned(), rows, catalog, document: Document::default() }
+        let max_span = i64::try_from(max_span).unwrap_or(i64::MAX);
+        Self { recipe: recipe.to_owned(), max_span, rows, catalog, document: Document::default() }
     }
 
     /// Goes through one batch of the recipe's rows and hands on those with copies, by `doc_id, start`.
     /// False when there are no more.
     pub async fn step(&mut self, each: &mut impl FnMut(Span<'_>) -> Result<()>) -> Result<bool> {
         let Some(batch) = self.rows.next().await else {
-            self.document.settle(&self.recipe, &mut self.catalog, each).await?;
+            self.document.settle(&self.recipe, self.max_span, &mut self.catalog, each).await?;
             return Ok(false);
         };
         let batch = batch?;
@@ -212,7 +229,7 @@ impl Weaver {
             }
             let doc_id: [u8; 16] = ids.value(row).try_into().expect("16 bytes");
             if self.document.doc_id != Some(doc_id) {
-                self.document.settle(&self.recipe, &mut self.catalog, each).await?;
+                self.document.settle(&self.recipe, self.max_span, &mut self.catalog, each).await?;
                 self.document.doc_id = Some(doc_id);
             }
             if (1..4).any(|column| batch.column(column).is_null(row)) {
@@ -254,7 +271,8 @@ pub struct Stratum {
     pub available: u64,
     /// Tokens to draw: Σ copies × length, rounded so that the strata's sum is that of the whole mixture.
     pub budget: u64,
-    /// Expected tokens drawn, by length of the document (the buckets of Figure 2): copies beyond `max_copies` don't count.
+    /// Expected tokens drawn, by length of the document (the buckets of Figure 2). Their sum is what is drawn: the budget,
+    /// or what `max_copies` leaves of it.
     pub by_length: Vec<u64>,
     /// … of which are in long documents.
     pub long: u64,
@@ -288,51 +306,66 @@ pub struct Repeated {
 /// Adds up what a recipe asks for.
 pub struct Sums {
     long_tokens: i64,
-    max_copies: u64,
+    max_copies: u32,
     /// By domain, then by stratum.
     strata: HashMap<String, HashMap<String, Sum>>,
-    most: Vec<(u64, [u8; 16], i64, String)>,
+    spans: Spans,
+    most: Vec<Most>,
 }
 
 #[derive(Default)]
 struct Sum {
+    /// In the order that strata came.
+    number: usize,
     spans: u64,
     available: u64,
     budget: u128,
-    by_length: [u128; 9],
-    long: u128,
+}
+
+/// A document of which a span has many copies.
+struct Most {
+    copies: u64,
+    doc_id: [u8; 16],
+    tokens: i64,
+    domain: String,
+    stratum: usize,
 }
 
 /// How many of the most repeated documents are named.
 const MOST_NAMED: usize = 5;
 
+/// How many domains a message names.
+const MOST_DOMAINS: usize = 20;
+
 impl Sums {
     pub fn new(long_tokens: u64, max_copies: u32) -> Self {
         Self {
             long_tokens: long_tokens as i64,
-            max_copies: max_copies as u64 * ONE,
+            max_copies,
             strata: HashMap::new(),
+            spans: Spans::default(),
             most: vec![],
         }
     }
 
     pub fn add(&mut self, span: &Span<'_>) {
         let length = (span.stop - span.start) as u64;
-        let sum = self.strata.entry_ref(span.domain).or_default().entry_ref(span.stratum).or_default();
-        let expected = span.copies.min(self.max_copies) as u128 * length as u128;
+        let new = Sum { number: self.spans.strata(), ..Sum::default() };
+        let domain = self.strata.entry_ref(span.domain).or_default();
+        let sum = domain.entry_ref(span.stratum).or_insert(new);
         sum.spans += 1;
         sum.available += length;
         sum.budget += span.copies as u128 * length as u128;
-        sum.by_length[tables::length_bucket(span.tokens)] += expected;
-        if span.tokens > self.long_tokens {
-            sum.long += expected;
-        }
-        if self.most.len() < MOST_NAMED || span.copies > self.most[MOST_NAMED - 1].0 {
-            self.most.retain(|m| m.1 != *span.doc_id || m.0 > span.copies);
-            if !self.most.iter().any(|m| m.1 == *span.doc_id) {
-                self.most.push((span.copies, *span.doc_id, span.tokens, span.domain.to_owned()));
+        let (bucket, long) = (tables::length_bucket(span.tokens), span.tokens > self.long_tokens);
+        self.spans.add(sum.number, bucket, long, span.copies, length);
+        if self.most.len() < MOST_NAMED || span.copies > self.most[MOST_NAMED - 1].copies {
+            self.most.retain(|m| m.doc_id != *span.doc_id || m.copies > span.copies);
+            if !self.most.iter().any(|m| m.doc_id == *span.doc_id) {
+                let (domain, stratum) = (span.domain.to_owned(), sum.number);
+                let (copies, doc_id, tokens) = (span.copies, *span.doc_id, span.tokens);
+                self.most.push(Most { copies, doc_id, tokens, domain, stratum });
             }
-            self.most.sort_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
+            self.most.sort_by(|a, b| b.copies.cmp(&a.copies).then(a.doc_id.cmp(&b.doc_id)));
             self.most.truncate(MOST_NAMED);
         }
     }
@@ -350,22 +383,32 @@ impl Sums {
             so_far += sum;
             round(so_far) - before
         };
-        let strata = sorted.into_iter().map(|((domain, stratum), sum)| Stratum {
-            domain,
-            stratum,
-            spans: sum.spans,
-            available: sum.available,
-            budget: budget(sum.budget),
-            by_length: sum.by_length.map(round).to_vec(),
-            long: round(sum.long),
+        let mut spans = self.spans.by_stratum();
+        let mut keys = vec![1.0; spans.len()];
+        let strata = sorted.into_iter().map(|((domain, stratum), sum)| {
+            let Sum { number, spans: count, available, budget: asked } = sum;
+            let mut stratum = Stratum {
+                domain,
+                stratum,
+                spans: count,
+                available,
+                budget: budget(asked),
+                ..Stratum::default()
+            };
+            let drawn = stratum.budget - stratum.shortfall(self.max_copies);
+            let expected = std::mem::take(&mut spans[number]).expected(drawn, self.max_copies);
+            (stratum.by_length, stratum.long) = (expected.by_length, expected.long);
+            keys[number] = expected.key;
+            stratum
         });
-        let most_copies = self.most.into_iter().map(|(copies, id, tokens, domain)| Repeated {
-            doc_id: hex(&id),
-            domain,
-            tokens,
-            copies: copies as f64 / ONE as f64,
+        let strata = strata.collect();
+        let most_copies = self.most.into_iter().map(|most| Repeated {
+            doc_id: hex(&most.doc_id),
+            domain: most.domain,
+            tokens: most.tokens,
+            copies: (most.copies as f64 / ONE as f64 * keys[most.stratum]).min(f64::from(self.max_copies)),
         });
-        Asked { strata: strata.collect(), most_copies: most_copies.collect() }
+        Asked { strata, most_copies: most_copies.collect() }
     }
 }
 
@@ -426,7 +469,7 @@ pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: 
     let heldout = catalog.table("heldout");
     let heldout = (heldout.rows > 0)
         .then(|| Box::pin(scan(catalog.folder.clone(), heldout, Some(vec!["doc_id"]))) as Batches);
-    Ok(Weaver::new(recipe, Box::pin(rows), Box::pin(known), heldout))
+    Ok(Weaver::new(recipe, run.conf.mixture.max_span.0, Box::pin(rows), Box::pin(known), heldout))
 }
 
 /// That the domain which a recipe's parameter names is there.
@@ -434,9 +477,8 @@ fn check_domain(run: &Run, parameter: &str, name: &str, domains: &[Domain]) -> R
     if domains.iter().any(|domain| domain.domain == name && domain.documents > 0) {
         return Ok(());
     }
-    let names: Vec<&str> = domains.iter().filter(|d| d.documents > 0).map(|d| d.domain.as_str()).collect();
     let message = format!("there are no documents of domain `{name}`");
-    let help = format!("domains are {}", names.join(", "));
+    let help = format!("domains are {}", listed(domains.iter().filter(|d| d.documents > 0)));
     Err(run.conf.wrong(&["mixture", "params", parameter], message, "this domain", Some(help)))
 }
 
@@ -489,6 +531,8 @@ pub async fn obtain(run: &Run, catalog: &Published, domains: &Published) -> Resu
     let mixture = &run.conf.mixture;
     let values: BTreeMap<_, _> =
         bound.values.iter().map(|(name, value)| (name, scalar_json(value))).collect();
+    // `version` is that of the functions of recipes, too; max_span is what rows are checked against, and long_tokens and
+    // max_copies are what the notes are computed with, whether or not the recipe uses them
     let list = ingredients([
         ("version", json!(VERSION)),
         ("catalog", catalog.digest("catalog")),
@@ -498,6 +542,7 @@ pub async fn obtain(run: &Run, catalog: &Published, domains: &Published) -> Resu
         ("recipe", json!(recipe.canonical())),
         ("parameters", json!(values)),
         ("long_tokens", json!(mixture.long_tokens.0)),
+        ("max_span", json!(mixture.max_span.0)),
         ("max_copies", json!(mixture.max_copies)),
     ]);
     run.obtain(Stage::Mixture, list, async |draft| {
@@ -582,6 +627,9 @@ pub fn check_budget(run: &Run, asked: &Asked, domains: &[Domain]) -> Result<()> 
         let help = "`lengthwise sql CONF \"select reason, count(*) from rejects group by reason\"` says why rows were rejected; a large `mixture.holdout` may have taken the rest";
         return Err(Error::data("the sources have no document to draw from", help));
     }
+    if let Some(line) = left_out(domains) {
+        tracing::warn!("{line}");
+    }
     let short = shortfalls(asked, domains, mixture.budget.0, mixture.max_copies);
     let total: u64 = asked.strata.iter().map(|s| s.budget).sum();
     if total as f64 > mixture.budget.0 as f64 * 1.001 {
@@ -595,8 +643,7 @@ pub fn check_budget(run: &Run, asked: &Asked, domains: &[Domain]) -> Result<()> 
         ));
     }
     if total == 0 {
-        let names: Vec<&str> = domains.iter().map(|domain| domain.domain.as_str()).collect();
-        let help = format!("does its `where` leave anything? Domains are {}", names.join(", "));
+        let help = format!("does its `where` leave anything? Domains are {}", listed(domains.iter()));
         return Err(Error::data(format!("{}: nothing is to be drawn", mixture.recipe), help));
     }
     if short.is_empty() || mixture.shortfall == Shortfall::Allow {
@@ -607,6 +654,29 @@ pub fn check_budget(run: &Run, asked: &Asked, domains: &[Domain]) -> Result<()> 
     }
     let help = "lower `mixture.budget`, raise `mixture.max_copies`, change the shares, or set `mixture.shortfall = \"allow\"` to go on with less";
     Err(Error::data(format!("{} cannot reach the budget:\n  {}", mixture.recipe, short.join("\n  ")), help))
+}
+
+/// The names of domains, as far as one reads them.
+fn listed<'a>(domains: impl Iterator<Item = &'a Domain>) -> String {
+    let names: Vec<&str> = domains.map(|domain| domain.domain.as_str()).collect();
+    let more = match names.len().saturating_sub(MOST_DOMAINS) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    names[..names.len().min(MOST_DOMAINS)].join(", ") + &more
+}
+
+/// What no target share names, in a line: it is easily forgotten, or misspelt.
+pub fn left_out(domains: &[Domain]) -> Option<String> {
+    let mut out: Vec<&Domain> = domains.iter().filter(|d| d.target == 0.0 && d.tokens > 0).collect();
+    out.sort_by(|a, b| b.tokens.cmp(&a.tokens).then_with(|| a.domain.cmp(&b.domain)));
+    (!out.is_empty()).then(|| {
+        format!(
+            "`mixture.shares` gives no share to {}: {:.1} % of the corpus's tokens",
+            listed(out.iter().copied()),
+            100.0 * out.iter().map(|domain| domain.share).sum::<f64>()
+        )
+    })
 }
 
 /// What falls short, a line each.
@@ -689,7 +759,7 @@ mod tests {
     async fn woven(spans: &[(u8, Option<i64>, i64, f64)]) -> Result<Vec<(u8, i64, i64, u64, String, i64)>> {
         let all = [(1, "a", 100), (2, "b", 200), (3, "a", 300), (4, "b", 400), (5, "b", 500)];
         let heldout = Some(catalog(&all[3..4]));
-        let mut weaver = Weaver::new("r.sql", rows(spans), catalog(&all), heldout);
+        let mut weaver = Weaver::new("r.sql", 250, rows(spans), catalog(&all), heldout);
         let mut out = vec![];
         while weaver
             .step(&mut |s| {
@@ -707,7 +777,7 @@ mod tests {
             (1, Some(0), 100, 0.5),
             (3, Some(200), 300, 1.0),
             (3, Some(0), 200, 2.0),
-            (3, Some(290), 300, 0.0),
+            (5, Some(0), 250, 0.0),
         ];
         let want = [
             (1, 0, 100, ONE / 2, "a".to_owned(), 100),
@@ -725,6 +795,8 @@ mod tests {
             (vec![(2, Some(5), 5, 1.0)], "the span [5, 5) is not inside its 200 tokens"),
             (vec![(2, Some(-1), 5, 1.0)], "the span [-1, 5) is not inside its 200 tokens"),
             (vec![(2, Some(0), 9, 1.0), (2, Some(0), 7, 1.0)], "two rows begin at token 0"),
+            (vec![(2, Some(8), 20, 1.0), (2, Some(0), 9, 1.0)], "the spans [0, 9) and [8, 20) overlap"),
+            (vec![(5, Some(0), 251, 1.0)], "the span [0, 251) is longer than max_span, 250 tokens"),
             (vec![(2, Some(0), 9, f64::NAN)], "copies is NaN"),
             (vec![(2, Some(0), 9, -1.0)], "copies is -1"),
             (vec![(2, Some(0), 9, f64::INFINITY)], "copies is inf"),

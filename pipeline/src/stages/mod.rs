@@ -5,6 +5,7 @@ pub mod domains;
 pub mod draw;
 #[cfg(feature = "train")]
 pub mod eval;
+pub mod expected;
 pub mod mixture;
 pub mod pack;
 pub mod places;

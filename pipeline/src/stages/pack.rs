@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::shuffle::{self, Drawn, Layout};
-use super::tokens::Tokens;
+use super::tokens::{self, Tokens};
 use crate::conf::Mode;
 use crate::engine::{put_file, query, scan, stream};
 use crate::hash::{RowDigest, hex};
@@ -34,7 +34,7 @@ use crate::store::Location;
 use crate::task::{Task, Worker};
 use crate::{Error, Result, tables};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What every packing job knows.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -278,6 +278,20 @@ fn batch(sequences: &[Filling]) -> RecordBatch {
     RecordBatch::try_new(schema, columns).expect("columns as the layout has them")
 }
 
+/// How the sequences of `train` or `heldout` are laid out.
+pub fn layout(run: &Run, tokenizer: &Tokenizer, split: &str) -> Result<Layout> {
+    let conf = &run.conf.pack;
+    let (bos, eos) = tokenizer.specials(run)?;
+    Ok(Layout {
+        sequence_tokens: conf.sequence_tokens.0 as usize,
+        sequences_per_file: conf.sequences_per_file as usize,
+        // losses by position need documents whole, or in pieces one after the other
+        mode: if split == "heldout" { Mode::Concat } else { conf.mode },
+        bos: bos.is_some(),
+        eos: eos.is_some(),
+    })
+}
+
 /// Table `train` or `heldout`: the packed files.
 ///
 /// Its key says nothing of where ids lay: the same documents, in whatever files, give the same key.
@@ -291,16 +305,12 @@ pub async fn obtain(
 ) -> Result<Published> {
     let conf = &run.conf.pack;
     let (bos, eos) = tokenizer.specials(run)?;
-    let layout = Layout {
-        sequence_tokens: conf.sequence_tokens.0 as usize,
-        sequences_per_file: conf.sequences_per_file as usize,
-        // losses by position need documents whole, or in pieces one after the other
-        mode: if split == "heldout" { Mode::Concat } else { conf.mode },
-        bos: bos.is_some(),
-        eos: eos.is_some(),
-    };
+    let layout = layout(run, tokenizer, split)?;
+    // what is drawn names documents and lengths; the ids of a document come of its text, the tokenizer and the encoding
     let list = ingredients([
         ("version", json!(VERSION)),
+        ("shuffle", json!(shuffle::VERSION)),
+        ("encoding", tokens::encoding()),
         ("split", json!(split)),
         ("drawn", json!(drawn.table.digest)),
         ("seed", json!(run.conf.run.seed)),
@@ -316,7 +326,7 @@ pub async fn obtain(
         if shuffled.cached {
             // ranges are read of its files, and a range has no digest
             for file in shuffled.manifest.tables.values().flat_map(|table| &table.files) {
-                file.checked(&shuffled.folder).await?;
+                file.check(&shuffled.folder).await?;
             }
         }
         let packing = Packing {

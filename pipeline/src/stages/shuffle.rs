@@ -13,7 +13,7 @@ use arrow::array::{
 };
 use arrow::datatypes::{Int32Type, Int64Type};
 use futures::{Stream, StreamExt, TryStreamExt};
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -28,7 +28,7 @@ use crate::store::Location;
 use crate::task::{Task, Worker};
 use crate::{Error, Result, tables};
 
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 
 /// How sequences are laid out.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -220,7 +220,7 @@ pub async fn plan(
 ) -> Result<(Table, Planned)> {
     let mut planner = Planner::new(layout);
     let mut writer = PlanWriter::new(layout, folder);
-    let mut domains: Vec<Arc<str>> = vec![];
+    let mut domains: HashSet<Arc<str>> = HashSet::new();
     while let Some(batch) = spans.next().await {
         let batch = batch?;
         let ids = batch.column(0).as_fixed_size_binary();
@@ -228,10 +228,7 @@ pub async fn plan(
         let names = batch.column(3).as_string::<i32>();
         for row in 0..batch.num_rows() {
             let name = names.value(row);
-            let domain = domains.iter().find(|d| ***d == *name).cloned().unwrap_or_else(|| {
-                domains.push(name.into());
-                domains[domains.len() - 1].clone()
-            });
+            let domain = domains.get_or_insert_with(name, |name| name.into()).clone();
             let (start, stop, tokens) = (numbers(1).value(row), numbers(2).value(row), numbers(4).value(row));
             planner.push(Fragment {
                 doc_id: ids.value(row).try_into().expect("16 bytes"),
@@ -267,21 +264,19 @@ struct PlanWriter {
     rows: PlanRows,
     table: Table,
     planned: Planned,
+    domains: HashMap<Arc<str>, Placed>,
 }
 
 impl PlanWriter {
     fn new(layout: Layout, folder: &Location) -> Self {
-        let (rows, table, planned) = Default::default();
-        Self { layout, folder: folder.clone(), file: 0, at: 0, rows, table, planned }
+        let (rows, table, planned, domains) = Default::default();
+        Self { layout, folder: folder.clone(), file: 0, at: 0, rows, table, planned, domains }
     }
 
     fn account(&mut self, fragment: &Fragment) -> &mut Placed {
-        let domains = &mut self.planned.domains;
-        let place = domains.iter().position(|d| *d.domain == *fragment.domain).unwrap_or_else(|| {
-            domains.push(Placed { domain: fragment.domain.to_string(), ..Default::default() });
-            domains.len() - 1
-        });
-        &mut domains[place]
+        self.domains
+            .entry_ref(&fragment.domain)
+            .or_insert_with(|| Placed { domain: fragment.domain.to_string(), ..Default::default() })
     }
 
     async fn write(&mut self, sequence: &Sequence) -> Result<()> {
@@ -316,6 +311,7 @@ impl PlanWriter {
             self.close().await?;
         }
         self.planned.files = self.file as u64;
+        self.planned.domains = self.domains.into_values().collect();
         self.planned.domains.sort_by(|a, b| a.domain.cmp(&b.domain));
         Ok((self.table, self.planned))
     }
@@ -486,6 +482,7 @@ pub async fn obtain(
 ) -> Result<Published> {
     let sql = run.stage_sql("shuffle")?;
     let seed = run.conf.run.seed as i64;
+    // a part's number is a hash of its unit's key, so that `parts` says which ids lie there, and of which encoding
     let list = ingredients([
         ("version", json!(VERSION)),
         ("drawn", drawn.digest()),

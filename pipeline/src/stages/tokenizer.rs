@@ -76,8 +76,10 @@ pub async fn obtain(run: &Run) -> Result<Tokenizer> {
         return Err(run.conf.wrong(&["tokenizer"], "neither url nor train is set", "here", None));
     };
     let sources = sources::list(run).await?;
+    // what is trained depends on the texts in the sample, and on the library that trains
     let list = ingredients([
         ("version", json!(VERSION)),
+        ("encoder", json!(crate::tokenizer::ENCODER)),
         ("sources", json!(sources.iter().map(|s| s.identity()).collect::<Vec<_>>())),
         ("vocab", json!(train.vocab)),
         ("sample", json!(train.sample)),

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use super::tokenizer::Tokenizer;
 use crate::conf;
 use crate::engine::TableWriter;
-use crate::hash::{Digest, RowDigest, doc_id};
+use crate::hash::{Digest, RowDigest, doc_id, text_id};
 use crate::progress::Bar;
 use crate::publish::{Input, StageKey};
 use crate::run::{Goal, Run, Stage, Step, ingredients};
@@ -33,7 +33,7 @@ use crate::store::Location;
 use crate::task::{Task, Worker};
 use crate::{Error, Result, tables};
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// How many units are looked up at a time.
 const LOOKUPS: usize = 32;
@@ -110,6 +110,11 @@ impl Tokens {
     }
 }
 
+/// What decides a text's ids beside the tokenizer's file: this stage, and the encoder with its libraries.
+pub fn encoding() -> Value {
+    json!([VERSION, crate::tokenizer::ENCODER])
+}
+
 /// Finds or computes every unit.
 pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
     let started = Instant::now();
@@ -120,8 +125,10 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
     let again = matches!(run.goal, Goal::Compute { from: Some(from) } if Stage::Tokens >= from);
 
     let lookups = jobs.iter().map(|(source, unit)| async move {
+        // files go by what the store says of them: reading them all to know whether to read them would be no cache
         let list = ingredients([
             ("version", json!(VERSION)),
+            ("encoder", json!(crate::tokenizer::ENCODER)),
             ("unit", source.unit_identity(unit)),
             ("tokenizer", json!(tokenizer.fingerprint)),
         ]);
@@ -415,6 +422,7 @@ impl Rows {
         let mut first_reject = None;
         // documents
         let mut doc_ids = FixedSizeBinaryBuilder::new(16);
+        let mut text_ids = FixedSizeBinaryBuilder::new(16);
         let (mut domains, mut origins) = (StringBuilder::new(), StringBuilder::new());
         let (mut lengths, mut sizes, mut numbers) =
             (Int64Builder::new(), Int64Builder::new(), Int64Builder::new());
@@ -458,6 +466,7 @@ impl Rows {
             encoder.encode(document.text, &mut ids)?;
             bytes += document.text.len() as u64;
             doc_ids.append_value(id).expect("16 bytes");
+            text_ids.append_value(text_id(document.text)).expect("16 bytes");
             domains.append_value(document.domain);
             origins.append_value(&spec.origin);
             lengths.append_value(ids.len() as i64);
@@ -494,6 +503,7 @@ impl Rows {
             Arc::new(lengths.finish()),
             Arc::new(sizes.finish()),
             Arc::new(origins.finish()),
+            Arc::new(text_ids.finish()),
             Arc::new(numbers.finish()),
         ];
         let documents =

@@ -115,6 +115,10 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     }
     let published = run
         .obtain(Stage::Train, list, async |draft| {
+            // the trainer can't tell a broken file from another one
+            for file in packed.table("train").files {
+                file.check(&packed.folder).await?;
+            }
             let job = job_in(&draft.folder);
             let steps = job.conf.steps(job.sequence_tokens);
             let bar = run.progress.stage("train", steps);
