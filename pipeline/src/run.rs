@@ -94,6 +94,8 @@ pub struct Run {
     /// The conf's path, for messages.
     pub conf_file: String,
     pub files: Files,
+    /// The files of checks, by stage.
+    checks: BTreeMap<&'static str, Vec<String>>,
     pub stores: Stores,
     pub output: Location,
     /// What is no source, though it may be among them: the output, and that of the run which is reproduced.
@@ -121,6 +123,7 @@ pub struct Run {
 
 impl Run {
     pub fn new(conf: Conf, conf_file: &str, files: Files, goal: Goal) -> Result<Self> {
+        let checks = files.checks()?;
         let stores = Stores::new(std::path::absolute(&files.root).unwrap_or(files.root.clone()));
         let output = stores.open(&conf.run.output);
         let output = output.map_err(|e| conf.names_wrong(&["run", "output"], e))?;
@@ -159,6 +162,7 @@ impl Run {
             conf,
             conf_file: conf_file.to_owned(),
             files,
+            checks,
             stores,
             outputs: vec![output.clone()],
             output,
@@ -237,8 +241,8 @@ impl Run {
             ("max_span", mixture.max_span.0 as i64),
             ("max_copies", mixture.max_copies as i64),
         ]);
-        for file in self.files.checks(stage.name())? {
-            let sql = StageSql::parse(&file, &self.files.stage(&file)?)?;
+        for file in self.checks.get(stage.name()).into_iter().flatten() {
+            let sql = StageSql::parse(file, &self.files.stage(file)?)?;
             let doing = format!("cannot run the check {file}");
             let frame = sql.plan(session, &parameters).await?;
             let frame = frame.limit(0, Some(5)).map_err(|e| query(&doing, e))?;
@@ -260,10 +264,10 @@ impl Run {
     pub fn place(&self, stage: Stage, ingredients: &mut Ingredients) -> Result<(String, Location)> {
         // another check is another stage: what is there has not passed it
         let mut checks = vec![];
-        for file in self.files.checks(stage.name())? {
-            let text = self.files.stage(&file)?;
-            checks.push(StageSql::parse(&file, &text)?.canonical());
-            self.sql.lock().expect("no panic while held").insert(file, text);
+        for file in self.checks.get(stage.name()).into_iter().flatten() {
+            let text = self.files.stage(file)?;
+            checks.push(StageSql::parse(file, &text)?.key);
+            self.sql.lock().expect("no panic while held").insert(file.clone(), text);
         }
         if !checks.is_empty() {
             ingredients.insert("checks".into(), serde_json::json!(checks));

@@ -158,8 +158,83 @@ fn a_wrong_query_is_shown_with_the_place_and_the_tables() {
     }
     let none = bench.say(&["sql", "conf.toml", "select domain, tokens from domains where false"]);
     assert!(none.code == 0 && none.out.contains("| domain | tokens |"), "{none:?}");
-    let divided = bench.say(&["sql", "conf.toml", "select tokens / 0 from documents"]);
-    assert_eq!((divided.code, divided.err.matches("Divide by zero").count()), (3, 1), "{divided:?}");
+    for (query, message) in [
+        ("select tokens / 0 from documents", "line 1, column 8: `documents.tokens / 0` divides by zero"),
+        ("select sum(tokens + 9223372036854700000) from documents", "is beyond bigint"),
+        ("select 9000000000 * 9000000000", "`9000000000 * 9000000000` is beyond bigint"),
+    ] {
+        let said = bench.say(&["sql", "conf.toml", query]);
+        assert_eq!((said.code, said.err.matches(message).count()), (3, 1), "{said:?}");
+    }
+}
+
+#[test]
+fn a_recipe_of_another_encoding_is_read_or_refused_with_the_cure() {
+    let bench = Bench::new(1);
+    bench.own_recipe();
+    let text = "-- Mine.\nselect doc_id, 0 as start, tokens as stop,\n    1.0 as copes from documents\n";
+    let utf16 = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
+    let run = |recipe: &str| bench.say(&["run", "conf.toml", "--set", &format!("mixture.recipe={recipe}")]);
+    bench.write("marked.sql", format!("\u{feff}{text}"));
+    let said = run("marked.sql");
+    assert!(said.code == 2 && said.err.contains("marked.sql:3:12"), "{said:?}");
+    let mut windows = vec![0xff, 0xfe];
+    windows.extend(utf16(text));
+    let latin = [text.as_bytes(), b"-- caf\xe9\n"].concat();
+    for (file, bytes, message) in [
+        ("windows.sql", windows.clone(), "windows.sql is UTF-16"),
+        ("bare.sql", utf16(text), "bare.sql is UTF-16"),
+        ("latin.sql", latin.clone(), "latin.sql is not UTF-8, from line 4 on"),
+    ] {
+        bench.write(file, bytes);
+        let said = run(file);
+        assert!(said.code == 2 && said.err.contains(message) && said.err.contains("iconv"), "{said:?}");
+    }
+    // and so is a conf, here and in a commit
+    bench.git(&["init", "-q"]);
+    let conf = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    for (bytes, code, message) in [
+        (format!("\u{feff}{conf}").into_bytes(), 0, ""),
+        (utf16(&conf), 2, "conf.toml is UTF-16"),
+        ([conf.as_bytes(), b"# caf\xe9"].concat(), 2, "conf.toml is not UTF-8"),
+    ] {
+        bench.write("conf.toml", bytes);
+        bench.commit("conf");
+        for more in [&[][..], &["--at", "HEAD"]] {
+            let said = bench.say(&[&["run", "conf.toml", "--until", "tokenizer"], more].concat());
+            assert!(said.code == code && said.err.contains(message), "{said:?}");
+        }
+    }
+}
+
+#[test]
+fn copies_that_are_no_sample_are_said_with_what_is_likely() {
+    let bench = Bench::new(1);
+    let recipe = |copies: &str| {
+        format!(
+            "-- Mine.\nwith large as (select * from documents where tokens > 100000000),\n\
+             total as (select coalesce(sum(cast(tokens as decimal(38, 0))), 0) as tokens from large)\n\
+             select doc_id, 0 as start, documents.tokens as stop, {copies} as copies from documents cross join total\n"
+        )
+    };
+    for (copies, budget, message) in [
+        (
+            "1.0 * $budget / documents.tokens",
+            "5T",
+            "`mixture.budget` may be far beyond what there is to draw from",
+        ),
+        ("$budget / cast(total.tokens as double)", "40K", "copies is inf"),
+        ("$budget / cast(total.tokens as double)", "40K", "look for a sum of no rows"),
+        ("0.0 / total.tokens", "40K", "start, stop or copies is null"),
+        ("$budget / total.tokens", "40K", "total.tokens` divides by zero"),
+        ("1.0 - documents.tokens", "40K", "below zero"),
+        ("documents.tokens * $budget * 90000000000", "5B", "is beyond bigint"),
+    ] {
+        bench.write("mine.sql", recipe(copies));
+        let budget = format!("mixture.budget={budget}");
+        let said = bench.say(&["run", "conf.toml", "--set", "mixture.recipe=mine.sql", "--set", &budget]);
+        assert!(said.code == 3 && said.err.contains(message), "{copies}: {said:?}");
+    }
 }
 
 #[test]

@@ -38,7 +38,6 @@ pub async fn main(arguments: SqlArguments) -> Result<()> {
         Err(other) => return Err(other),
     };
     let session = run.engine.session();
-    crate::functions::register(&session);
     register(&run, &flow, &session).await?;
     let plan = plan_query("the query", &arguments.query, &session).await;
     let plan = plan.map_err(|error| match (error, absent) {

@@ -26,8 +26,8 @@ pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {
         ("version", json!(VERSION)),
         ("catalog", catalog.digest("catalog")),
         ("heldout", catalog.digest("heldout")),
-        ("sql", json!(domains_sql.canonical())),
-        ("shares_sql", json!(shares_sql.canonical())),
+        ("sql", json!(domains_sql.key)),
+        ("shares_sql", json!(shares_sql.key)),
         ("long_tokens", json!(long_tokens)),
         ("shares", json!(named)),
     ]);
