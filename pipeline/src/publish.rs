@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::conf::Conf;
 use crate::hash::Digest;
 use crate::run::{Run, Step};
+use crate::source::Unread;
 use crate::sql::git;
 use crate::stage::{self, File, Published, Table};
 use crate::stages::domains::Domain;
@@ -37,6 +38,9 @@ pub struct RunManifest {
     pub conf: Conf,
     pub sql: BTreeMap<String, String>,
     pub inputs: Vec<Input>,
+    /// What looked like data where a source's files are, and was not read, by the source's name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub not_read: BTreeMap<String, Vec<Unread>>,
     pub tokenizer: Digest,
     /// The keys of the stages, in order.
     pub stages: Vec<StageKey>,

@@ -208,8 +208,8 @@ fn accounts(stages: &BTreeMap<String, Vec<Manifest>>, manifest: &RunManifest, ve
         }
     };
     let rows = sum("tokens", "rows");
-    let kept = sum("tokens", "documents") + sum("tokens", "duplicates") + sum("tokens", "rejects");
-    equal("source rows = documents + duplicates + rejects", rows, kept);
+    let kept = ["documents", "duplicates", "rejects", "empty"].map(|name| sum("tokens", name));
+    equal("source rows = documents + duplicates + rejects + empty", rows, kept.iter().sum());
     equal(
         "documents = distinct documents + duplicates",
         sum("tokens", "documents"),

@@ -1,6 +1,6 @@
 //! Bad input: kept with file, line and reason, or refused with a clear word.
 
-use crate::bench::{Bench, Row, corpus, recipe, said};
+use crate::bench::{Bench, Row, corpus, packed, recipe, said};
 
 #[test]
 fn every_bad_row_is_kept_with_file_line_and_reason() {
@@ -62,7 +62,6 @@ fn every_bad_row_is_kept_with_file_line_and_reason() {
         (3, "not_an_object"),
         (4, "no_text"),
         (5, "text_not_a_string"),
-        (7, "text_empty"),
         (8, "no_domain"),
         (9, "domain_not_a_string"),
         (10, "bad_domain"),
@@ -70,6 +69,81 @@ fn every_bad_row_is_kept_with_file_line_and_reason() {
         (12, "not_utf8"),
     ];
     assert_eq!(found, want.map(|(line, reason)| (line, reason.to_owned())));
+}
+
+#[test]
+fn an_empty_text_is_no_document_and_no_reject() {
+    let bench = Bench::empty();
+    for (i, (_, text)) in corpus(3, 60).into_iter().enumerate() {
+        bench.write(&format!("in/{i}.py"), text);
+    }
+    bench.write("in/a/__init__.py", "");
+    bench.write("in/b/__init__.py", "\u{feff}");
+    bench.conf("in", "text", "shortfall = \"allow\"");
+    bench.change("conf.toml", "domain = \"meta.set\"", "domain = { const = \"T\" }");
+    let said = bench.say(&["run", "conf.toml", "--json"]);
+    assert!(
+        said.code == 0 && said.out.contains("\"empty\": 2") && said.out.contains("\"documents\": 60"),
+        "{said:?}"
+    );
+    assert!(said.err.contains("2 of 62 rows have an empty text, and are no documents"), "{}", said.err);
+    assert_eq!(bench.sql("select count(*) as n from rejects", &[])[0]["n"], 0);
+    let run = bench.run(&[]);
+    let said = bench.say(&["verify", run.to_str().unwrap()]);
+    assert_eq!(said.code, 0, "{said:?}");
+
+    let bench = Bench::new(1);
+    bench.write("in/b.jsonl", "{\"text\": \"\"}\n".repeat(100));
+    let said = bench.say(&["run", "conf.toml", "--until", "tokens", "--json"]);
+    assert!(said.code == 0 && said.out.contains("\"empty\": 100"), "{said:?}");
+}
+
+#[test]
+fn what_looks_like_data_and_is_not_read_is_said_and_counted_in_the_manifest() {
+    let bench = Bench::new(1);
+    let want = packed(&bench.run(&[]));
+    for name in ["b.jsonl.xz", "c.csv", "d.JSONL.bz2", "README.md", "_SUCCESS"] {
+        bench.write(&format!("in/{name}"), "x");
+    }
+    std::os::unix::fs::symlink(".", bench.path("in/itself")).unwrap();
+    for url in ["in", "in/*"] {
+        let said =
+            bench.say(&["run", "conf.toml", "--set", &format!("source.0.url={url}"), "--from", "tokens"]);
+        assert_eq!(said.code, 0, "{said:?}");
+        assert!(said.err.contains("source in: 4 files are not read"), "{}", said.err);
+        let run = std::path::PathBuf::from(said.out.lines().last().unwrap());
+        assert!(packed(&run) == want, "{url}");
+    }
+    // a run is found again by what it made: what it says of its sources is what they were then
+    std::fs::remove_dir_all(bench.path("out/runs")).unwrap();
+    let run = bench.run(&[]);
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(run.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest["summary"]["counts"]["files_not_read"], 4);
+    let not_read = &manifest["not_read"]["in"];
+    let whys: Vec<_> = not_read.as_array().unwrap().iter().map(|of| (&of["why"], &of["files"])).collect();
+    assert_eq!(
+        serde_json::json!(whys),
+        serde_json::json!([["other_format", 1], ["compressed", 2], ["loop", 1]])
+    );
+    assert!(not_read[0]["first"][0].as_str().unwrap().ends_with("in/c.csv"));
+
+    // what another source of the conf reads is read
+    bench.jsonl("in/c.csv", &corpus(2, 20));
+    let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    let second = "[[source]]\nname = \"csv\"\nurl = \"in/*.csv\"\nformat = \"jsonl\"\ndomain = \"meta.set\"\n[tokenizer]";
+    bench.write("conf.toml", text.replace("[tokenizer]", second));
+    let said = bench.say(&["run", "conf.toml", "--until", "tokens"]);
+    assert!(said.code == 0 && said.err.contains("source in: 3 files are not read"), "{said:?}");
+}
+
+#[test]
+fn a_json_file_that_is_no_object_a_line_is_refused_with_the_cure() {
+    let bench = Bench::new(1);
+    bench.write("in/b.json", "[\n  {\"text\": \"a\", \"meta\": {\"set\": \"web\"}}\n]\n");
+    let said = bench.say(&["run", "conf.toml", "--until", "tokens"]);
+    assert!(said.code == 3 && said.err.contains("b.json` is JSON, but not an object a line"), "{said:?}");
+    assert!(said.err.contains("jq -c '.[]' FILE"), "{said:?}");
 }
 
 #[test]
@@ -221,4 +295,8 @@ fn no_text_of_a_folder_is_left_out_unsaid() {
     bench.write("in/chapter#1", "text that no listing shows");
     let said = run(&bench);
     assert!(said.code == 2 && said.err.contains("chapter#1` cannot be read"), "{said:?}");
+    std::fs::remove_file(bench.path("in/chapter#1")).unwrap();
+    std::os::unix::fs::symlink("nowhere", bench.path("in/d.txt")).unwrap();
+    let said = run(&bench);
+    assert!(said.code == 2 && said.err.contains("d.txt` is a link to what isn't there"), "{said:?}");
 }

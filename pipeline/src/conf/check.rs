@@ -4,11 +4,16 @@ use globset::Glob;
 
 use super::{Conf, Const, Domain, Format, Param, Shares, Source};
 use crate::Result;
+use crate::source::Column;
 
 /// The longest name of a run: stores add to it, and file systems end at 255 bytes.
 const NAME_BYTES: usize = 128;
 
 pub const MIN_MEMORY: u64 = 64_000_000;
+
+/// A part of a source's rows is up to 32 MiB and a document, and the ids of its texts, in the worst case one a byte, are
+/// counted in 31 bits.
+const MAX_DOCUMENT_BYTES: u64 = 2_000_000_000;
 
 /// Below this a "sequence" is surely a slip, such as 8 for 8K.
 const MIN_SEQUENCE_TOKENS: u64 = 16;
@@ -71,19 +76,24 @@ fn sources(conf: &Conf) -> Result<()> {
             "is a column, and files of format text have none: the whole file is the text",
         )?;
         if let Some(column) = &source.text {
-            ensure(
-                conf,
-                is_column(column),
-                &at("text"),
-                "must be a column's name, with dots into nested ones",
-            )?;
+            self::column(conf, column, &at("text"))?;
         }
         domain(conf, source, &at("domain"))?;
         let share = source.max_reject_share;
         ensure(conf, (0.0..=1.0).contains(&share), &at("max_reject_share"), "must be from 0 to 1")?;
-        ensure(conf, source.max_document_bytes.0 > 0, &at("max_document_bytes"), "must be more than 0")?;
+        let good = (1..=MAX_DOCUMENT_BYTES).contains(&source.max_document_bytes.0);
+        ensure(conf, good, &at("max_document_bytes"), "must be more than 0, and at most 2GB")?;
     }
     Ok(())
+}
+
+fn column(conf: &Conf, column: &str, path: &[&str]) -> Result<()> {
+    if Column::parse(column).is_some() {
+        return Ok(());
+    }
+    let message = format!("`{}` must be a column's name, with dots into nested ones", key(path));
+    let help = "a name that has a dot itself is quoted, as in SQL: '\"meta.set\"'";
+    Err(conf.wrong(path, message, "this value", Some(help.to_owned())))
 }
 
 fn domain(conf: &Conf, source: &Source, path: &[&str; 3]) -> Result<()> {
@@ -94,9 +104,7 @@ fn domain(conf: &Conf, source: &Source, path: &[&str; 3]) -> Result<()> {
             let message = "files of format text have no columns to take the domain from";
             Err(conf.wrong(path, message, "a column", Some(help.to_owned())))
         }
-        Domain::Column(column) => {
-            ensure(conf, is_column(column), path, "must be a column's name, with dots into nested ones")
-        }
+        Domain::Column(column) => self::column(conf, column, path),
         Domain::Const(Const { domain }) => ensure(conf, !domain.is_empty(), path, "is empty"),
         Domain::Rules(rules) => {
             ensure(conf, !rules.is_empty(), path, "has no rules, so no document would have a domain")?;
@@ -115,10 +123,6 @@ fn domain(conf: &Conf, source: &Source, path: &[&str; 3]) -> Result<()> {
             Ok(())
         }
     }
-}
-
-fn is_column(path: &str) -> bool {
-    path.split('.').all(|name| !name.is_empty())
 }
 
 fn tokenizer(conf: &Conf) -> Result<()> {

@@ -74,13 +74,15 @@ pub struct Run {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// A file, a folder or a glob, local or in an object store.
+    /// A file, a folder or a glob, local or in an object store. What is there under a name is meant by it, also where the
+    /// name looks like a glob.
     pub url: String,
     /// The `origin` of its documents. By default the url as it is written in the conf, before `${VAR}` is
     /// expanded, so that the same conf gives the same names on another machine.
     pub name: String,
     pub format: Format,
-    /// The column of the text, with dots into nested ones; `"text"` by default. `None` exactly when the
+    /// The column of the text, with dots into nested ones, and a name that has a dot itself quoted as in SQL
+    /// (`'meta."a.b"'`); `"text"` by default. `None` exactly when the
     /// format is text, where the whole file is the text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
@@ -89,7 +91,7 @@ pub struct Source {
     /// are ordinary, more of them mean that the conf does not fit the data.
     #[serde(default = "default::max_reject_share")]
     pub max_reject_share: f64,
-    /// A longer document is rejected. 64MB by default; one document is held in memory as a whole.
+    /// A longer document is rejected. 64MB by default, 2GB at most; one document is held in memory as a whole.
     #[serde(default = "default::max_document_bytes")]
     pub max_document_bytes: Size,
 }
@@ -97,7 +99,7 @@ pub struct Source {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// A JSON object a line; plain, gzip or zstd.
+    /// A JSON object a line, in `.jsonl`, `.ndjson` or `.json`; plain, gzip (`.gz`) or zstd (`.zst`).
     Jsonl,
     Parquet,
     /// A document a file.
@@ -108,7 +110,7 @@ pub enum Format {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Domain {
-    /// In a column, with dots into nested ones. Not for format text, which has no columns.
+    /// In a column, written as that of the text. Not for format text, which has no columns.
     Column(String),
     /// It is the same for all documents of the source.
     Const(Const),

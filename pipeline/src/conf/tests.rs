@@ -1179,7 +1179,9 @@ fn numbers_out_of_range_are_refused() {
         "source.0.max_reject_share=1.5",
         "source.0.max_reject_share=nan",
         "source.0.max_document_bytes=0",
+        "source.0.max_document_bytes=2001MB",
         "source.0.text=a..b",
+        "source.0.text='\"a.b'",
         "source.0.name=\"\"",
         "source.0.domain=\"\"",
         "source.0.domain={ const = \"\" }",
@@ -1211,9 +1213,15 @@ fn numbers_out_of_range_are_refused() {
       x `source.max_reject_share` must be from 0 to 1
 
     source.0.max_document_bytes=0
-      x `source.max_document_bytes` must be more than 0
+      x `source.max_document_bytes` must be more than 0, and at most 2GB
+
+    source.0.max_document_bytes=2001MB
+      x `source.max_document_bytes` must be more than 0, and at most 2GB
 
     source.0.text=a..b
+      x `source.text` must be a column's name, with dots into nested ones
+
+    source.0.text='"a.b'
       x `source.text` must be a column's name, with dots into nested ones
 
     source.0.name=""
