@@ -201,10 +201,21 @@ fn what_an_evaluation_can_not_be_asked_of_is_said() {
     let data = data.to_str().unwrap();
     bench.write("bad.csv", "q,a,b,A\nq,a,b,X\n");
     bench.write("latin.txt", b"caf\xe9");
+    for essay in tree(&bench.path("essays")) {
+        bench.write(
+            &format!("ess[a]ÿs 100%/{}", essay.file_name().unwrap().display()),
+            std::fs::read(&essay).unwrap(),
+        );
+    }
     for (arguments, code, message) in [
         (&["eval", "needle", run][..], 2, "--haystack is needed"),
         (
             &["eval", "needle", run, "--haystack", "essays", "--lengths", "100"],
+            2,
+            "need more than the 100 tokens",
+        ),
+        (
+            &["eval", "needle", run, "--haystack", "ess[a]ÿs 100%/*.txt", "--lengths", "100"],
             2,
             "need more than the 100 tokens",
         ),
