@@ -7,6 +7,7 @@
 //!             └ the model file (llama) knows nothing of ranks; attention is an explicit forward/backward pair
 //! ```
 
+pub mod amount;
 pub mod attention;
 pub mod backprop;
 pub mod checkpoint;
@@ -34,7 +35,7 @@ pub mod train;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use object_store::path::Path;
+use object_store::path::{Path, PathPart};
 use object_store::{ObjectStore, ObjectStoreExt};
 
 pub use checkpoint::checkpoint_parts;
@@ -94,10 +95,11 @@ pub struct Written {
 }
 
 impl Location {
-    /// What lies at `name` in this folder.
+    /// What lies at `name` in this folder, by names as they are: `ü`, `%` and `#` are characters like any other.
     pub fn join(&self, name: &str) -> Self {
-        let path = name.split('/').fold(self.path.clone(), |path, part| path.join(part));
-        Self { path, ..self.clone() }
+        // `..` is no name
+        let named = name.split('/').map(|part| PathPart::parse(part).unwrap_or_else(|_| part.into()));
+        Self { path: named.fold(self.path.clone(), Path::join), ..self.clone() }
     }
 
     /// What a person can paste.

@@ -211,7 +211,7 @@ fn what_an_evaluation_can_not_be_asked_of_is_said() {
         (
             &["eval", "needle", run, "--haystack", "essays", "--lengths", "1x"],
             2,
-            "`1x` is not a number of tokens",
+            "\"1x\" has a unit that is not known here",
         ),
         (&["eval", "needle", run, "--haystack", "nowhere"], 2, "has no files"),
         (&["eval", "needle", run, "--haystack", "latin.txt"], 2, "is not UTF-8"),

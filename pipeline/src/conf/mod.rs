@@ -8,6 +8,8 @@
 //! Each step knows the place of what it handles, so whatever is wrong is shown where it was written. The
 //! resolved conf, all defaults filled in, goes into manifests and reports with [`Conf::to_toml`].
 
+// one reader for all that a conf says; the model crate, whose it is, is not in every build of this one
+#[path = "../../../model/src/amount.rs"]
 mod amount;
 mod check;
 mod expand;
