@@ -120,7 +120,7 @@ pub fn id(name: &str, last: &[&Published]) -> String {
     format!("{name}-{}", &Digest::of(keys.join(" ").as_bytes()).to_string()[..12])
 }
 
-/// Copies a stage's files into a folder of the run; a hard link each where storage is local.
+/// Copies a stage's files into a folder of the run; a hard link each where storage is local, and can.
 pub async fn copy_table(from: &Published, table: &str, folder: &Location, below: &str) -> Result<Vec<File>> {
     let mut files = vec![];
     for file in from.table(table).files {
@@ -167,11 +167,7 @@ pub async fn read(folder: &Location) -> Result<RunManifest> {
 
 /// Where a run's stages are: two folders up.
 pub fn output_of(run_folder: &Location) -> Location {
-    let mut parts: Vec<_> = run_folder.path.parts().collect();
-    parts.truncate(parts.len().saturating_sub(2));
-    let mut output = run_folder.clone();
-    output.path = parts.into_iter().collect();
-    output
+    run_folder.parent().parent()
 }
 
 /// A stage of a run, by its key.

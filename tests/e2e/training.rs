@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::bench::{Bench, said, tree};
 
 /// A small training, for `--set`.
-fn train(settings: &str) -> String {
+pub fn train(settings: &str) -> String {
     let shape = "{ hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }";
     format!("train={{ shape = {shape}, {settings} }}")
 }

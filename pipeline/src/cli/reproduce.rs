@@ -81,13 +81,13 @@ pub async fn main(arguments: ReproduceArguments) -> Result<()> {
     } else {
         lines.join("\n")
     };
-    print(
+    let printed = print(
         arguments.json,
         &json!({ "same_rows": lines.is_empty(), "same_bytes": same_bytes && lines.is_empty(), "same_checkpoint": same, "differences": lines }),
         || text,
     );
     if lines.is_empty() {
-        Ok(())
+        printed
     } else {
         Err(Error::Differs(format!("{} was not reproduced", manifest.run)))
     }

@@ -19,7 +19,7 @@ pub async fn main(arguments: VerifyArguments) -> Result<()> {
     let folder = run_folder(&arguments.run)?;
     let manifest = publish::read(&folder).await?;
     let verdict = verify::verify(&folder, &manifest, |what| tracing::debug!("verifying {what}")).await?;
-    print(arguments.json, &verdict, || {
+    let printed = print(arguments.json, &verdict, || {
         let mut lines: Vec<String> = verdict.wrong.iter().map(|wrong| format!("wrong: {wrong}")).collect();
         lines.extend(
             verdict.withdrawn.iter().map(|at| format!("withdrawn: {at}; `lengthwise run` computes it again")),
@@ -35,5 +35,5 @@ pub async fn main(arguments: VerifyArguments) -> Result<()> {
         }
         lines.join("\n")
     });
-    if verdict.wrong.is_empty() { Ok(()) } else { Err(verify::error(&verdict)) }
+    if verdict.wrong.is_empty() { printed } else { Err(verify::error(&verdict)) }
 }
