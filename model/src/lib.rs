@@ -18,6 +18,7 @@ pub mod decoder;
 pub mod device;
 pub mod eval;
 pub mod generate;
+mod headers;
 pub mod llama;
 pub mod metrics;
 pub mod optim;
