@@ -79,7 +79,7 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
         }
         (None, None) => unreachable!("one of them is required"),
     };
-    let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
+    let mut ids = tokenizer.around()[0].clone();
     ids.extend(tokenizer.encode_plain(&prompt)?);
     let job = GenerateJob {
         checkpoint: (&at).into(),

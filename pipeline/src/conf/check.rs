@@ -16,6 +16,13 @@ const MIN_SEQUENCE_TOKENS: u64 = 16;
 /// A sequence is in memory whole, more than once.
 const MAX_SEQUENCE_TOKENS: u64 = 1 << 24;
 
+/// A row group is in memory whole, its ids and 32 characters of doc_id for each of its documents in lists that end at 2³¹:
+/// even where every document is one token.
+const MAX_ROW_GROUP_TOKENS: u64 = 1 << 26;
+
+/// Parquet numbers them in 16 bits.
+const MAX_ROW_GROUPS: u64 = i16::MAX as u64;
+
 /// A byte-level vocabulary begins with the 256 bytes.
 const MIN_VOCAB: u32 = 256;
 
@@ -187,7 +194,18 @@ fn pack(conf: &Conf) -> Result<()> {
     ensure(conf, pack.sequences_per_row_group >= 1, &at("sequences_per_row_group"), "must be 1 or more")?;
     let good = pack.sequences_per_row_group <= pack.sequences_per_file;
     let rule = format!("must be at most `sequences_per_file`, which is {}", pack.sequences_per_file);
-    ensure(conf, good, &at("sequences_per_row_group"), &rule)
+    ensure(conf, good, &at("sequences_per_row_group"), &rule)?;
+    let (sequence, group) = (pack.sequence_tokens.0, u64::from(pack.sequences_per_row_group));
+    let rule = format!(
+        "must be at most {} where a sequence is {sequence} tokens: a row group is in memory whole",
+        MAX_ROW_GROUP_TOKENS / sequence
+    );
+    ensure(conf, group <= MAX_ROW_GROUP_TOKENS / sequence, &at("sequences_per_row_group"), &rule)?;
+    let most = MAX_ROW_GROUPS * group;
+    let rule = format!(
+        "must be at most {most} where a row group has {group}: a file has at most {MAX_ROW_GROUPS} of them"
+    );
+    ensure(conf, u64::from(pack.sequences_per_file) <= most, &at("sequences_per_file"), &rule)
 }
 
 fn engine(conf: &Conf) -> Result<()> {

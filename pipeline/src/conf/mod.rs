@@ -139,14 +139,25 @@ pub struct Tokenizer {
     pub url: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<TrainTokenizer>,
-    /// Whether the packer puts the BOS token before each document. By default, as the tokenizer's own
-    /// post-processor does.
+    /// The token that the packer puts before each document. By default what the tokenizer's own post-processor puts
+    /// there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bos: Option<bool>,
-    /// Whether the packer puts the EOS token after each document. By default, as the tokenizer's own
-    /// post-processor does.
+    pub bos: Option<Special>,
+    /// … and after each document.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub eos: Option<bool>,
+    pub eos: Option<Special>,
+}
+
+/// A token around documents.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected true or false, a token's text or its id")]
+pub enum Special {
+    /// Whether there is one: the tokenizer's own, as its post-processor, the `tokenizer_config.json` beside it or its only
+    /// special token says.
+    Own(bool),
+    Id(u32),
+    /// As it is written in the tokenizer.
+    Text(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -224,7 +235,8 @@ pub struct Pack {
     /// machine.
     #[serde(default = "default::sequences_per_file")]
     pub sequences_per_file: u32,
-    /// 16 by default: what a trainer has to read to get at one sequence.
+    /// 16 by default: what a trainer has to read to get at one sequence. At most 2²⁶ tokens, and at least a 32,767th of
+    /// a file.
     #[serde(default = "default::sequences_per_row_group")]
     pub sequences_per_row_group: u32,
 }

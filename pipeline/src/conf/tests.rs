@@ -1120,6 +1120,31 @@ fn a_tokenizer_is_either_loaded_or_trained() {
 }
 
 #[test]
+fn the_tokens_around_documents_are_asked_for_or_named() {
+    for (value, want) in [
+        ("true", Special::Own(true)),
+        ("false", Special::Own(false)),
+        ("32000", Special::Id(32_000)),
+        ("\"<|endoftext|>\"", Special::Text("<|endoftext|>".to_owned())),
+    ] {
+        let conf = good(SMALL, &[&format!("tokenizer.eos={value}")]);
+        assert_eq!((&conf.tokenizer.bos, &conf.tokenizer.eos), (&None, &Some(want)));
+        assert_eq!(conf.resolved().expect("it is good"), conf);
+    }
+    assert_snapshot!(refused(&changed("eos = false", "eos = -1"), &[]), @r#"
+     x `tokenizer.eos`: expected true or false, a token's text or its id
+       ,-[conf/x.toml:29:7]
+    28 | bos = true
+    29 | eos = -1
+       :       ^|
+       :        `-- this value
+    30 |
+       `----
+     help: for example: eos = true
+    "#);
+}
+
+#[test]
 fn files_of_format_text_have_no_columns() {
     assert_snapshot!(refused(&changed("domain = { const = \"Book\" }", "domain = \"meta.domain\""), &[]), @r#"
      x files of format text have no columns to take the domain from
@@ -1198,6 +1223,9 @@ fn numbers_out_of_range_are_refused() {
         "pack.sequences_per_file=0",
         "pack.sequences_per_row_group=0",
         "pack.sequences_per_row_group=257",
+        "pack={ sequence_tokens = 16777216, sequences_per_row_group = 128 }",
+        "pack={ sequence_tokens = 131072, sequences_per_file = 1024, sequences_per_row_group = 513 }",
+        "pack={ sequence_tokens = 16, sequences_per_file = 524273 }",
         "engine.partitions=0",
         "engine.memory=63MB",
         "run.seed=-1",
@@ -1269,6 +1297,15 @@ fn numbers_out_of_range_are_refused() {
 
     pack.sequences_per_row_group=257
       x `pack.sequences_per_row_group` must be at most `sequences_per_file`, which is 256
+
+    pack={ sequence_tokens = 16777216, sequences_per_row_group = 128 }
+      x `pack.sequences_per_row_group` must be at most 4 where a sequence is 16777216 tokens: a row
+
+    pack={ sequence_tokens = 131072, sequences_per_file = 1024, sequences_per_row_group = 513 }
+      x `pack.sequences_per_row_group` must be at most 512 where a sequence is 131072 tokens: a row
+
+    pack={ sequence_tokens = 16, sequences_per_file = 524273 }
+      x `pack.sequences_per_file` must be at most 524272 where a row group has 16: a file has at most
 
     engine.partitions=0
       x `engine.partitions` must be 1 or more

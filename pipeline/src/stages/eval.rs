@@ -26,7 +26,7 @@ use crate::stages::train::identity;
 use crate::store::{Location, Stores};
 use crate::{Error, Result};
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Documents are read in jobs of about so many tokens.
 const JOB_TOKENS: usize = 1 << 18;
