@@ -62,11 +62,10 @@ pub async fn check_checkpoint(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
 /// that has one as it is written becomes its id, and of billions of tokens some do.
 fn beyond(tokenizer: &crate::tokenizer::Tokenizer, known: usize) -> Option<(String, String)> {
     let (own, all) = (tokenizer.own_vocab_size(), tokenizer.vocab_size());
-    let most = own.max(all);
-    if most <= known {
+    if all <= known {
         return None;
     }
-    let mut message = format!("the tokenizer has {most} ids, of which the checkpoint knows {known}");
+    let mut message = format!("the tokenizer has {all} ids, of which the checkpoint knows {known}");
     if own > known {
         return Some((message, "take the tokenizer.json that the checkpoint was trained with".to_owned()));
     }
