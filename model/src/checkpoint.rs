@@ -13,12 +13,18 @@ use crate::{Error, Location, Result, Written};
 
 const INDEX: &str = "model.safetensors.index.json";
 
+/// How a checkpoint is to generate: what ends a text.
+const GENERATION: &str = "generation_config.json";
+
 /// A file of a checkpoint we write has at most so many numbers, unless one unit has more.
 const NUMBERS_A_FILE: usize = 1 << 30;
 
 /// The names of the files that a checkpoint consists of.
 pub async fn checkpoint_parts(folder: &Location) -> Result<Vec<String>> {
     let mut parts = vec!["config.json".to_owned()];
+    if folder.join(GENERATION).get().await?.is_some() {
+        parts.push(GENERATION.to_owned());
+    }
     match folder.join(INDEX).get().await? {
         Some(index) => {
             parts.push(INDEX.to_owned());
@@ -48,26 +54,13 @@ fn shards(folder: &Location, index: &[u8]) -> Result<BTreeSet<String>> {
 pub async fn config(folder: &Location) -> Result<Config> {
     let config = folder.join("config.json").get().await?;
     let config = config.ok_or_else(|| wrong(folder, "there is no config.json".into()))?;
-    let config: Value =
-        serde_json::from_slice(&config).map_err(|e| wrong(folder, format!("config.json: {e}")))?;
-    if config["model_type"].as_str().is_some_and(|kind| kind != "llama") {
-        let kind = &config["model_type"];
-        return Err(wrong(folder, format!("config.json is of a {kind} model; llama is supported")));
+    let mut config = Config::parse(&config).map_err(|e| wrong(folder, format!("config.json: {e}")))?;
+    if let Some(generation) = folder.join(GENERATION).get().await? {
+        let generation: Value =
+            serde_json::from_slice(&generation).map_err(|e| wrong(folder, format!("{GENERATION}: {e}")))?;
+        // transformers does not look into config.json then, even where this file names none
+        config.generation_eos = Some(generation["eos_token_id"].clone());
     }
-    for (key, needed) in [
-        ("hidden_act", json!("silu")),
-        ("attention_bias", json!(false)),
-        ("mlp_bias", json!(false)),
-        ("partial_rotary_factor", json!(1.0)),
-    ] {
-        if !config[key].is_null() && config[key] != needed {
-            let value = &config[key];
-            return Err(wrong(folder, format!("config.json: {key} is {value}; {needed} is supported")));
-        }
-    }
-    let config: Config =
-        serde_json::from_value(config).map_err(|e| wrong(folder, format!("config.json: {e}")))?;
-    config.check().map_err(|e| wrong(folder, format!("config.json: {e}")))?;
     Ok(config)
 }
 
@@ -169,12 +162,12 @@ pub fn companions(config: &Config, tokenizer: Option<&[u8]>) -> Vec<(String, Byt
         (name.to_owned(), Bytes::from(serde_json::to_vec_pretty(&value).unwrap_or_default()))
     };
     let mut generation = json!({ "do_sample": false });
-    for (key, id) in [("bos_token_id", &config.bos_token_id), ("eos_token_id", &config.eos_token_id)] {
+    for (key, id) in [("bos_token_id", config.bos_token_id.as_ref()), ("eos_token_id", config.end())] {
         if let Some(id) = id {
             generation[key] = id.clone();
         }
     }
-    let mut files = vec![file("generation_config.json", generation)];
+    let mut files = vec![file(GENERATION, generation)];
     let Some(json) = tokenizer else { return files };
     let mut settings = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -351,5 +344,35 @@ mod tests {
             let error = Checkpoint::open(&folder).await.err().unwrap().to_string();
             assert!(error.contains(&value.to_string()), "{error}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_ends_a_text_is_what_generation_config_says_and_goes_into_what_is_written() {
+        let folder = written(&config(false), Kind::F32).await;
+        let parts = checkpoint_parts(&folder).await.unwrap();
+        let bytes = folder.join("config.json").get().await.unwrap().unwrap();
+        let mut file: Value = serde_json::from_slice(&bytes).unwrap();
+        file["eos_token_id"] = json!(2);
+        folder.join("config.json").put(file.to_string().into_bytes()).await.unwrap();
+        assert_eq!(Checkpoint::open(&folder).await.unwrap().config.ends(), [2]);
+        for (generation, want) in [
+            (json!({ "eos_token_id": 5 }), vec![5]),
+            (json!({ "eos_token_id": [5, 6] }), vec![5, 6]),
+            (json!({ "eos_token_id": null }), vec![]),
+            (json!({ "do_sample": true }), vec![]),
+        ] {
+            folder.join(GENERATION).put(generation.to_string().into_bytes()).await.unwrap();
+            let config = Checkpoint::open(&folder).await.unwrap().config;
+            assert_eq!((config.ends(), &config.eos_token_id), (want, &Some(json!(2))), "{generation}");
+            let (name, beside) = &companions(&config, None)[0];
+            let beside: Value = serde_json::from_slice(beside).unwrap();
+            assert_eq!(name, GENERATION);
+            assert_eq!(beside["eos_token_id"], generation["eos_token_id"]);
+        }
+        // another one makes another model of it
+        assert_eq!(checkpoint_parts(&folder).await.unwrap().len(), parts.len() + 1);
+        folder.join(GENERATION).put(b"{".to_vec()).await.unwrap();
+        let error = Checkpoint::open(&folder).await.err().unwrap().to_string();
+        assert!(error.contains("generation_config.json: EOF"), "{error}");
     }
 }

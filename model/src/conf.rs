@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use burn::tensor::FloatDType;
 
+use crate::amount::{Count, Size};
 use crate::config::Config;
 use crate::device::Name;
 use crate::{Error, Result};
@@ -158,60 +159,12 @@ fn default_fraction() -> f64 {
     0.4
 }
 
-/// A number of bytes, or a text such as "80GB".
 fn bytes<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "a number of bytes, or a text such as \"80GB\"")]
-    enum Bytes {
-        Number(u64),
-        Text(String),
-    }
-    let text = match Bytes::deserialize(from)? {
-        Bytes::Number(number) => return Ok(Some(number)),
-        Bytes::Text(text) => text,
-    };
-    let units = [("GB", 1e9), ("MB", 1e6), ("GiB", (1u64 << 30) as f64), ("MiB", (1u64 << 20) as f64)];
-    let number = units.iter().find_map(|(name, unit)| {
-        let number: f64 = text.strip_suffix(name)?.trim().parse().ok()?;
-        (number > 0.0).then_some((number * unit) as u64)
-    });
-    let wrong = || serde::de::Error::custom(format!("`{text}` is not a number of bytes, such as \"80GB\""));
-    number.map(Some).ok_or_else(wrong)
-}
-
-/// A number, or a text such as "4M".
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "a number of tokens, such as 65536 or \"4M\"")]
-pub(crate) enum Count {
-    Number(u64),
-    Text(String),
-}
-
-impl Count {
-    pub(crate) fn number<E: serde::de::Error>(self) -> Result<u64, E> {
-        match self {
-            Count::Number(number) => Ok(number),
-            Count::Text(text) => parse_count(&text).map_err(E::custom),
-        }
-    }
+    Size::deserialize(from).map(|Size(bytes)| Some(bytes))
 }
 
 fn count<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
-    Count::deserialize(from)?.number().map(Some)
-}
-
-/// A text such as "4M" as a number: K, M, B are decimal.
-pub fn parse_count(text: &str) -> Result<u64, String> {
-    let (digits, unit) = match text.chars().last() {
-        Some('K') => (&text[..text.len() - 1], 1e3),
-        Some('M') => (&text[..text.len() - 1], 1e6),
-        Some('B') => (&text[..text.len() - 1], 1e9),
-        _ => (text, 1.0),
-    };
-    match digits.parse::<f64>() {
-        Ok(number) if number > 0.0 && (number * unit).fract() == 0.0 => Ok((number * unit) as u64),
-        _ => Err(format!("`{text}` is not a number of tokens, such as 65536 or \"4M\"")),
-    }
+    Count::deserialize(from).map(|Count(tokens)| Some(tokens))
 }
 
 impl TrainConf {
@@ -393,6 +346,23 @@ mod tests {
         assert_eq!(conf(json!({ "batch_tokens": "1.5K" })).batch(8_192), 1);
         let paper = conf(json!({ "batch_tokens": 4_194_304, "tokens": "5B", "steps": null }));
         assert_eq!((paper.batch(131_072), paper.steps(131_072)), (32, 1193));
+    }
+
+    #[test]
+    fn amounts_are_written_as_everywhere_in_a_conf() {
+        for (text, bytes) in
+            [("80G", 80_000_000_000), ("80GB", 80_000_000_000), ("1.5 GiB", 3 << 29), ("7_000", 7000)]
+        {
+            assert_eq!(conf(json!({ "device_memory": text })).device_memory, Some(bytes), "{text}");
+        }
+        for (text, tokens) in [("1.5B", 1_500_000_000), ("4 M", 4_000_000), ("65_536", 65_536)] {
+            let conf = conf(json!({ "tokens": text, "steps": null }));
+            assert_eq!(conf.tokens, Some(tokens), "{text}");
+        }
+        let wrong: Result<TrainConf, _> =
+            serde_json::from_value(json!({ "steps": 1, "device_memory": "80T" }));
+        let wrong = wrong.unwrap_err().to_string();
+        assert!(wrong.contains("\"80T\" has a unit that is not known here"), "{wrong}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `config.json` of a Hugging Face Llama, as far as the computation depends on it.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
@@ -36,6 +36,10 @@ pub struct Config {
     pub bos_token_id: Option<Value>,
     #[serde(default)]
     pub eos_token_id: Option<Value>,
+    /// What the `generation_config.json` beside it says in place of `eos_token_id`; null where it says nothing. `None`
+    /// where there is no such file.
+    #[serde(skip)]
+    pub generation_eos: Option<Value>,
 }
 
 fn default_eps() -> f64 {
@@ -85,9 +89,49 @@ impl Config {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
 
+    /// From the text of a `config.json`, as `transformers` reads it: null is as good as nothing.
+    ///
+    /// # Errors
+    /// Names the key of what is not computed here, or can't be.
+    pub fn parse(json: &[u8]) -> Result<Self> {
+        let wrong = |message: String| Error::Conf(message);
+        let mut file: Map<String, Value> = serde_json::from_slice(json).map_err(|e| wrong(e.to_string()))?;
+        file.retain(|_, value| !value.is_null());
+        let is = |key: &str, supported: &[&str]| match file.get(key) {
+            Some(value) if value.as_str().is_none_or(|value| !supported.contains(&value)) => {
+                Err(wrong(format!("{key} is {value}; {} is supported", supported[0])))
+            }
+            _ => Ok(()),
+        };
+        is("model_type", &["llama"])?;
+        // two names of one function
+        is("hidden_act", &["silu", "swish"])?;
+        for key in ["attention_bias", "mlp_bias"] {
+            if file.get(key).is_some_and(|value| *value != Value::Bool(false)) {
+                return Err(wrong(format!("{key} is {}; false is supported", file[key])));
+            }
+        }
+        let tables = ["rope_scaling", "rope_parameters"].map(|key| file.get(key).and_then(Value::as_object));
+        for table in [Some(&file)].into_iter().chain(tables).flatten() {
+            let key = "partial_rotary_factor";
+            let part = table.get(key).filter(|part| !part.is_null());
+            if part.is_some_and(|part| part.as_f64() != Some(1.0)) {
+                return Err(wrong(format!("{key} is {}; 1.0 is supported", table[key])));
+            }
+        }
+        let config: Self = serde_json::from_value(Value::Object(file)).map_err(|e| wrong(e.to_string()))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// What ends a text, as a file has it: an id or several.
+    pub fn end(&self) -> Option<&Value> {
+        self.generation_eos.as_ref().or(self.eos_token_id.as_ref()).filter(|end| !end.is_null())
+    }
+
     /// The ids that end a text.
     pub fn ends(&self) -> Vec<i64> {
-        match &self.eos_token_id {
+        match self.end() {
             Some(Value::Array(several)) => several.iter().filter_map(Value::as_i64).collect(),
             Some(one) => one.as_i64().into_iter().collect(),
             None => vec![],
@@ -96,31 +140,41 @@ impl Config {
 
     /// The base of RoPE.
     pub fn theta(&self) -> f64 {
-        let newer = self.rope_parameters.as_ref().and_then(|v| v.get("rope_theta")?.as_f64());
+        let newer = self.scaling_table().and_then(|table| table.get("rope_theta")?.as_f64());
         newer.or(self.rope_theta).unwrap_or(10_000.0)
     }
 
     /// Sets the base of RoPE, wherever the file has it.
     pub fn set_theta(&mut self, theta: f64) {
         self.rope_theta = Some(theta);
-        if let Some(parameters) = &mut self.rope_parameters {
-            parameters["rope_theta"] = theta.into();
+        for table in [&mut self.rope_scaling, &mut self.rope_parameters].into_iter().flatten() {
+            // an empty one is none
+            if let Some(keys) = table.as_object_mut().filter(|keys| !keys.is_empty()) {
+                keys.insert("rope_theta".to_owned(), theta.into());
+            }
         }
     }
 
     /// Sets RoPE's scaling, wherever the file has it.
     pub fn set_scaling(&mut self, scaling: Value) {
+        let theta = self.theta();
         if self.rope_parameters.is_some() {
-            let mut parameters = scaling.clone();
-            parameters["rope_theta"] = self.theta().into();
-            self.rope_parameters = Some(parameters);
+            self.rope_parameters = Some(scaling.clone());
         }
         self.rope_scaling = Some(scaling);
+        self.set_theta(theta);
+    }
+
+    /// The key and the table that say how RoPE is scaled. Where a file has both, `transformers` reads the older one.
+    fn table(&self) -> Option<(&'static str, &Value)> {
+        let tables = [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)];
+        let mut there = tables.into_iter().filter_map(|(key, table)| Some((key, table.as_ref()?)));
+        there.find(|(_, table)| !table.is_null() && table.as_object().is_none_or(|keys| !keys.is_empty()))
     }
 
     /// The table that says how RoPE is scaled, wherever the file has it.
     pub fn scaling_table(&self) -> Option<&Value> {
-        self.rope_parameters.as_ref().or(self.rope_scaling.as_ref()).filter(|table| !table.is_null())
+        self.table().map(|(_, table)| table)
     }
 
     /// RoPE's scaling.
@@ -128,8 +182,7 @@ impl Config {
     /// # Errors
     /// Names the key that is missing or wrong, or the type that is not computed.
     pub fn scaling(&self) -> Result<Scaling> {
-        let Some(table) = self.scaling_table() else { return Ok(Scaling::None) };
-        let key = if self.rope_parameters.is_some() { "rope_parameters" } else { "rope_scaling" };
+        let Some((key, table)) = self.table() else { return Ok(Scaling::None) };
         let wrong = |message: String| Error::Conf(format!("{key}: {message}"));
         let kind = table.get("rope_type").or_else(|| table.get("type")).and_then(Value::as_str);
         let optional = |name: &str| match table.get(name) {
@@ -139,12 +192,18 @@ impl Config {
                 _ => Err(wrong(format!("`{name}` has to be a positive number, not {value}"))),
             },
         };
+        // transformers takes a 0 here for one that is not there
+        let if_not_zero = |name: &str| match table.get(name).and_then(Value::as_f64) {
+            Some(0.0) => Ok(None),
+            _ => optional(name),
+        };
         let needed = |name: &str| match optional(name)? {
             Some(number) => Ok(number),
             None => Err(wrong(format!("type `{}` needs `{name}`", kind.unwrap_or_default()))),
         };
         let positions = self.max_position_embeddings as f64;
         Ok(match kind {
+            None if !table.is_object() => return Err(wrong(format!("{table} is no table"))),
             None | Some("default") => Scaling::None,
             Some("linear") => Scaling::Linear { factor: needed("factor")? },
             Some("dynamic") => Scaling::Dynamic { factor: needed("factor")? },
@@ -152,19 +211,23 @@ impl Config {
                 let factor = needed("factor")?;
                 // the paper's 0.1 ln(s) + 1, and DeepSeek's two-sided form of it
                 let mscale = |weight: f64| if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 };
-                let attention_factor =
-                    match (optional("attention_factor")?, optional("mscale")?, optional("mscale_all_dim")?) {
-                        (Some(given), ..) => given,
-                        (None, Some(some), Some(all)) => mscale(some) / mscale(all),
-                        _ => mscale(1.0),
-                    };
+                let attention_factor = match (
+                    optional("attention_factor")?,
+                    if_not_zero("mscale")?,
+                    if_not_zero("mscale_all_dim")?,
+                ) {
+                    (Some(given), ..) => given,
+                    (None, Some(some), Some(all)) => mscale(some) / mscale(all),
+                    _ => mscale(1.0),
+                };
                 Scaling::Yarn {
                     factor,
                     attention_factor,
-                    beta_fast: optional("beta_fast")?.unwrap_or(32.0),
-                    beta_slow: optional("beta_slow")?.unwrap_or(1.0),
-                    original: optional("original_max_position_embeddings")?.unwrap_or(positions),
-                    truncate: table.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+                    beta_fast: if_not_zero("beta_fast")?.unwrap_or(32.0),
+                    beta_slow: if_not_zero("beta_slow")?.unwrap_or(1.0),
+                    original: if_not_zero("original_max_position_embeddings")?.unwrap_or(positions),
+                    // a null is no
+                    truncate: table.get("truncate").is_none_or(|truncate| truncate == true),
                 }
             }
             Some("llama3") => Scaling::Llama3 {
@@ -265,6 +328,127 @@ mod tests {
             assert_eq!((config.theta(), config.scaling().unwrap()), (5e5, Scaling::Linear { factor: 4.0 }));
         }
         assert_eq!(config(json!({ "rope_scaling": null })).scaling().unwrap(), Scaling::None);
+    }
+
+    /// From a file with more keys.
+    fn parsed(extra: Value) -> Result<Config> {
+        let mut all = json!({
+            "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "vocab_size": 9,
+        });
+        for (key, value) in extra.as_object().unwrap() {
+            all[key] = value.clone();
+        }
+        Config::parse(all.to_string().as_bytes())
+    }
+
+    #[test]
+    fn a_file_is_read_as_transformers_reads_it() {
+        let plain = parsed(json!({})).unwrap();
+        for extra in [
+            json!({ "partial_rotary_factor": 1 }),
+            json!({ "partial_rotary_factor": 1.0, "attention_bias": false, "mlp_bias": false, "pretraining_tp": 1 }),
+            json!({ "rope_parameters": null, "rope_scaling": null, "sliding_window": null, "head_dim": null }),
+            json!({ "tie_word_embeddings": null, "attention_bias": null, "mlp_bias": null, "rms_norm_eps": null }),
+            json!({ "num_key_value_heads": null, "max_position_embeddings": null, "rope_theta": null }),
+            json!({ "hidden_act": "swish" }),
+            json!({ "hidden_act": null, "partial_rotary_factor": null, "eos_token_id": null }),
+        ] {
+            assert_eq!(parsed(extra.clone()).unwrap(), plain, "{extra}");
+        }
+        assert_eq!(parsed(json!({ "rope_theta": 500_000, "rms_norm_eps": 1 })).unwrap().theta(), 5e5);
+        for (extra, message) in [
+            (json!({ "partial_rotary_factor": 0.5 }), "partial_rotary_factor is 0.5; 1.0 is supported"),
+            (
+                json!({ "rope_parameters": { "rope_type": "default", "partial_rotary_factor": 0.5 } }),
+                "partial_rotary_factor is 0.5; 1.0 is supported",
+            ),
+            (json!({ "attention_bias": true }), "attention_bias is true; false is supported"),
+            (json!({ "hidden_act": "gelu" }), "hidden_act is \"gelu\"; silu is supported"),
+            (json!({ "model_type": "gpt2" }), "model_type is \"gpt2\"; llama is supported"),
+            (json!({ "rope_scaling": "linear" }), "rope_scaling: \"linear\" is no table"),
+            (json!({ "hidden_size": "16" }), "invalid type: string \"16\""),
+        ] {
+            let error = parsed(extra).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn of_two_tables_of_rope_the_one_that_transformers_reads_counts() {
+        // as transformers 5.24 and, but for the last, 4.57 read them
+        for (extra, theta, factor) in [
+            (
+                json!({ "rope_theta": 5e5, "rope_parameters": { "rope_type": "linear", "factor": 2.0 } }),
+                5e5,
+                2.0,
+            ),
+            (
+                json!({
+                    "rope_theta": 5e5, "rope_scaling": { "rope_type": "linear", "factor": 2.0 },
+                    "rope_parameters": { "rope_type": "linear", "factor": 3.0, "rope_theta": 1e6 },
+                }),
+                5e5,
+                2.0,
+            ),
+            (
+                json!({ "rope_scaling": {}, "rope_parameters": { "rope_type": "linear", "factor": 3.0, "rope_theta": 1e6 } }),
+                1e6,
+                3.0,
+            ),
+            (
+                json!({ "rope_theta": 5e5, "rope_scaling": { "rope_type": "linear", "factor": 2.0, "rope_theta": 7e5 } }),
+                7e5,
+                2.0,
+            ),
+        ] {
+            let mut config = parsed(extra).unwrap();
+            assert_eq!((config.theta(), config.scaling().unwrap()), (theta, Scaling::Linear { factor }));
+            config.set_theta(8e5);
+            assert_eq!((config.theta(), config.scaling().unwrap()), (8e5, Scaling::Linear { factor }));
+            config.set_scaling(json!({ "rope_type": "linear", "factor": 9 }));
+            assert_eq!((config.theta(), config.scaling().unwrap()), (8e5, Scaling::Linear { factor: 9.0 }));
+        }
+    }
+
+    #[test]
+    fn what_yarn_may_leave_open_is_as_in_transformers() {
+        let yarn = |extra: Value| {
+            let mut table =
+                json!({ "rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 512 });
+            for (key, value) in extra.as_object().unwrap() {
+                table[key] = value.clone();
+            }
+            config(json!({ "rope_scaling": table })).scaling()
+        };
+        let plain = yarn(json!({})).unwrap();
+        assert_eq!(
+            plain,
+            Scaling::Yarn {
+                factor: 4.0,
+                attention_factor: 0.1 * 4f64.ln() + 1.0,
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+                original: 512.0,
+                truncate: true,
+            }
+        );
+        for extra in [
+            json!({ "mscale": 0.0, "mscale_all_dim": 0.0 }),
+            json!({ "mscale": 0, "mscale_all_dim": 1.0 }),
+            json!({ "mscale": 1.0 }),
+            json!({ "beta_fast": null, "beta_slow": 0, "attention_factor": null }),
+        ] {
+            assert_eq!(yarn(extra.clone()).unwrap(), plain, "{extra}");
+        }
+        let Scaling::Yarn { attention_factor, .. } =
+            yarn(json!({ "mscale": 1, "mscale_all_dim": 1 })).unwrap()
+        else {
+            panic!()
+        };
+        assert_eq!(attention_factor, 1.0);
+        assert!(matches!(yarn(json!({ "truncate": null })).unwrap(), Scaling::Yarn { truncate: false, .. }));
+        assert!(yarn(json!({ "attention_factor": 0.0 })).is_err());
     }
 
     #[test]

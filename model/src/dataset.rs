@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
-use arrow::array::{Array, AsArray, RecordBatch};
-use arrow::datatypes::{DataType, Int32Type};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
+use arrow::compute::{CastOptions, cast_with_options};
+use arrow::datatypes::{DataType, Int64Type, Schema};
 use bytes::Bytes;
 use bytes::buf::Reader;
 use futures::future::BoxFuture;
@@ -18,12 +19,13 @@ use parquet::arrow::async_reader::{
 };
 use parquet::column::page::{Page, PageReader};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::file::FOOTER_SIZE;
+use parquet::file::metadata::{FooterTail, ParquetMetaData, ParquetMetaDataReader};
 use parquet::file::reader::{ChunkReader, Length};
 use parquet::file::serialized_reader::SerializedPageReader;
 
 use crate::backprop::NO_TARGET;
-use crate::{Error, Location, Result};
+use crate::{Error, Location, Result, headers};
 
 /// A training example.
 #[derive(Clone, Debug, PartialEq)]
@@ -167,7 +169,7 @@ impl AsyncFileReader for Object {
             let read = self.store.get_range(&self.path, range.clone()).await;
             let bytes = read.map_err(|e| ParquetError::External(Box::new(e)))?;
             if let Some(metadata) = &self.metadata {
-                check_dictionaries(metadata, range, &bytes)?;
+                check_pages(metadata, range, &bytes)?;
             }
             Ok(bytes)
         };
@@ -178,22 +180,23 @@ impl AsyncFileReader for Object {
         &'a mut self,
         _: Option<&'a ArrowReaderOptions>,
     ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
-        let size = self.size;
         async move {
-            let metadata = ParquetMetaDataReader::new().load_and_finish(&mut *self, size).await?;
+            let short = || ParquetError::EOF("it is too short for a Parquet file".into());
+            let end = self.size.checked_sub(FOOTER_SIZE as u64).ok_or_else(short)?;
+            let tail = FooterTail::try_from(self.get_bytes(end..self.size).await?.as_ref())?;
+            let start = end.checked_sub(tail.metadata_length() as u64).ok_or_else(short)?;
+            let footer = self.get_bytes(start..end).await?;
+            headers::footer(&footer)?;
+            let metadata = ParquetMetaDataReader::decode_metadata(&footer)?;
             Ok(self.metadata.insert(Arc::new(metadata)).clone())
         }
         .boxed()
     }
 }
 
-/// Refuses dictionaries that have fewer bytes than their headers say values: the Parquet library makes room for as many
-/// as are said, up to 16 GiB, before it looks.
-fn check_dictionaries(
-    metadata: &ParquetMetaData,
-    range: Range<u64>,
-    bytes: &Bytes,
-) -> Result<(), ParquetError> {
+/// Refuses pages whose headers the Parquet library must not read, and dictionaries that have fewer bytes than their headers
+/// say values: it makes room for as many as are said, up to 16 GiB, before it looks.
+fn check_pages(metadata: &ParquetMetaData, range: Range<u64>, bytes: &Bytes) -> Result<(), ParquetError> {
     let mut columns = metadata.row_groups().iter().flat_map(|group| group.columns());
     let Some(column) = columns.find(|column| {
         let (start, length) = column.byte_range();
@@ -201,6 +204,7 @@ fn check_dictionaries(
     }) else {
         return Ok(());
     };
+    headers::pages(bytes)?;
     let chunk = Arc::new(Chunk { start: range.start, bytes: bytes.clone() });
     // rows are wanted only where an index says where pages are
     let mut pages = SerializedPageReader::new(chunk, column, 0, None)?;
@@ -242,67 +246,102 @@ impl ChunkReader for Chunk {
     }
 }
 
-/// The layout of the authors' published dataset, with doc_id.
-fn check(schema: &arrow::datatypes::Schema) -> Result<(), String> {
-    let list_of = |name: &str| match schema.field_with_name(name).map(|f| f.data_type()) {
-        Ok(DataType::List(item)) => Ok(item.data_type().clone()),
-        Ok(other) => Err(format!("column `{name}` is {other}, a list is wanted")),
+/// The layout of the authors' published dataset, with doc_id; in whichever kinds of lists, whole numbers and texts another
+/// program has saved it.
+fn check(schema: &Schema) -> Result<(), String> {
+    let kind = |name: &str| match schema.field_with_name(name) {
+        Ok(field) => Ok(field.data_type()),
         Err(_) => {
             Err(format!("there is no column `{name}`; a packed dataset has input_ids, labels and source"))
         }
     };
-    if list_of("input_ids")? != DataType::Int32 {
-        return Err("column `input_ids` has to be a list of int32".into());
+    let list_of = |name: &str| match kind(name)? {
+        DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => {
+            Ok(item.data_type())
+        }
+        other => Err(format!("column `{name}` is {other}, a list is wanted")),
+    };
+    if !list_of("input_ids")?.is_integer() {
+        return Err("column `input_ids` has to be a list of whole numbers".into());
     }
-    match schema.field_with_name("labels").map(|f| f.data_type()) {
-        Ok(DataType::Int32) => {}
-        _ => return Err("column `labels` has to be int32".into()),
+    if !kind("labels")?.is_integer() {
+        return Err("column `labels` has to be of whole numbers".into());
     }
     let DataType::Struct(fields) = list_of("source")? else {
         return Err("column `source` has to be a list of structs".into());
     };
+    let number: fn(&DataType) -> bool = DataType::is_integer;
     let wanted = [
-        ("source", DataType::Utf8),
-        ("doc_id", DataType::Utf8),
-        ("start", DataType::Int32),
-        ("end", DataType::Int32),
+        ("source", "texts", is_text as _),
+        ("doc_id", "texts", is_text as _),
+        ("start", "whole numbers", number),
+        ("end", "whole numbers", number),
     ];
-    for (name, kind) in &wanted {
-        if fields.iter().find(|f| f.name() == name).map(|f| f.data_type()) != Some(kind) {
-            return Err(format!("column `source` has to have `{name}` of type {kind}"));
+    for (name, what, good) in wanted {
+        if !fields.iter().any(|field| field.name() == name && good(field.data_type())) {
+            return Err(format!("column `source` has to have `{name}`, of {what}"));
         }
     }
     Ok(())
+}
+
+fn is_text(kind: &DataType) -> bool {
+    match kind {
+        DataType::Dictionary(_, values) => is_text(values),
+        other => other.is_string(),
+    }
+}
+
+/// The list in the first row of a column.
+fn list(column: &ArrayRef) -> Result<ArrayRef, String> {
+    match column.data_type() {
+        DataType::List(_) => Ok(column.as_list::<i32>().value(0)),
+        DataType::LargeList(_) => Ok(column.as_list::<i64>().value(0)),
+        DataType::FixedSizeList(..) => Ok(column.as_fixed_size_list().value(0)),
+        other => Err(format!("{other} is no list")),
+    }
+}
+
+/// A column as one of a type.
+fn of_type(column: &ArrayRef, kind: &DataType) -> Result<ArrayRef, String> {
+    let strict = CastOptions { safe: false, ..Default::default() };
+    let column = cast_with_options(column, kind, &strict).map_err(|e| e.to_string())?;
+    if column.logical_null_count() > 0 {
+        return Err("there is a null where a value has to be".into());
+    }
+    Ok(column)
+}
+
+fn numbers(column: &ArrayRef) -> Result<Vec<i64>, String> {
+    Ok(of_type(column, &DataType::Int64)?.as_primitive::<Int64Type>().values().to_vec())
 }
 
 /// The one row of a batch.
 fn sequence(batch: &RecordBatch, index: u64, vocab_size: usize) -> Result<Sequence, String> {
     let column =
         |name: &str| batch.column_by_name(name).ok_or_else(|| format!("there is no column `{name}`"));
-    let lists = column("input_ids")?.as_list::<i32>();
-    let ids = lists.value(0).as_primitive::<Int32Type>().values().to_vec();
-    if let Some(id) = ids.iter().find(|id| **id < 0 || **id as usize >= vocab_size) {
-        return Err(format!("id {id} is not in the model's vocabulary of {vocab_size}"));
-    }
+    let id = |what: &str, id: i64| match i32::try_from(id) {
+        Ok(known) if known >= 0 && (known as usize) < vocab_size => Ok(known),
+        _ => Err(format!("{what} {id} is not in the model's vocabulary of {vocab_size}")),
+    };
+    let ids = numbers(&list(column("input_ids")?)?)?;
+    let ids = ids.into_iter().map(|one| id("id", one)).collect::<Result<Vec<i32>, _>>()?;
     let mut targets: Vec<i32> = ids.iter().skip(1).copied().collect();
-    targets.push(column("labels")?.as_primitive::<Int32Type>().value(0));
-    if targets.last().is_some_and(|id| *id != NO_TARGET && (*id < 0 || *id as usize >= vocab_size)) {
-        return Err(format!(
-            "label {} is not in the model's vocabulary of {vocab_size}",
-            targets[targets.len() - 1]
-        ));
-    }
-    let segments = column("source")?.as_list::<i32>().value(0);
+    targets.push(match numbers(column("labels")?)?[0] {
+        label if label == i64::from(NO_TARGET) => NO_TARGET,
+        label => id("label", label)?,
+    });
+    let segments = list(column("source")?)?;
     let segments = segments.as_struct();
     let field = |name: &str| segments.column_by_name(name).ok_or_else(|| format!("`source` has no `{name}`"));
-    let (domains, doc_ids) = (field("source")?.as_string::<i32>(), field("doc_id")?.as_string::<i32>());
-    let (starts, ends) = (field("start")?, field("end")?);
-    let place = |column: &dyn Array, row: usize| {
-        usize::try_from(column.as_primitive::<Int32Type>().value(row)).unwrap_or(usize::MAX)
-    };
+    let text = |name: &str| of_type(field(name)?, &DataType::Utf8);
+    let (domains, doc_ids) = (text("source")?, text("doc_id")?);
+    let (domains, doc_ids) = (domains.as_string::<i32>(), doc_ids.as_string::<i32>());
+    let (starts, ends) = (numbers(field("start")?)?, numbers(field("end")?)?);
+    let place = |place: i64| usize::try_from(place).unwrap_or(usize::MAX);
     let (mut all, mut end) = (vec![], 0);
     for row in 0..segments.len() {
-        let range = place(starts.as_ref(), row)..place(ends.as_ref(), row);
+        let range = place(starts[row])..place(ends[row]);
         if range.start != end || range.end < end {
             return Err("the documents of a sequence don't follow one another".into());
         }
@@ -457,5 +496,79 @@ pub(crate) mod tests {
         }
         let error = Dataset::open(&folder(&[]).await, 10).await.err().unwrap().to_string();
         assert!(error.contains("there is no *.parquet"), "{error}");
+    }
+
+    /// A column as one of other types.
+    fn cast(column: &ArrayRef, kind: &DataType) -> ArrayRef {
+        let strict = CastOptions { safe: false, ..Default::default() };
+        cast_with_options(column, kind, &strict).unwrap()
+    }
+
+    fn saved(columns: [(&str, ArrayRef); 3]) -> Vec<u8> {
+        let batch = RecordBatch::try_from_iter(columns).unwrap();
+        let mut writer = parquet::arrow::ArrowWriter::try_new(Vec::new(), batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_dataset_that_another_program_saved_again_gives_the_same_sequences() {
+        let rows = [
+            (vec![1, 2, 3], 4, vec![("a", 0, 2), ("b", 2, 3)]),
+            (vec![4, 5, 0], -100, vec![("b", 0, 2), ("", 2, 3)]),
+        ];
+        let bytes = packed(&rows);
+        let mut reader =
+            parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(Bytes::from(bytes.clone()), 10)
+                .unwrap();
+        let batch = reader.next().unwrap().unwrap();
+        let read = async |bytes: Vec<u8>| {
+            let folder = folder(&[("train-00000-of-00001.parquet", bytes)]).await;
+            let mut dataset = Dataset::open(&folder, 10).await?;
+            Ok::<_, Error>([dataset.sequence(0).await?, dataset.sequence(1).await?])
+        };
+        let want = read(bytes).await.unwrap();
+        let item = |kind: &DataType| Arc::new(Field::new("item", kind.clone(), true));
+        let texts = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::LargeUtf8));
+        for (list, number, text) in [
+            (DataType::LargeList as fn(_) -> _, DataType::Int64, DataType::LargeUtf8),
+            (DataType::List, DataType::UInt16, DataType::Utf8View),
+            (DataType::List, DataType::UInt64, texts),
+            (|item| DataType::FixedSizeList(item, 3), DataType::Int8, DataType::Utf8),
+        ] {
+            let segment = DataType::Struct(Fields::from(vec![
+                Field::new("source", text.clone(), true),
+                Field::new("doc_id", text.clone(), true),
+                Field::new("start", number.clone(), true),
+                Field::new("end", number.clone(), true),
+            ]));
+            // a label may be negative
+            let label = if number == DataType::Int64 { number.clone() } else { DataType::Int32 };
+            let fixed = matches!(list(item(&number)), DataType::FixedSizeList(..));
+            let segments = if fixed { DataType::LargeList(item(&segment)) } else { list(item(&segment)) };
+            let bytes = saved([
+                ("input_ids", cast(batch.column(0), &list(item(&number)))),
+                ("labels", cast(batch.column(1), &label)),
+                ("source", cast(batch.column(2), &segments)),
+            ]);
+            assert_eq!(read(bytes).await.unwrap(), want, "{number}");
+        }
+        let wide = arrow::array::Int64Array::from(vec![5_000_000_001, 1, 2, 3, 4, 5]);
+        let offsets = arrow::buffer::OffsetBuffer::from_lengths([3, 3]);
+        let ids = arrow::array::LargeListArray::new(item(&DataType::Int64), offsets, Arc::new(wide), None);
+        let bytes = saved([
+            ("input_ids", Arc::new(ids)),
+            ("labels", batch.column(1).clone()),
+            ("source", batch.column(2).clone()),
+        ]);
+        let error = read(bytes).await.unwrap_err().to_string();
+        assert!(error.contains("id 5000000001 is not in the model's vocabulary of 10"), "{error}");
+        let bytes = saved([
+            ("input_ids", cast(batch.column(0), &DataType::List(item(&DataType::Float32)))),
+            ("labels", batch.column(1).clone()),
+            ("source", batch.column(2).clone()),
+        ]);
+        let error = read(bytes).await.unwrap_err().to_string();
+        assert!(error.contains("column `input_ids` has to be a list of whole numbers"), "{error}");
     }
 }

@@ -139,6 +139,27 @@ mod tests {
         }
     }
 
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_continuation_ends_where_generation_config_says() {
+        let there = fixture("llama3");
+        let folder = crate::dataset::tests::folder(&[]).await;
+        for name in crate::checkpoint_parts(&there).await.unwrap() {
+            let bytes = there.join(&name).get().await.unwrap().unwrap();
+            folder.join(&name).put(bytes.to_vec()).await.unwrap();
+        }
+        let all = |folder: Location| async {
+            let job = GenerateJob { checkpoint: folder, ..job(Name::Flex, 1, Choice::Greedy) };
+            generate(&job, &mut |_| {}).await.unwrap()
+        };
+        let want = all(folder.clone()).await;
+        let third = want[2];
+        let first = want.iter().position(|id| *id == third).unwrap();
+        let generation = format!("{{ \"eos_token_id\": [1000, {third}] }}");
+        folder.join("generation_config.json").put(generation.into_bytes()).await.unwrap();
+        assert!(want.len() > first + 1);
+        assert_eq!(all(folder).await, want[..=first]);
+    }
+
     #[test]
     fn tokens_are_drawn_as_often_as_their_probability_says() {
         // at temperature 2, odds of 1 : 4 : 16 are 1 : 2 : 4

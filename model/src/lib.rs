@@ -7,6 +7,7 @@
 //!             └ the model file (llama) knows nothing of ranks; attention is an explicit forward/backward pair
 //! ```
 
+pub mod amount;
 pub mod attention;
 pub mod backprop;
 pub mod checkpoint;
@@ -18,6 +19,7 @@ pub mod decoder;
 pub mod device;
 pub mod eval;
 pub mod generate;
+mod headers;
 pub mod llama;
 pub mod metrics;
 pub mod optim;
@@ -35,7 +37,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::path::Path;
+use object_store::path::{Path, PathPart};
 use object_store::{ObjectStore, ObjectStoreExt};
 
 pub use checkpoint::checkpoint_parts;
@@ -95,10 +97,11 @@ pub struct Written {
 }
 
 impl Location {
-    /// What lies at `name` in this folder.
+    /// What lies at `name` in this folder, by names as they are: `ü`, `%` and `#` are characters like any other.
     pub fn join(&self, name: &str) -> Self {
-        let path = name.split('/').fold(self.path.clone(), |path, part| path.join(part));
-        Self { path, ..self.clone() }
+        // `..` is no name
+        let named = name.split('/').map(|part| PathPart::parse(part).unwrap_or_else(|_| part.into()));
+        Self { path: named.fold(self.path.clone(), Path::join), ..self.clone() }
     }
 
     /// What a person can paste.

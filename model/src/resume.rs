@@ -75,50 +75,52 @@ async fn steps(checkpoints: &Location) -> Result<Vec<u64>> {
     Ok(steps)
 }
 
+/// What the last checkpoint in a folder says of itself, if there is one.
+pub async fn last(checkpoints: &Location) -> Result<Option<Manifest>> {
+    for step in steps(checkpoints).await? {
+        let folder = checkpoints.join(&format!("step-{step}"));
+        let Some(manifest) = folder.join(MANIFEST).get().await? else { continue };
+        let wrong = |e| Error::Checkpoint { at: folder.url(), message: format!("{MANIFEST}: {e}") };
+        return serde_json::from_slice(&manifest).map(Some).map_err(wrong);
+    }
+    Ok(None)
+}
+
 impl Resume {
     /// The last checkpoint in a folder, if there is one.
     ///
     /// # Errors
     /// It is of another dataset or of other settings, or a file of it is missing or has another size.
     pub async fn find(checkpoints: &Location, dataset: &str, settings: &Value) -> Result<Option<Self>> {
-        for step in steps(checkpoints).await? {
-            let folder = checkpoints.join(&format!("step-{step}"));
-            let Some(manifest) = folder.join(MANIFEST).get().await? else { continue };
-            let wrong = |message: String| Error::Checkpoint { at: folder.url(), message };
-            let manifest: Manifest =
-                serde_json::from_slice(&manifest).map_err(|e| wrong(format!("{MANIFEST}: {e}")))?;
-            if manifest.dataset != dataset {
-                return Err(wrong(
-                    "it was trained on another dataset; training does not go on from it".into(),
-                ));
-            }
-            if &manifest.settings != settings {
-                return Err(wrong(
-                    "it was trained with other settings; training does not go on from it".into(),
-                ));
-            }
-            for File { name, bytes: size, .. } in &manifest.files {
-                let at = folder.join(name);
-                match at.store.head(&at.path).await {
-                    Ok(meta) if meta.size == *size => {}
-                    Ok(meta) => {
-                        return Err(wrong(format!("{name} has {} bytes instead of {size}", meta.size)));
-                    }
-                    Err(object_store::Error::NotFound { .. }) => {
-                        return Err(wrong(format!("there is no {name}")));
-                    }
-                    Err(source) => {
-                        return Err(Error::Storage { doing: "read", path: at.url(), source });
-                    }
+        let Some(manifest) = last(checkpoints).await? else { return Ok(None) };
+        let folder = checkpoints.join(&format!("step-{}", manifest.step));
+        let wrong = |message: String| Error::Checkpoint { at: folder.url(), message };
+        if manifest.dataset != dataset {
+            return Err(wrong("it was trained on another dataset; training does not go on from it".into()));
+        }
+        if &manifest.settings != settings {
+            return Err(wrong("it was trained with other settings; training does not go on from it".into()));
+        }
+        for File { name, bytes: size, .. } in &manifest.files {
+            let at = folder.join(name);
+            match at.store.head(&at.path).await {
+                Ok(meta) if meta.size == *size => {}
+                Ok(meta) => {
+                    return Err(wrong(format!("{name} has {} bytes instead of {size}", meta.size)));
+                }
+                Err(object_store::Error::NotFound { .. }) => {
+                    return Err(wrong(format!("there is no {name}")));
+                }
+                Err(source) => {
+                    return Err(Error::Storage { doing: "read", path: at.url(), source });
                 }
             }
-            let mut ranks = vec![];
-            for rank in 0..manifest.ranks {
-                ranks.push(Reader::open(folder.join(&ranks_file(rank, manifest.ranks))).await?);
-            }
-            return Ok(Some(Self { folder, manifest, ranks }));
         }
-        Ok(None)
+        let mut ranks = vec![];
+        for rank in 0..manifest.ranks {
+            ranks.push(Reader::open(folder.join(&ranks_file(rank, manifest.ranks))).await?);
+        }
+        Ok(Some(Self { folder, manifest, ranks }))
     }
 
     /// Compares the digests of a rank's share of the files: a disk may have lost what was written last, and kept the size.

@@ -35,6 +35,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     options.execution.split_file_groups_by_statistics = true;
     options.optimizer.prefer_existing_sort = true;
     let session = SessionContext::new_with_config(config);
+    lengthwise::functions::register(&session);
     let schema = Schema::new(vec![
         Field::new("doc_id", DataType::FixedSizeBinary(16), false),
         Field::new("domain", DataType::Utf8, false),

@@ -29,16 +29,37 @@ fn commit(manifest: &RunManifest) -> String {
     }
 }
 
+/// A name between other words, or in a cell of a table: nothing in it is Markdown.
+fn plain(name: &str) -> String {
+    let mut plain = String::new();
+    for c in name.chars() {
+        if r"\`*_[]<>|~&$".contains(c) {
+            plain.push('\\');
+        }
+        plain.push(if c.is_control() { ' ' } else { c });
+    }
+    plain
+}
+
+/// A name as code, between more backticks than it has side by side.
+fn code(name: &str) -> String {
+    let name = name.replace(char::is_control, " ");
+    let most = name.split(|c| c != '`').map(str::len).max().unwrap_or(0);
+    let fence = "`".repeat(most + 1);
+    let space = if name.starts_with('`') || name.ends_with('`') { " " } else { "" };
+    format!("{fence}{space}{name}{space}{fence}")
+}
+
 /// What both cards say of where it all comes from.
 fn made_of(manifest: &RunManifest) -> String {
     let mixture = &manifest.conf.mixture;
     format!(
-        "- run `{}` of lengthwise {}\n- {}\n- conf `{}`, recipe `{}`: {} tokens drawn\n",
-        manifest.run,
+        "- run {} of lengthwise {}\n- {}\n- conf {}, recipe {}: {} tokens drawn\n",
+        code(&manifest.run),
         manifest.build.lengthwise,
         commit(manifest),
-        manifest.conf_file,
-        mixture.recipe,
+        code(&manifest.conf_file),
+        code(&mixture.recipe),
         manifest.summary.counts.get("drawn_tokens").copied().unwrap_or(0),
     )
 }
@@ -54,12 +75,12 @@ fn dataset(manifest: &RunManifest, heldout: bool) -> String {
     card += "---\n\n";
     let pack = &manifest.conf.pack;
     card += &format!(
-        "# {}\n\nPacked sequences of {} tokens, length-engineered with the recipe `{}`.\n\n{}\n\
+        "# {}\n\nPacked sequences of {} tokens, length-engineered with the recipe {}.\n\n{}\n\
          `input_ids` are the tokens, `labels` the one after them, `source` the documents: each with its domain, `doc_id`, and\n\
          where it starts and ends in the sequence.\n\n| domain | documents | tokens | share of the corpus |\n|---|---|---|---|\n",
         manifest.run,
         pack.sequence_tokens.0,
-        recipe(manifest),
+        code(&recipe(manifest)),
         made_of(manifest),
     );
     let mut domains: Vec<&Domain> = manifest.summary.domains.iter().collect();
@@ -69,7 +90,10 @@ fn dataset(manifest: &RunManifest, heldout: bool) -> String {
     for domain in domains.iter().take(NAMED) {
         card += &format!(
             "| {} | {} | {} | {:.4} |\n",
-            domain.domain, domain.documents, domain.tokens, domain.share
+            plain(&domain.domain),
+            domain.documents,
+            domain.tokens,
+            domain.share
         );
     }
     if let Some(others @ [_, ..]) = domains.get(NAMED..) {
@@ -91,13 +115,13 @@ fn model(manifest: &RunManifest) -> String {
         .train
         .as_ref()
         .and_then(|train| train.get("checkpoint")?.as_str())
-        .map_or("a fresh model".to_owned(), |checkpoint| format!("`{checkpoint}`"));
+        .map_or("a fresh model".to_owned(), code);
     let mut card = format!(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- llama\n- long-context\n---\n\n\
-         # {}\n\nA Llama trained from {base} on sequences of {} tokens, length-engineered with the recipe `{}`.\n\n{}\n",
+         # {}\n\nA Llama trained from {base} on sequences of {} tokens, length-engineered with the recipe {}.\n\n{}\n",
         manifest.run,
         manifest.conf.pack.sequence_tokens.0,
-        recipe(manifest),
+        code(&recipe(manifest)),
         made_of(manifest),
     );
     for name in manifest.summary.evaluations.keys() {
@@ -106,4 +130,20 @@ fn model(manifest: &RunManifest) -> String {
         }
     }
     card
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_itself_in_a_table_and_as_code() {
+        assert_eq!(plain("RedPajamaBook"), "RedPajamaBook");
+        assert_eq!(plain("a|b\n| c `d` <b>&amp; [x](y) \\"), r"a\|b \| c \`d\` \<b\>\&amp; \[x\](y) \\");
+        for (name, shown) in
+            [("conf/x.toml", "`conf/x.toml`"), ("a`b``c", "```a`b``c```"), ("`a\n", "`` `a  ``")]
+        {
+            assert_eq!(code(name), shown);
+        }
+    }
 }

@@ -29,10 +29,11 @@ use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
+use crate::functions::exact::NoNumber;
 use crate::hash::{Digest, RowDigest};
 use crate::stage::{File, Table};
 use crate::store::Location;
-use crate::{Error, Result};
+use crate::{Error, Result, functions};
 
 /// How many files are asked of storage at a time.
 pub const FILES_AT_A_TIME: usize = 16;
@@ -83,7 +84,9 @@ impl Engine {
         // keeps a scan in the order of its files where that order is declared
         options.execution.split_file_groups_by_statistics = true;
         options.optimizer.prefer_existing_sort = true;
-        SessionContext::new_with_config_rt(config, self.runtime.clone())
+        let session = SessionContext::new_with_config_rt(config, self.runtime.clone());
+        functions::register(&session);
+        session
     }
 
     /// A session whose joins merge sorted tables instead of holding one in memory.
@@ -159,6 +162,9 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
     // storage may have failed deep inside: in a scan, in its Parquet reader, shared between partitions
     let mut cause: Option<&dyn std::error::Error> = Some(&source);
     while let Some(error) = cause {
+        if let Some(no_number) = error.downcast_ref::<NoNumber>() {
+            return Error::data(format!("{doing}: {no_number}"), no_number.cure);
+        }
         // of our own readers
         match error.downcast_ref() {
             Some(Error::Withdrawn { url }) => return Error::Withdrawn { url: url.clone() },

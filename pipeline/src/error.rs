@@ -1,7 +1,11 @@
 //! The one error type of this crate, and the exit code each kind of failure ends with.
 
+use std::io::ErrorKind;
+
 use miette::{Diagnostic, NamedSource, SourceSpan};
 use thiserror::Error;
+
+use crate::environment::hide;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -199,7 +203,20 @@ impl Error {
         match self {
             Error::Written(_) | Error::Usage { .. } | Error::Absent { .. } => 2,
             Error::Data { .. } | Error::Query { .. } | Error::Tokenizer(_) => 3,
-            Error::Storage { .. } | Error::Io { .. } | Error::Cluster { .. } => 4,
+            Error::Storage { source, .. } => {
+                if cure(source).is_some() {
+                    2
+                } else {
+                    4
+                }
+            }
+            Error::Io { source, .. } => match source.kind() {
+                // a text that is not UTF-8
+                ErrorKind::InvalidData => 2,
+                kind if is_lasting(kind) => 2,
+                _ => 4,
+            },
+            Error::Cluster { .. } => 4,
             Error::Remote { code, .. } => *code,
             Error::Corrupt { .. }
             | Error::Withdrawn { .. }
@@ -210,7 +227,13 @@ impl Error {
                 // the command or the conf names the checkpoint
                 lengthwise_model::Error::Conf(_) | lengthwise_model::Error::Checkpoint { .. } => 2,
                 lengthwise_model::Error::Dataset { .. } => 3,
-                lengthwise_model::Error::Storage { .. } => 4,
+                lengthwise_model::Error::Storage { source, .. } => {
+                    if cure(source).is_some() {
+                        2
+                    } else {
+                        4
+                    }
+                }
                 _ => 6,
             },
             Error::Stopped => 75,
@@ -218,10 +241,17 @@ impl Error {
     }
 }
 
-/// What an error says, and each of its causes.
-pub fn chain(error: &dyn std::error::Error) -> impl Iterator<Item = String> {
-    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string)
+/// What an error says, and each of its causes, without secrets.
+pub fn chain(error: &Link) -> impl Iterator<Item = String> {
+    links(error).map(|error| hide(error.to_string()))
 }
+
+/// An error and each of its causes.
+fn links(error: &Link) -> impl Iterator<Item = &Link> {
+    std::iter::successors(Some(error), |error| error.source())
+}
+
+type Link = dyn std::error::Error + 'static;
 
 /// An error whose causes are those of [`Error::causes`].
 #[derive(Debug, Error)]
@@ -268,26 +298,82 @@ fn model_failed(error: &lengthwise_model::Error) -> &'static str {
 
 /// What to do where storage refuses.
 fn storage_help(url: &str, why: &object_store::Error) -> String {
-    let cure = storage_cure(url, why).map(|cure| cure + "; ").unwrap_or_default();
-    cure + "the same command goes on where this one was"
+    if let Some(cure) = cure(why) {
+        return cure.to_owned();
+    }
+    let look = what_to_look_at(url, why).map(|look| look + "; ").unwrap_or_default();
+    look + "the same command goes on where this one was"
 }
 
-/// What to look at; `None` for a disk's errors, which say it themselves.
-fn storage_cure(url: &str, why: &object_store::Error) -> Option<String> {
+/// What has to change where trying again helps nobody; `None` where it may help.
+fn cure(why: &object_store::Error) -> Option<&'static str> {
+    for link in links(why) {
+        match link.downcast_ref() {
+            // it was there a moment ago, unless all of the bucket is not
+            Some(object_store::Error::NotFound { .. }) => break,
+            Some(object_store::Error::InvalidPath { .. }) => {
+                return Some(
+                    "the name is none that can be read here: parts of it are empty, or it has characters that are not UTF-8, or control characters; rename what is called so, or name a folder or glob without it",
+                );
+            }
+            _ => {}
+        }
+        if let Some(kind) = link.downcast_ref().map(std::io::Error::kind).filter(|kind| is_lasting(*kind)) {
+            return Some(match kind {
+                ErrorKind::NotADirectory => "a part of the path is a file, and a folder is wanted there",
+                ErrorKind::IsADirectory => "it is a folder, and a file is wanted there",
+                ErrorKind::PermissionDenied => {
+                    "this user may not do it: change whose it is, or name another place"
+                }
+                _ => "name another place",
+            });
+        }
+    }
+    let why = chain(why).collect::<Vec<_>>().join("\n");
+    let is_gone = ["NoSuchBucket", "ContainerNotFound", "specified bucket does not exist"];
+    is_gone
+        .iter()
+        .any(|sign| why.contains(sign))
+        .then_some("there is no such bucket: make it, or name another one")
+}
+
+/// Whether what an operating system refuses, it refuses until somebody changes something. A full disk is not of this kind:
+/// others leave it, too.
+fn is_lasting(kind: ErrorKind) -> bool {
+    use ErrorKind::*;
+    [
+        NotFound,
+        NotADirectory,
+        IsADirectory,
+        PermissionDenied,
+        ReadOnlyFilesystem,
+        InvalidFilename,
+        Unsupported,
+    ]
+    .contains(&kind)
+}
+
+/// The variables that storage of a scheme takes.
+pub fn variables(scheme: &str) -> Option<&'static str> {
+    match scheme {
+        "s3" | "s3a" => Some(
+            "credentials and endpoint come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT",
+        ),
+        "gs" => Some(
+            "credentials come from the environment: GOOGLE_SERVICE_ACCOUNT, GOOGLE_APPLICATION_CREDENTIALS",
+        ),
+        "az" | "azure" | "abfs" | "abfss" | "adl" => Some(
+            "credentials come from the environment: AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
+        ),
+        _ => None,
+    }
+}
+
+/// What to look at before trying again; `None` for a disk's errors, which say it themselves.
+fn what_to_look_at(url: &str, why: &object_store::Error) -> Option<String> {
     let why = chain(why).collect::<Vec<_>>().join("\n");
     let says = |signs: &[&str]| signs.iter().any(|sign| why.contains(sign));
-    let variables = match url.split_once("://").map(|(scheme, _)| scheme) {
-        Some("s3" | "s3a") => {
-            "credentials and endpoint come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT"
-        }
-        Some("gs") => {
-            "credentials come from the environment: GOOGLE_SERVICE_ACCOUNT, GOOGLE_APPLICATION_CREDENTIALS"
-        }
-        Some("az" | "abfs" | "abfss" | "adl") => {
-            "credentials come from the environment: AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY"
-        }
-        _ => return None,
-    };
+    let variables = variables(url.split_once("://")?.0)?;
     // what stores say in their answers, and where clouds tell their machines who they are
     if says(&["URL scheme is not allowed"]) {
         return Some(
@@ -305,9 +391,6 @@ fn storage_cure(url: &str, why: &object_store::Error) -> Option<String> {
         return Some(format!(
             "no connection, or no answer in time: look at {endpoint}the network and the storage"
         ));
-    }
-    if says(&["NoSuchBucket", "ContainerNotFound", "specified bucket does not exist"]) {
-        return Some("there is no such bucket: make it, or name another one".into());
     }
     if says(&["RequestTimeTooSkewed", "Request date header too old"]) {
         return Some("this machine's clock is wrong: storage wants requests of its own time".into());
@@ -345,7 +428,6 @@ mod tests {
             ("Error performing PUT http://169.254.169.254/latest/api/token", "no credentials were found"),
             ("client error (Connect): tcp connect error: Connection refused", "no connection"),
             ("client error (Connect): invalid peer certificate: UnknownIssuer", "certificate"),
-            ("404 Not Found: <Code>NoSuchBucket</Code>", "there is no such bucket"),
             ("403 Forbidden: <Code>RequestTimeTooSkewed</Code>", "clock is wrong"),
             ("403 Forbidden: <Code>SignatureDoesNotMatch</Code>", "wrong, expired, or not allowed"),
             ("500", "AWS_ENDPOINT"),
@@ -359,6 +441,66 @@ mod tests {
             assert_eq!(error.causes(), [format!("Generic S3 error: {answer}")]);
             let shown = format!("{:?}", error.shown());
             assert_eq!(shown.matches("Generic S3 error").count(), 1, "{shown}");
+        }
+    }
+
+    #[test]
+    fn a_scheduler_is_told_to_try_again_only_where_that_may_help() {
+        use std::io::Error as Io;
+        let generic = |source: Io| object_store::Error::Generic { store: "disk", source: source.into() };
+        let store = |source| Error::Storage { doing: "read", url: "/data/x".into(), source };
+        let missing =
+            |why: &str| object_store::Error::NotFound { path: "x".into(), source: why.to_owned().into() };
+        let path = object_store::path::Path::parse("a//b").unwrap_err().into();
+        let io = |source: Io| Error::Io { doing: "cannot do it".into(), source };
+        let of = Io::from_raw_os_error;
+        for (code, error) in [
+            // what somebody has to change
+            (2, store(path)),
+            (2, store(generic(of(libc::ENOTDIR)))),
+            (2, store(generic(of(libc::EISDIR)))),
+            (2, store(generic(of(libc::EACCES)))),
+            (2, store(generic(of(libc::EPERM)))),
+            (2, store(generic(of(libc::EROFS)))),
+            (2, store(generic(of(libc::ENAMETOOLONG)))),
+            (2, store(missing("404 Not Found: <Code>NoSuchBucket</Code>"))),
+            (2, store(missing("404: <Code>ContainerNotFound</Code>"))),
+            (2, refused("gs://nowhere/x", "404: The specified bucket does not exist.")),
+            (2, io(of(libc::ENOENT))),
+            (2, io(of(libc::EISDIR))),
+            (2, io(of(libc::EACCES))),
+            (2, io(ErrorKind::InvalidData.into())),
+            (2, Error::usage("", "")),
+            (3, Error::data("", "")),
+            // what may have changed by itself
+            (4, store(generic(of(libc::ENOSPC)))),
+            (4, store(generic(of(libc::EIO)))),
+            (4, store(generic(of(libc::EDQUOT)))),
+            (4, store(generic(of(libc::EMFILE)))),
+            (4, store(generic(of(libc::ETIMEDOUT)))),
+            (4, store(missing("404 Not Found: <Code>NoSuchKey</Code>"))),
+            (4, store(object_store::Error::NotFound { path: "x".into(), source: of(libc::ENOENT).into() })),
+            (4, refused("s3://bucket/x", "503 Slow Down")),
+            // keys are renewed
+            (4, refused("s3://bucket/x", "403 Forbidden: <Code>ExpiredToken</Code>")),
+            (4, refused("s3://bucket/x", "client error (Connect): tcp connect error: Connection refused")),
+            (4, io(of(libc::ENOSPC))),
+            (4, io(of(libc::EIO))),
+            (4, io(of(libc::EAGAIN))),
+            (4, io(of(libc::EADDRINUSE))),
+            (4, Error::Cluster { url: String::new(), message: String::new() }),
+            (5, Error::Differs(String::new())),
+            (5, Error::Corrupt { url: String::new(), message: String::new() }),
+            (75, Error::Stopped),
+        ] {
+            assert_eq!(error.exit_code(), code, "{}", error.in_a_line());
+            let help = error.help().map(|help| help.to_string()).unwrap_or_default();
+            assert!(code == 4 || !help.contains("the same command goes on"), "{help}");
+            #[cfg(feature = "train")]
+            if let Error::Storage { doing, url, source } = error {
+                let error = Error::Train(lengthwise_model::Error::Storage { doing, path: url, source });
+                assert_eq!(error.exit_code(), code, "{}", error.in_a_line());
+            }
         }
     }
 }

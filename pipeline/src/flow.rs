@@ -286,6 +286,7 @@ impl Flow {
             conf: run.conf.clone(),
             sql: run.sql.lock().expect("no panic while held").clone(),
             inputs: tokens.inputs.clone(),
+            not_read: tokens.not_read.clone(),
             tokenizer: tokenizer.fingerprint,
             stages: tokens
                 .keys()

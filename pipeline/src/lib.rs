@@ -15,6 +15,7 @@ pub mod cluster;
 pub mod compare;
 pub mod conf;
 pub mod engine;
+mod environment;
 pub mod error;
 pub mod flow;
 pub mod functions;

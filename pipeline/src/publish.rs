@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::conf::Conf;
 use crate::hash::Digest;
 use crate::run::{Run, Step};
+use crate::source::Unread;
 use crate::sql::git;
 use crate::stage::{self, File, Published, Table};
 use crate::stages::domains::Domain;
@@ -37,6 +38,9 @@ pub struct RunManifest {
     pub conf: Conf,
     pub sql: BTreeMap<String, String>,
     pub inputs: Vec<Input>,
+    /// What looked like data where a source's files are, and was not read, by the source's name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub not_read: BTreeMap<String, Vec<Unread>>,
     pub tokenizer: Digest,
     /// The keys of the stages, in order.
     pub stages: Vec<StageKey>,
@@ -178,7 +182,7 @@ pub fn id(name: &str, last: &[&Published]) -> String {
     format!("{name}-{}", &Digest::of(keys.join(" ").as_bytes()).to_string()[..12])
 }
 
-/// Copies a stage's files into a folder of the run; a hard link each where storage is local.
+/// Copies a stage's files into a folder of the run; a hard link each where storage is local, and can.
 ///
 /// # Errors
 /// [`Error::Withdrawn`] where a file of the stage is broken.
@@ -219,11 +223,7 @@ pub async fn read(folder: &Location) -> Result<RunManifest> {
 
 /// Where a run's stages are: two folders up.
 pub fn output_of(run_folder: &Location) -> Location {
-    let mut parts: Vec<_> = run_folder.path.parts().collect();
-    parts.truncate(parts.len().saturating_sub(2));
-    let mut output = run_folder.clone();
-    output.path = parts.into_iter().collect();
-    output
+    run_folder.parent().parent()
 }
 
 /// A stage of a run, by its key.

@@ -94,6 +94,8 @@ pub struct Run {
     /// The conf's path, for messages.
     pub conf_file: String,
     pub files: Files,
+    /// The files of checks, by stage.
+    checks: BTreeMap<&'static str, Vec<String>>,
     pub stores: Stores,
     pub output: Location,
     /// What is no source, though it may be among them: the output, and that of the run which is reproduced.
@@ -121,9 +123,15 @@ pub struct Run {
 
 impl Run {
     pub fn new(conf: Conf, conf_file: &str, files: Files, goal: Goal) -> Result<Self> {
+        let checks = files.checks()?;
         let stores = Stores::new(std::path::absolute(&files.root).unwrap_or(files.root.clone()));
         let output = stores.open(&conf.run.output);
         let output = output.map_err(|e| conf.names_wrong(&["run", "output"], e))?;
+        if output.store_url().scheme() == "memory" {
+            let help = "name a folder, or storage: s3://bucket/…, gs://…, az://…".to_owned();
+            let message = "what is written to memory is gone when this command ends";
+            return Err(conf.wrong(&["run", "output"], message, "written here", Some(help)));
+        }
         if let (Goal::Compute { .. }, Some(all)) = (goal, machine_memory(Path::new("/")))
             && conf.engine.memory.0 > all
         {
@@ -159,6 +167,7 @@ impl Run {
             conf,
             conf_file: conf_file.to_owned(),
             files,
+            checks,
             stores,
             outputs: vec![output.clone()],
             output,
@@ -225,20 +234,25 @@ impl Run {
         Ok(sql)
     }
 
+    /// What checks may ask for by name.
+    fn parameters_of_checks(&self) -> BTreeMap<&'static str, i64> {
+        let mixture = &self.conf.mixture;
+        BTreeMap::from([
+            ("budget", mixture.budget.0 as i64),
+            ("long_tokens", mixture.long_tokens.0 as i64),
+            ("max_span", mixture.max_span.0 as i64),
+            ("max_copies", mixture.max_copies as i64),
+        ])
+    }
+
     /// Runs the checks of a stage over the tables of a session: each SELECT returns the wrong rows, and there may be none.
     ///
     /// # Errors
     /// A check has rows; the stage is not published.
     pub async fn check(&self, stage: Stage, session: &SessionContext) -> Result<()> {
-        let mixture = &self.conf.mixture;
-        let parameters = BTreeMap::from([
-            ("budget", mixture.budget.0 as i64),
-            ("long_tokens", mixture.long_tokens.0 as i64),
-            ("max_span", mixture.max_span.0 as i64),
-            ("max_copies", mixture.max_copies as i64),
-        ]);
-        for file in self.files.checks(stage.name())? {
-            let sql = StageSql::parse(&file, &self.files.stage(&file)?)?;
+        let parameters = self.parameters_of_checks();
+        for file in self.checks.get(stage.name()).into_iter().flatten() {
+            let sql = StageSql::parse(file, &self.files.stage(file)?)?;
             let doing = format!("cannot run the check {file}");
             let frame = sql.plan(session, &parameters).await?;
             let frame = frame.limit(0, Some(5)).map_err(|e| query(&doing, e))?;
@@ -258,12 +272,17 @@ impl Run {
 
     /// The key of a stage's output and its folder; adds the stage's checks to its ingredients.
     pub fn place(&self, stage: Stage, ingredients: &mut Ingredients) -> Result<(String, Location)> {
-        // another check is another stage: what is there has not passed it
+        // another check, or one that is asked with other numbers, is another stage: what is there has not passed it
+        let parameters = self.parameters_of_checks();
         let mut checks = vec![];
-        for file in self.files.checks(stage.name())? {
-            let text = self.files.stage(&file)?;
-            checks.push(StageSql::parse(&file, &text)?.canonical());
-            self.sql.lock().expect("no panic while held").insert(file, text);
+        for file in self.checks.get(stage.name()).into_iter().flatten() {
+            let text = self.files.stage(file)?;
+            let sql = StageSql::parse(file, &text)?;
+            let used = sql.parameters();
+            let values: BTreeMap<_, _> =
+                parameters.iter().filter(|(name, _)| used.contains(**name)).collect();
+            checks.push(serde_json::json!([sql.key, values]));
+            self.sql.lock().expect("no panic while held").insert(file.clone(), text);
         }
         if !checks.is_empty() {
             ingredients.insert("checks".into(), serde_json::json!(checks));

@@ -1,15 +1,17 @@
 //! A conf's sources as the reader takes them: their files, in units of work.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use globset::Glob;
+use object_store::path::Path;
 use serde_json::{Value, json};
 
 use crate::conf::{self, Domain, Format};
 use crate::hash::{doc_id, unit_hash};
 use crate::run::Run;
-use crate::source::{self, DomainRule, Reader, Spec, Unit};
+use crate::source::{self, Column, DomainRule, Reader, Spec, Unit, Unread, Why};
+use crate::store::Location;
 use crate::{Error, Result};
 
 /// A source with its files as they were listed.
@@ -18,6 +20,8 @@ pub struct Source {
     pub conf: conf::Source,
     pub spec: Arc<Spec>,
     pub units: Vec<Unit>,
+    /// What looks like data, is where the url says, and is read by no source of the conf.
+    pub unread: Vec<Unread>,
     pub reader: Reader,
     /// How rows are read: part of the key of what is made of them.
     reading: Value,
@@ -46,9 +50,10 @@ pub fn size(unit: &Unit) -> u64 {
 /// # Errors
 /// A glob of its domains is none.
 pub fn spec(conf: &conf::Source) -> Result<Spec, globset::Error> {
-    let columns = |path: &str| path.split('.').map(str::to_owned).collect();
+    // `conf::check` has seen that it is one
+    let column = |path: &str| Column::parse(path).unwrap_or_default();
     let domain = match &conf.domain {
-        Domain::Column(path) => DomainRule::Column(columns(path)),
+        Domain::Column(path) => DomainRule::Column(column(path)),
         Domain::Const(constant) => DomainRule::Const(constant.domain.clone()),
         Domain::Rules(rules) => DomainRule::Paths(
             rules
@@ -65,29 +70,40 @@ pub fn spec(conf: &conf::Source) -> Result<Spec, globset::Error> {
     Ok(Spec {
         origin: conf.name.clone(),
         format,
-        text: conf.text.as_deref().map(columns).unwrap_or_default(),
+        text: conf.text.as_deref().map(column).unwrap_or_default(),
         domain,
         max_document_bytes: conf.max_document_bytes.0,
     })
 }
 
+/// The paths by which a source comes upon an output: a local one may be reached through links.
+fn names_of(output: &Location, source: &Location) -> Vec<Path> {
+    let real_name = || {
+        let on_disk = |at: &Location| std::path::Path::new("/").join(at.path.as_ref());
+        let source = on_disk(source);
+        let folder = source.ancestors().find(|folder| folder.is_dir())?;
+        let below = on_disk(output).canonicalize().ok()?;
+        let below = below.strip_prefix(folder.canonicalize().ok()?).ok()?.to_owned();
+        Path::parse(folder.join(below).to_str()?.trim_matches('/')).ok()
+    };
+    let real = if output.url().starts_with('/') { real_name() } else { None };
+    [output.path.clone()].into_iter().chain(real).collect()
+}
+
 /// Lists the files of every source of the conf.
 pub async fn list(run: &Run) -> Result<Vec<Source>> {
-    let mut sources = vec![];
+    let (mut sources, mut unread) = (vec![], vec![]);
     for (i, conf) in run.conf.source.iter().enumerate() {
         let spec = spec(conf).map_err(|e| {
             run.conf.wrong(&["source", &i.to_string(), "domain"], e.to_string(), "here", None)
         })?;
         let wrong = |error| run.conf.names_wrong(&["source", &i.to_string(), "url"], error);
         let at = run.stores.open(&conf.url).map_err(wrong)?;
-        let listed = source::list(at.store.as_ref(), &at.path, &at.url(), spec.format).await;
-        let mut files = listed.map_err(wrong)?;
         // what runs wrote is no source of the next one
-        for output in run.outputs.iter().filter(|output| at.store_url() == output.store_url()) {
-            let own = ["stages", "runs", "latest", "reproduced", "tokenizers", "tasks"];
-            let own = own.map(|name| output.join(name).path);
-            files.retain(|file| !own.iter().any(|own| file.path.prefix_matches(own)));
-        }
+        let outputs = run.outputs.iter().filter(|output| at.store_url() == output.store_url());
+        let own: Vec<Path> = outputs.flat_map(|output| names_of(output, &at)).collect();
+        let listed = source::list(at.store.as_ref(), &at.path, &at.url(), spec.format, &own).await;
+        let listed = listed.map_err(wrong)?;
         let reading = json!({
             "origin": conf.name,
             "format": conf.format,
@@ -95,15 +111,26 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
             "domain": conf.domain,
             "max_document_bytes": conf.max_document_bytes,
         });
-        let units = source::units(files);
+        let units = source::units(listed.files);
+        unread.push(listed.unread);
         let url = at.url();
         sources.push(Source {
             conf: conf::Source { url, ..conf.clone() },
             spec: Arc::new(spec),
             units,
+            unread: vec![],
             reader: run.worker.reader(at),
             reading,
         });
+    }
+    // a folder may have files of two formats, and a source for each
+    let files = sources.iter().flat_map(|source| &source.units).flat_map(|unit| &unit.files);
+    let read: HashSet<&str> = files.map(|file| file.url.as_str()).collect();
+    for unread in &mut unread {
+        unread.retain(|(_, url): &(Why, String)| !read.contains(url.as_str()));
+    }
+    for (source, unread) in sources.iter_mut().zip(unread) {
+        source.unread = Unread::all(&unread);
     }
     Ok(sources)
 }
@@ -120,7 +147,7 @@ pub async fn sample(run: &Run, sources: &[Source], bytes: u64) -> Result<Vec<Str
             while let Some(part) = parts.next().await? {
                 let spec = &source.spec;
                 part.rows(spec, &mut |row| {
-                    let Ok(document) = row.outcome else { return Ok(()) };
+                    let Ok(Some(document)) = row.outcome else { return Ok(()) };
                     let id = doc_id(document.domain, document.text);
                     let place = (unit_hash("sample", run.conf.run.seed, &id, 0, 0), id);
                     if kept_bytes >= bytes && kept.last_key_value().is_some_and(|(last, _)| place > *last) {

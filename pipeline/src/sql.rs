@@ -1,17 +1,19 @@
-//! SQL texts: where they are found, how parameters are bound, and their canonical form.
+//! SQL texts: where they are found, and how parameters are bound.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use datafusion::common::ScalarValue;
 use datafusion::prelude::{DataFrame, SessionContext};
 use datafusion::sql::parser::Statement as AnyStatement;
-use datafusion::sql::sqlparser::ast::{Expr, Statement, Value, VisitMut, VisitorMut};
-use datafusion::sql::sqlparser::dialect::GenericDialect;
-use datafusion::sql::sqlparser::parser::Parser;
+use datafusion::sql::sqlparser::ast::{
+    Expr, Query, Statement, Value, ValueWithSpan, Visit, VisitMut, Visitor, VisitorMut,
+};
 
 use crate::engine::query;
+use crate::error::Doing;
+use crate::recipe::{Parsed, Text};
 use crate::{Error, Result};
 
 /// The SQL files of the stages and their checks, as this build carries them.
@@ -43,6 +45,12 @@ const BUILT_IN: &[(&str, &str)] = &[
     ),
 ];
 
+/// The stages over whose tables checks run.
+const CHECKED: [&str; 4] = ["catalog", "domains", "mixture", "draw"];
+
+/// The folder of checks.
+const CHECKS: &str = "sql/checks/";
+
 /// Where conf and SQL files are read: a folder, a commit of its git repository, or an old run's manifest.
 #[derive(Clone, Debug, Default)]
 pub struct Files {
@@ -69,43 +77,83 @@ impl Files {
         if !self.texts.is_empty() {
             return Ok(self.texts.get(path).cloned());
         }
-        let Some(commit) = &self.commit else {
-            return match std::fs::read_to_string(self.root.join(path)) {
-                Ok(text) => Ok(Some(text)),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(source) => Err(Error::Io { doing: format!("cannot read {path}"), source }),
-            };
-        };
-        let path = path.trim_start_matches("./");
-        let shown = git(&self.root, &["show", &format!("{commit}:{path}")])?;
-        Ok(shown.status.success().then(|| String::from_utf8_lossy(&shown.stdout).into_owned()))
-    }
-
-    /// The checks of a stage: those in the folder, or else those of this build. A check's name begins with its stage's.
-    pub fn checks(&self, stage: &str) -> Result<Vec<String>> {
-        let listed: Vec<String> = if !self.texts.is_empty() {
-            self.texts.keys().cloned().collect()
-        } else if let Some(commit) = &self.commit {
-            let listed = git(&self.root, &["ls-tree", "--name-only", commit, "sql/checks/"])?;
-            String::from_utf8_lossy(&listed.stdout).lines().map(str::to_owned).collect()
-        } else {
-            match std::fs::read_dir(self.root.join("sql/checks")) {
-                Ok(entries) => {
-                    let names = entries
-                        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()));
-                    names.map(|name| format!("sql/checks/{name}")).collect()
-                }
-                Err(_) => vec![],
+        let found = match &self.commit {
+            None => match std::fs::read(self.root.join(path)) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+                read => Some(read.doing(|| format!("cannot read {path}"))?),
+            },
+            Some(commit) => {
+                let name = format!("{commit}:{}", path.trim_start_matches("./"));
+                let shown = git(&self.root, &["show", &name])?;
+                shown.status.success().then_some(shown.stdout)
             }
         };
-        let prefix = format!("sql/checks/{stage}_");
-        let own = |name: &String| name.starts_with(&prefix) && name.ends_with(".sql");
-        let mut checks: Vec<String> = listed.into_iter().filter(own).collect();
-        if checks.is_empty() {
-            checks = BUILT_IN.iter().map(|(name, _)| (*name).to_owned()).filter(own).collect();
+        found.map(|bytes| text(path, bytes)).transpose()
+    }
+
+    /// The checks of each stage that runs some: those of this build, and the folder's own, of which one replaces that of
+    /// the same name. A check's name begins with its stage's.
+    pub fn checks(&self) -> Result<BTreeMap<&'static str, Vec<String>>> {
+        let of = |file: &str| {
+            let (stage, _) = file.strip_prefix(CHECKS)?.strip_suffix(".sql")?.split_once('_')?;
+            CHECKED.into_iter().find(|checked| *checked == stage)
+        };
+        // a run that is reproduced had those of its manifest, and no others
+        let own = match self.texts.is_empty() {
+            true => self.own_checks()?,
+            false => self.texts.keys().filter(|file| of(file).is_some()).cloned().collect(),
+        };
+        let built_in = BUILT_IN.iter().map(|(file, _)| (*file).to_owned());
+        let built_in = built_in.filter(|file| self.texts.is_empty() && of(file).is_some());
+        let mut files: Vec<String> = own.into_iter().chain(built_in).collect();
+        files.sort();
+        files.dedup();
+        let mut checks: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for file in files {
+            let Some(stage) = of(&file) else {
+                return Err(Error::usage(
+                    format!("`{file}` is a check of no stage that runs checks: it would never run"),
+                    format!(
+                        "a check's name begins with its stage's and `_`; checks run after {}",
+                        CHECKED.join(", ")
+                    ),
+                ));
+            };
+            checks.entry(stage).or_default().push(file);
         }
-        checks.sort();
         Ok(checks)
+    }
+
+    /// The SQL files in the folder of checks.
+    fn own_checks(&self) -> Result<Vec<String>> {
+        let names: Vec<String> = match &self.commit {
+            Some(commit) => {
+                let listed = git(&self.root, &["ls-tree", "--name-only", commit, CHECKS])?;
+                String::from_utf8_lossy(&listed.stdout).lines().map(str::to_owned).collect()
+            }
+            None => match std::fs::read_dir(self.root.join(CHECKS)) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => vec![],
+                entries => {
+                    let doing = || format!("cannot list {CHECKS}");
+                    let name = |entry: std::io::Result<std::fs::DirEntry>| {
+                        Ok(format!("{CHECKS}{}", entry.doing(doing)?.file_name().to_string_lossy()))
+                    };
+                    entries.doing(doing)?.map(name).collect::<Result<_>>()?
+                }
+            },
+        };
+        // an editor's files are hidden
+        let hidden = format!("{CHECKS}.");
+        let names: Vec<String> = names.into_iter().filter(|file| !file.starts_with(&hidden)).collect();
+        let never = |file: &&String| {
+            let is_folder = self.commit.is_none() && self.root.join(file.as_str()).is_dir();
+            is_folder || (file.to_lowercase().ends_with(".sql") && !file.ends_with(".sql"))
+        };
+        if let Some(file) = names.iter().find(never) {
+            let help = "checks are files NAME.sql, in small letters, in sql/checks itself";
+            return Err(Error::usage(format!("`{file}` is no check that would ever run"), help));
+        }
+        Ok(names.into_iter().filter(|file| file.ends_with(".sql")).collect())
     }
 
     /// A stage's SQL: the folder's own file, or else the one this build carries.
@@ -128,26 +176,63 @@ pub fn git(root: &std::path::Path, arguments: &[&str]) -> Result<std::process::O
         .map_err(|source| Error::Io { doing: "cannot run git".into(), source })
 }
 
-/// One SQL statement of a stage.
+/// The text of a file, without the mark that some editors put in front.
+///
+/// # Errors
+/// It is not UTF-8.
+fn text(path: &str, bytes: Vec<u8>) -> Result<String> {
+    let wide = bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) || bytes.contains(&0);
+    match String::from_utf8(bytes) {
+        Ok(text) if !wide => Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text)),
+        Err(e) if !wide => {
+            let line =
+                1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count();
+            Err(Error::usage(
+                format!("{path} is not UTF-8, from line {line} on"),
+                "save it as UTF-8; if its encoding is Latin-1, `iconv -f LATIN1 -t UTF-8` does it",
+            ))
+        }
+        _ => Err(Error::usage(
+            format!("{path} is UTF-16, and not UTF-8"),
+            "save it as UTF-8; `iconv -f UTF-16 -t UTF-8` does it",
+        )),
+    }
+}
+
+/// One SQL statement of a stage, or a check.
 pub struct StageSql {
     pub file: String,
-    statement: Statement,
+    /// As it stands in the file.
+    pub text: String,
+    /// The hash of its tokens: white space and comments don't matter. It is part of a stage's key; a query plan never
+    /// is, for plans change with versions and partitions.
+    pub key: String,
+    query: Box<Query>,
 }
 
 impl StageSql {
     pub fn parse(file: &str, text: &str) -> Result<Self> {
-        let mut statements = Parser::parse_sql(&GenericDialect {}, text)
-            .map_err(|e| Error::written(file, text, None, e.to_string(), "", None))?;
-        match (statements.pop(), statements.pop()) {
-            (Some(statement @ Statement::Query(_)), None) => Ok(Self { file: file.to_owned(), statement }),
-            _ => Err(Error::written(file, text, None, "one SELECT is wanted", "", None)),
-        }
+        let text = Text { file: file.to_owned(), text: text.to_owned() };
+        let cure = "a stage's SQL, and a check, is one SELECT; WITH gives its steps names";
+        let Parsed { query, key } = Parsed::of(&text, "this", cure)?;
+        Ok(Self { file: text.file, text: text.text, key, query })
     }
 
-    /// The syntax tree printed: white space and comments don't matter. It is part of a stage's key; a query plan
-    /// never is, for plans change with versions and partitions.
-    pub fn canonical(&self) -> String {
-        self.statement.to_string()
+    /// The names of the parameters that it asks for.
+    pub fn parameters(&self) -> BTreeSet<String> {
+        struct Used(BTreeSet<String>);
+        impl Visitor for Used {
+            type Break = ();
+            fn pre_visit_value(&mut self, value: &ValueWithSpan) -> ControlFlow<()> {
+                if let Value::Placeholder(name) = &value.value {
+                    self.0.insert(name.trim_start_matches('$').to_owned());
+                }
+                ControlFlow::Continue(())
+            }
+        }
+        let mut used = Used(BTreeSet::new());
+        let _ = self.query.visit(&mut used);
+        used.0
     }
 
     /// Plans the query, with `$name`s replaced by typed literals in the tree, never in the text.
@@ -169,15 +254,16 @@ impl StageSql {
                 ControlFlow::Continue(())
             }
         }
-        let mut statement = self.statement.clone();
-        if let ControlFlow::Break(name) = statement.visit(&mut Bind(parameters)) {
+        let mut query_tree = self.query.clone();
+        if let ControlFlow::Break(name) = VisitMut::visit(&mut query_tree, &mut Bind(parameters)) {
             return Err(Error::data(
                 format!("{}: there is no parameter {name}", self.file),
                 "the header lists the parameters of this stage",
             ));
         }
         let doing = format!("cannot run {}", self.file);
-        let plan = session.state().statement_to_plan(AnyStatement::Statement(Box::new(statement))).await;
+        let statement = AnyStatement::Statement(Box::new(Statement::Query(query_tree)));
+        let plan = session.state().statement_to_plan(statement).await;
         let plan = plan.map_err(|e| query(&doing, e))?;
         session.execute_logical_plan(plan).await.map_err(|e| query(&doing, e))
     }

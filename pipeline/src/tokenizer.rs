@@ -9,13 +9,14 @@
 
 use std::sync::Mutex;
 
+use aho_corasick::{AhoCorasick, MatchKind};
 use hashbrown::HashMap;
 use serde_json::Value;
 use tokenizers::models::bpe::BpeTrainer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{
-    AddedToken, DecoderWrapper, Model, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
-    PreTokenizerWrapper,
+    AddedToken, DecoderWrapper, Encoding, Model, ModelWrapper, NormalizedString, Normalizer,
+    NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Token,
 };
 
 /// What the ids of a text depend on beside the file: the version of this encoder, raised when it gives other ids, and
@@ -41,8 +42,8 @@ pub struct Tokenizer {
     plain: tokenizers::Tokenizer,
     cuts: Option<Cuts>,
     vocab_size: usize,
-    bos: Option<u32>,
-    eos: Option<u32>,
+    /// What the file's own post-processor puts before a text, and after it.
+    around: [Vec<u32>; 2],
     /// Caches that no encoder uses at the moment: a new one need not begin anew.
     caches: Mutex<Vec<Cache>>,
 }
@@ -69,12 +70,13 @@ impl Tokenizer {
             // packed files hold int32
             return Err(unusable(format!("its largest id is {}; ids have to be below 2³¹", vocab_size - 1)));
         }
-        let (bos, eos) = around(&plain).map_err(unusable)?;
+        depends_on_the_text_alone(&plain).map_err(unusable)?;
+        let around = around(&plain).map_err(unusable)?;
         let cuts = cuts
             .map_err(|e| unusable(e.to_string()))?
             // the library decides about the ids of added tokens
             .filter(|cuts| cuts.added.iter().all(|(token, id)| plain.token_to_id(token) == Some(*id)));
-        Ok(Self { plain, cuts, vocab_size, bos, eos, caches: Mutex::default() })
+        Ok(Self { plain, cuts, vocab_size, around, caches: Mutex::default() })
     }
 
     /// The largest id and one.
@@ -82,24 +84,40 @@ impl Tokenizer {
         self.vocab_size
     }
 
-    /// How many ids there are without tokens that were added later, for padding or chats.
+    /// The largest id and one, of tokens that were not added later, for padding or chats.
     pub fn own_vocab_size(&self) -> usize {
-        self.plain.get_vocab_size(false)
+        self.plain.get_vocab(false).values().max().map_or(0, |id| *id as usize + 1)
     }
 
-    /// What the file's own post-processor puts before a text.
-    pub fn bos(&self) -> Option<u32> {
-        self.bos
+    /// What the file's own post-processor puts before a text, and after it: nearly always one token, or none.
+    pub fn around(&self) -> &[Vec<u32>; 2] {
+        &self.around
     }
 
-    /// What the file's own post-processor puts after a text.
-    pub fn eos(&self) -> Option<u32> {
-        self.eos
+    /// The id of a token, as it is written in the file.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.plain.token_to_id(token)
     }
 
-    /// The first of these tokens that there is.
-    pub fn special(&self, names: &[&str]) -> Option<u32> {
-        names.iter().find_map(|name| self.plain.token_to_id(name))
+    /// The token of an id.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.plain.id_to_token(id)
+    }
+
+    /// The tokens that were added to the vocabulary with their ids, in the order of ids.
+    pub fn added(&self) -> Vec<(u32, AddedToken)> {
+        added(&self.plain)
+    }
+
+    /// The token that stands for what has none.
+    pub fn unknown(&self) -> Option<String> {
+        match self.plain.get_model() {
+            ModelWrapper::BPE(model) => model.unk_token.clone(),
+            ModelWrapper::WordPiece(model) => Some(model.unk_token.clone()),
+            ModelWrapper::WordLevel(model) => Some(model.unk_token.clone()),
+            // it tells nobody
+            ModelWrapper::Unigram(_) => None,
+        }
     }
 
     /// Whether texts are cut into pieces.
@@ -131,23 +149,59 @@ impl Tokenizer {
     }
 }
 
-/// The ids that a post-processor puts around a text.
-fn around(plain: &tokenizers::Tokenizer) -> Result<(Option<u32>, Option<u32>), String> {
-    let encode =
-        |special| plain.encode_fast("a", special).map(|e| e.get_ids().to_vec()).map_err(|e| e.to_string());
-    let (with, without) = (encode(true)?, encode(false)?);
-    let Some(at) = with.windows(without.len().max(1)).position(|window| window == without) else {
+/// Added tokens in the order of their ids.
+fn added(plain: &tokenizers::Tokenizer) -> Vec<(u32, AddedToken)> {
+    let mut added: Vec<_> = plain.get_added_tokens_decoder().into_iter().collect();
+    added.sort_by_key(|(id, _)| *id);
+    added
+}
+
+/// Refuses what has other ids for the same text the next time.
+fn depends_on_the_text_alone(plain: &tokenizers::Tokenizer) -> Result<(), String> {
+    if let ModelWrapper::BPE(model) = plain.get_model()
+        && let Some(dropout) = model.dropout.filter(|dropout| *dropout > 0.0)
+    {
+        return Err(format!(
+            "its model.dropout is {dropout}, with which a text has other ids each time; set it to null in a copy"
+        ));
+    }
+    // of added tokens that are one once they are normalized, the library finds one or the other, by its hashing
+    let mut found: HashMap<String, String> = HashMap::new();
+    for (_, AddedToken { content, .. }) in added(plain).into_iter().filter(|(_, token)| token.normalized) {
+        let mut text = NormalizedString::from(content.as_str());
+        if let Some(normalizer) = plain.get_normalizer() {
+            normalizer.normalize(&mut text).map_err(|e| e.to_string())?;
+        }
+        if let Some(other) = found.insert(text.get().to_owned(), content.clone()) {
+            return Err(format!(
+                "its added tokens {other:?} and {content:?} are the same text once they are normalized, so which \
+                 is found changes; set `normalized` to false in a copy, or take one out"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The ids that a post-processor puts before a text, and after it.
+fn around(plain: &tokenizers::Tokenizer) -> Result<[Vec<u32>; 2], String> {
+    // a text of one token that no tokenizer has: there may be no text that this one can spell
+    const TEXT: u32 = u32::MAX;
+    let processed = |specials| {
+        let text = Encoding::from_tokens(vec![Token::new(TEXT, "a".to_owned(), (0, 1))], 0);
+        let processed = plain.post_process(text, None, specials).map_err(|e| e.to_string())?;
+        Ok::<_, String>(processed.get_ids().to_vec())
+    };
+    let whole = processed(true)?;
+    let parts: Vec<&[u32]> = whole.split(|id| *id == TEXT).collect();
+    let (&[before, after], true) = (parts.as_slice(), processed(false)? == [TEXT]) else {
         return Err("its post-processor changes the text's own ids".into());
     };
-    let one = |ids: &[u32]| match ids {
-        [] => Ok(None),
-        [id] => Ok(Some(*id)),
-        more => Err(format!(
-            "its post-processor puts {} tokens on one side of a text; one is supported",
-            more.len()
-        )),
-    };
-    Ok((one(&with[..at])?, one(&with[at + without.len()..])?))
+    match [before, after].concat().into_iter().find(|id| plain.id_to_token(*id).is_none()) {
+        Some(id) => {
+            Err(format!("its post-processor puts the id {id} around texts, which it has no token for"))
+        }
+        None => Ok([before, after].map(<[u32]>::to_vec)),
+    }
 }
 
 /// Where a text may be cut, and what has to be taken out of it first.
@@ -156,8 +210,11 @@ struct Cuts {
     ascii: Box<[bool; 128 * 128]>,
     /// … and other pairs.
     other: hashbrown::HashSet<(char, char)>,
-    /// Tokens that are found in the raw text before anything else, with their ids.
+    /// Tokens that are found in the raw text before anything else, with their ids: the first, and of several that begin
+    /// there the longest.
     added: Vec<(String, u32)>,
+    /// Finds them.
+    finder: AhoCorasick,
     merges: Merges,
 }
 
@@ -203,8 +260,19 @@ impl Cuts {
             bytes: bytes?.try_into().ok()?,
             pairs: HashMap::new(),
         };
+        let mut added = vec![];
+        for token in file["added_tokens"].as_array()? {
+            let flags = ["single_word", "lstrip", "rstrip", "normalized"];
+            let content = token["content"].as_str()?;
+            if content.is_empty() || flags.iter().any(|flag| token[*flag] != false) {
+                return None;
+            }
+            added.push((content.to_owned(), u32::try_from(token["id"].as_u64()?).ok()?));
+        }
+        let contents = added.iter().map(|(content, _)| content);
+        let finder = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(contents).ok()?;
         let mut cuts =
-            Cuts { ascii: Box::new([false; 128 * 128]), other: Default::default(), added: vec![], merges };
+            Cuts { ascii: Box::new([false; 128 * 128]), other: Default::default(), added, finder, merges };
         for (rank, merge) in (0..).zip(model["merges"].as_array()?) {
             let (left, right) = match merge {
                 Value::Array(pair) => (pair.first()?.as_str()?, pair.get(1)?.as_str()?),
@@ -217,14 +285,6 @@ impl Cuts {
             }
             cuts.join(left.chars().next_back()?, right.chars().next()?);
             cuts.merges.pairs.insert((id(left)?, id(right)?), (rank, id(&format!("{left}{right}"))?));
-        }
-        for token in file["added_tokens"].as_array()? {
-            let flags = ["single_word", "lstrip", "rstrip", "normalized"];
-            let content = token["content"].as_str()?;
-            if content.is_empty() || flags.iter().any(|flag| token[*flag] != false) {
-                return None;
-            }
-            cuts.added.push((content.to_owned(), u32::try_from(token["id"].as_u64()?).ok()?));
         }
         Some(cuts)
     }
@@ -239,24 +299,6 @@ impl Cuts {
                 self.other.insert((left, right));
             }
         }
-    }
-
-    /// The first added token from a place on, the longest where several begin: (start, stop, id). `seen` holds where each
-    /// was found last, `usize::MAX` where there is no more, so that a text is searched once, however many there are.
-    fn added(&self, text: &str, from: usize, seen: &mut [usize]) -> Option<(usize, usize, u32)> {
-        for ((token, _), found) in self.added.iter().zip(seen.iter_mut()) {
-            if *found < from {
-                let rest = &text.as_bytes()[from..];
-                *found = memchr::memmem::find(rest, token.as_bytes()).map_or(usize::MAX, |at| from + at);
-            }
-        }
-        let found = self
-            .added
-            .iter()
-            .zip(seen.iter())
-            .filter(|(_, at)| **at != usize::MAX)
-            .map(|((token, id), at)| (*at, at + token.len(), *id));
-        found.min_by_key(|(start, stop, _)| (*start, std::cmp::Reverse(*stop)))
     }
 }
 
@@ -353,13 +395,10 @@ impl Encoder<'_> {
             return Ok(());
         };
         let mut from = 0;
-        let first =
-            |token: &str| memchr::memmem::find(text.as_bytes(), token.as_bytes()).unwrap_or(usize::MAX);
-        let mut seen: Vec<usize> = cuts.added.iter().map(|(token, _)| first(token)).collect();
-        while let Some((start, stop, id)) = cuts.added(text, from, &mut seen) {
-            self.encode_segment(cuts, &text[from..start], ids)?;
-            ids.push(id);
-            from = stop;
+        for found in cuts.finder.find_iter(text) {
+            self.encode_segment(cuts, &text[from..found.start()], ids)?;
+            ids.push(cuts.added[found.pattern().as_usize()].1);
+            from = found.end();
         }
         self.encode_segment(cuts, &text[from..], ids)
     }
@@ -638,15 +677,23 @@ pub fn train<'a>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::json;
 
     const SAMPLE: &str = "the cat sat on the mat; the other cat sat on that mat and then the hat. it is 2026, it is late — très tard.";
 
+    /// An entry of `added_tokens`.
+    pub(crate) fn added(id: u32, content: &str) -> Value {
+        json!({
+            "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            "special": true,
+        })
+    }
+
     /// A tokenizer of LLaMA's kind: no pre-tokenizer, spaces as `▁`, unknown characters in bytes.
-    fn sentencepiece(change: impl FnOnce(&mut Value)) -> Vec<u8> {
+    pub(crate) fn sentencepiece(change: impl FnOnce(&mut Value)) -> Vec<u8> {
         let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
         vocab.extend((0..256).map(|b| format!("<0x{b:02X}>")));
         let mut characters: Vec<String> = SAMPLE.replace(' ', "▁").chars().map(String::from).collect();
@@ -676,7 +723,6 @@ mod tests {
         vocab.extend(merges.iter().map(|(l, r)| format!("{l}{r}")));
         let ids: serde_json::Map<String, Value> =
             vocab.iter().enumerate().map(|(id, t)| (t.clone(), json!(id))).collect();
-        let added = |id: u32, content: &str| json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true });
         let mut file = json!({
             "version": "1.0", "truncation": null, "padding": null,
             "added_tokens": [added(0, "<unk>"), added(1, "<s>"), added(2, "</s>")],
@@ -740,7 +786,7 @@ mod tests {
     #[test]
     fn a_tokenizer_that_cutting_does_not_suit_takes_the_plain_path() {
         let changes: [(&str, fn(&mut Value)); 9] = [
-            ("dropout", |f| f["model"]["dropout"] = json!(0.1)),
+            ("dropout", |f| f["model"]["dropout"] = json!(0.0)),
             ("no byte fallback", |f| f["model"]["byte_fallback"] = json!(false)),
             ("whole words first", |f| f["model"]["ignore_merges"] = json!(true)),
             ("lower case", |f| f["normalizer"]["normalizers"][0] = json!({ "type": "Lowercase" })),
@@ -756,14 +802,81 @@ mod tests {
         for (what, change) in changes {
             let tokenizer = load(&sentencepiece(change));
             assert!(!tokenizer.is_cut(), "{what}");
-            if what != "dropout" {
-                let text = "the cat <s> is ☃ on";
-                assert_eq!(
-                    encode(&mut tokenizer.encoder(), text),
-                    tokenizer.encode_plain(text).unwrap(),
-                    "{what}"
-                );
+            let text = "the cat <s> is ☃ on";
+            let ids = encode(&mut tokenizer.encoder(), text);
+            assert_eq!(ids, tokenizer.encode_plain(text).unwrap(), "{what}");
+        }
+    }
+
+    /// Texts of which some are prefixes, ends and middles of others, so that added tokens overlap.
+    fn overlapping() -> impl Strategy<Value = String> {
+        prop_oneof!["[<|ab>]{1,5}", "<extra_id_[0-9]{1,3}>", "[the ca▁è<]{1,6}"]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+        #[test]
+        fn added_tokens_are_found_where_the_library_finds_them(
+            tokens in prop::collection::hash_set(overlapping(), 1..150),
+            texts in prop::collection::vec(prop::collection::vec(prop_oneof![overlapping(), " {0,3}", "[the ca]{0,8}"], 0..30), 1..4),
+            picked in prop::collection::vec(any::<prop::sample::Index>(), 0..20),
+        ) {
+            let tokens: Vec<&String> = tokens.iter().collect();
+            let json = sentencepiece(|file| {
+                let vocab = file["model"]["vocab"].clone();
+                let id = |i: u32, token: &str| vocab[token].as_u64().map_or(5_000 + i, |id| id as u32);
+                let list = (0..).zip(&tokens).map(|(i, token)| added(id(i, token), token));
+                file["added_tokens"] = list.collect();
+            });
+            // the library gives new tokens the ids that come next
+            let known: HashMap<String, u32> = load(&json).added().into_iter().map(|(id, token)| (token.content, id)).collect();
+            let mut file: Value = serde_json::from_slice(&json).unwrap();
+            for token in file["added_tokens"].as_array_mut().unwrap() {
+                token["id"] = json!(known[token["content"].as_str().unwrap()]);
             }
+            let tokenizer = load(&serde_json::to_vec(&file).unwrap());
+            prop_assert!(tokenizer.is_cut());
+            let mut encoder = tokenizer.encoder();
+            let picked: String = picked.iter().map(|index| index.get(&tokens).as_str()).collect();
+            for text in texts.into_iter().map(|pieces| pieces.concat()).chain([picked]) {
+                prop_assert_eq!(encode(&mut encoder, &text), tokenizer.encode_plain(&text).unwrap(), "{:?}", text);
+            }
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_that_has_other_ids_for_the_same_text_the_next_time_is_refused() {
+        let refused =
+            |json: &[u8]| Tokenizer::from_json(json, "s3://b/tokenizer.json").err().unwrap().to_string();
+        let dropout = refused(&sentencepiece(|f| f["model"]["dropout"] = json!(0.1)));
+        assert_eq!(
+            dropout,
+            "s3://b/tokenizer.json is not a tokenizer.json that can be used: its model.dropout is 0.1, with which a text \
+             has other ids each time; set it to null in a copy"
+        );
+        let alike = refused(&sentencepiece(|f| {
+            f["normalizer"] = json!({ "type": "Lowercase" });
+            let (mut one, mut other) = (added(500, "Day"), added(501, "DAY"));
+            (one["normalized"], other["normalized"]) = (json!(true), json!(true));
+            f["added_tokens"].as_array_mut().unwrap().extend([one, other]);
+        }));
+        assert!(
+            alike.contains("its added tokens \"Day\" and \"DAY\" are the same text once they are normalized"),
+            "{alike}"
+        );
+    }
+
+    #[test]
+    fn the_encoder_s_libraries_have_the_versions_of_the_lock_file() {
+        let lock = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.lock")).unwrap();
+        for library in ENCODER.split(", ").skip(1) {
+            let (name, version) = library.split_once(' ').unwrap();
+            let locked: Vec<&str> = lock
+                .split("[[package]]\n")
+                .filter_map(|package| package.strip_prefix(&format!("name = \"{name}\"\nversion = \"")))
+                .filter_map(|rest| rest.split('"').next())
+                .collect();
+            assert_eq!(locked, [version], "{name}: other ids may come of it; ENCODER has to say so");
         }
     }
 
@@ -798,12 +911,53 @@ mod tests {
     }
 
     #[test]
-    fn bos_and_eos_are_what_the_post_processor_adds() {
-        let tokenizer = load(&sentencepiece(|_| {}));
-        assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), None));
-        assert_eq!(tokenizer.special(&["<eos>", "</s>"]), Some(2));
-        let none = load(&sentencepiece(|f| f["post_processor"] = Value::Null));
-        assert_eq!((none.bos(), none.eos()), (None, None));
+    fn what_a_post_processor_puts_around_a_text_is_known_though_no_text_can_be_spelled() {
+        let piece = |name: &str| json!({ "SpecialToken": { "id": name, "type_id": 0 } });
+        let text = || json!({ "Sequence": { "id": "A", "type_id": 0 } });
+        let template = |single: Value| {
+            let token =
+                |name: &str, id: u32| (name.to_owned(), json!({ "id": name, "ids": [id], "tokens": [name] }));
+            let known = [token("<s>", 1), token("</s>", 2), token("<lost>", 7_000)];
+            json!({
+                "type": "TemplateProcessing", "single": single, "pair": [text(), { "Sequence": { "id": "B", "type_id": 0 } }],
+                "special_tokens": serde_json::Map::from_iter(known),
+            })
+        };
+        let around = |file: &dyn Fn(&mut Value)| {
+            Tokenizer::from_json(&sentencepiece(file), "test").map(|tokenizer| tokenizer.around().clone())
+        };
+        // a text of this one's is the same id as its BOS
+        let bare =
+            json!({ "type": "WordLevel", "vocab": { "<unk>": 0, "<s>": 1, "</s>": 2 }, "unk_token": "<s>" });
+        for model in [None, Some(bare)] {
+            for (single, want) in [
+                (json!([piece("<s>"), text()]), [vec![1], vec![]]),
+                (json!([piece("<s>"), text(), piece("</s>")]), [vec![1], vec![2]]),
+                (json!([piece("</s>"), piece("<s>"), text()]), [vec![2, 1], vec![]]),
+                (json!([text()]), [vec![], vec![]]),
+            ] {
+                let file = |file: &mut Value| {
+                    file["post_processor"] = template(single.clone());
+                    if let Some(model) = &model {
+                        file["model"] = model.clone();
+                    }
+                };
+                assert_eq!(around(&file).unwrap(), want, "{single}");
+            }
+        }
+        assert_eq!(
+            around(&|file| file["post_processor"] = Value::Null).unwrap(),
+            [const { Vec::<u32>::new() }; 2]
+        );
+        for (single, message) in [
+            (json!([text(), text()]), "its post-processor changes the text's own ids"),
+            (json!([piece("<s>")]), "its post-processor changes the text's own ids"),
+            (json!([piece("<lost>"), text()]), "its post-processor puts the id 7000 around texts"),
+        ] {
+            let error =
+                around(&|file| file["post_processor"] = template(single.clone())).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
     }
 
     #[test]
@@ -820,7 +974,7 @@ mod tests {
         let backwards = train(texts.iter().rev().map(String::as_str), 400).unwrap();
         assert_eq!(forwards, backwards);
         let tokenizer = load(&forwards);
-        assert_eq!((tokenizer.vocab_size(), tokenizer.bos()), (400, Some(0)));
+        assert_eq!((tokenizer.vocab_size(), tokenizer.around()), (400, &[vec![0], vec![]]));
         let ids = tokenizer.encode_plain(SAMPLE).unwrap();
         assert_eq!(tokenizer.decode(&ids).unwrap(), SAMPLE);
         assert!(ids.len() < SAMPLE.len() / 2);

@@ -360,8 +360,8 @@ fn accounts(stages: &Stages, manifest: &RunManifest, verdict: &mut Verdict) {
         }
     };
     let rows = sum("tokens", "rows");
-    let kept = sum("tokens", "documents") + sum("tokens", "duplicates") + sum("tokens", "rejects");
-    equal("source rows = documents + duplicates + rejects", rows, kept);
+    let kept = ["documents", "duplicates", "rejects", "empty"].map(|name| sum("tokens", name));
+    equal("source rows = documents + duplicates + rejects + empty", rows, kept.iter().sum());
     equal(
         "documents = distinct documents + duplicates",
         sum("tokens", "documents"),

@@ -103,6 +103,98 @@ fn a_new_check_is_applied_to_what_is_there() {
 }
 
 #[test]
+fn an_own_check_adds_to_the_built_in_ones_and_one_that_would_never_run_is_refused() {
+    let bench = Bench::new(1);
+    bench.own_recipe();
+    bench.write("sql/checks/mixture_is_mine.sql", "select doc_id from mixture where copies < 0\n");
+    bench.write("sql/checks/.mixture_is_mine.sql.swp.sql", "not SQL");
+    bench.write("sql/checks/README.md", "not SQL");
+    bench.git(&["init", "-q"]);
+    bench.commit("a check");
+    let checks = |run: &std::path::Path| -> Vec<String> {
+        let manifest: Value =
+            serde_json::from_slice(&std::fs::read(run.join("manifest.json")).unwrap()).unwrap();
+        let files = manifest["sql"].as_object().unwrap().keys();
+        files.filter_map(|file| Some(file.strip_prefix("sql/checks/")?.to_owned())).collect()
+    };
+    let all = [
+        "catalog_has_each_document_once.sql",
+        "domains_add_up_to_the_documents.sql",
+        "domains_have_shares_that_sum_to_one.sql",
+        "draw_respects_max_copies.sql",
+        "mixture_has_spans_inside_their_documents.sql",
+        "mixture_is_mine.sql",
+    ];
+    assert_eq!(checks(&bench.run(&[])), all);
+    // one of the same name is instead of the built-in one
+    let own = "select doc_id from mixture where stop > 5\n";
+    bench.write("sql/checks/mixture_has_spans_inside_their_documents.sql", own);
+    let said = bench.say(&["run", "conf.toml"]);
+    assert!(said.code == 3 && said.err.contains("spans_inside_their_documents.sql found rows"), "{said:?}");
+    let run = bench.run(&["--at", "HEAD"]);
+    assert_eq!(checks(&run), all);
+    for file in ["draw_is_mine.SQL", "mine/draw_is_mine.sql"] {
+        bench.write(&format!("sql/checks/{file}"), "select 1 where false");
+        let said = bench.say(&["run", "conf.toml"]);
+        assert!(said.code == 2 && said.err.contains("no check that would ever run"), "{said:?}");
+        let _ = std::fs::remove_dir_all(bench.path("sql/checks/mine"));
+        let _ = std::fs::remove_file(bench.path("sql/checks/draw_is_mine.SQL"));
+    }
+    for file in ["pack_is_empty.sql", "tokens_are_few.sql", "mixtures_are_mine.sql", "mixture.sql"] {
+        bench.write(&format!("sql/checks/{file}"), "select 1 where false");
+        for command in [&["run", "conf.toml"][..], &["plan", "conf.toml"]] {
+            let said = bench.say(command);
+            let cure = "checks run after catalog, domains, mixture, draw";
+            assert!(said.code == 2 && said.err.contains(file) && said.err.contains(cure), "{said:?}");
+        }
+        assert_eq!(bench.say(&["run", "conf.toml", "--at", "HEAD"]).code, 0);
+        std::fs::remove_file(bench.path(&format!("sql/checks/{file}"))).unwrap();
+    }
+    // a run is reproduced with its own checks, whatever the folder has
+    bench.write("sql/checks/pack_is_empty.sql", "select 1");
+    let said = bench.say(&["reproduce", run.to_str().unwrap()]);
+    assert_eq!(said.code, 0, "{said:?}");
+}
+
+#[test]
+fn recipes_and_checks_that_print_alike_are_not_taken_for_each_other() {
+    let bench = Bench::new(1);
+    let recipe = |quotes: &str| {
+        format!(
+            "-- Mine.\nselect doc_id, 0 as start, tokens as stop, 1.0 as copies,\n    \
+             'it{quotes}s' as stratum from documents\n"
+        )
+    };
+    let sets = [
+        "--set",
+        "mixture.recipe=mine.sql",
+        "--set",
+        "mixture.shortfall=allow",
+        "--set",
+        "mixture.budget=50M",
+    ];
+    let ask = "select distinct stratum from mixture";
+    for (quotes, stratum) in [("''", "it's"), ("''''", "it''s")] {
+        bench.write("mine.sql", recipe(quotes));
+        assert_eq!(bench.say(&[&["run", "conf.toml", "--until", "mixture"][..], &sets].concat()).code, 0);
+        let said = bench.say(&[&["sql", "conf.toml", ask, "--json"][..], &sets].concat());
+        assert_eq!(said.out.trim(), format!(r#"{{"stratum":"{stratum}"}}"#), "{said:?}");
+    }
+    let run = [&["run", "conf.toml", "--until", "mixture"][..], &sets].concat();
+    bench.write("sql/checks/mixture_own.sql", "select doc_id from mixture where stratum = 'it''s'\n");
+    assert_eq!(bench.say(&run).code, 0);
+    bench.write("sql/checks/mixture_own.sql", "select doc_id from mixture where stratum = 'it''''s'\n");
+    let said = bench.say(&run);
+    assert!(said.code == 3 && said.err.contains("mixture_own.sql found rows"), "{said:?}");
+    bench.write(
+        "sql/checks/mixture_own.sql",
+        "select doc_id from mixture where tokens * 9000000000000000000 < 0\n",
+    );
+    let said = bench.say(&run);
+    assert!(said.code == 3 && said.err.contains("is beyond bigint"), "{said:?}");
+}
+
+#[test]
 fn an_output_folder_may_have_any_name_and_lie_in_the_source_folder() {
     let bench = Bench::new(1);
     let want = packed(&bench.run(&[]));

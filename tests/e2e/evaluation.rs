@@ -105,7 +105,7 @@ fn models_of_other_tokens_are_not_compared_by_loss() {
     let (one, other) = (one.to_str().unwrap(), other.to_str().unwrap());
     let train = format!("train={{ checkpoint = \"{other}/checkpoint\", steps = 4 }}");
     let known = bench.say(&["run", "conf.toml", "--set", &train, "--set", "run.output=elsewhere"]);
-    assert!(known.code == 2 && known.err.contains("ids, of which the checkpoint knows 300"), "{known:?}");
+    assert!(known.code == 2 && known.err.contains("the checkpoint knows 300"), "{known:?}");
     assert!(tree(&bench.path("elsewhere/stages/tokens")).is_empty());
     let against = bench.say(&["eval", "loss", one, "--against", &format!("{other}/checkpoint")]);
     assert!(against.code == 2 && against.err.contains("has another tokenizer"), "{against:?}");
@@ -201,6 +201,12 @@ fn what_an_evaluation_can_not_be_asked_of_is_said() {
     let data = data.to_str().unwrap();
     bench.write("bad.csv", "q,a,b,A\nq,a,b,X\n");
     bench.write("latin.txt", b"caf\xe9");
+    for essay in tree(&bench.path("essays")) {
+        bench.write(
+            &format!("ess[a]ÿs 100%/{}", essay.file_name().unwrap().display()),
+            std::fs::read(&essay).unwrap(),
+        );
+    }
     for (arguments, code, message) in [
         (&["eval", "needle", run][..], 2, "--haystack is needed"),
         (
@@ -209,9 +215,14 @@ fn what_an_evaluation_can_not_be_asked_of_is_said() {
             "need more than the 100 tokens",
         ),
         (
+            &["eval", "needle", run, "--haystack", "ess[a]ÿs 100%/*.txt", "--lengths", "100"],
+            2,
+            "need more than the 100 tokens",
+        ),
+        (
             &["eval", "needle", run, "--haystack", "essays", "--lengths", "1x"],
             2,
-            "`1x` is not a number of tokens",
+            "\"1x\" has a unit that is not known here",
         ),
         (&["eval", "needle", run, "--haystack", "nowhere"], 2, "has no files"),
         (&["eval", "needle", run, "--haystack", "latin.txt"], 2, "is not UTF-8"),

@@ -104,6 +104,15 @@ fn a_parquet_file_whose_pages_say_the_same_text_thousands_of_times_takes_no_memo
     assert!(said.out.contains(r#""n":1"#), "{said:?}");
 }
 
+#[test]
+fn millions_of_bad_rows_in_a_small_file_take_no_memory() {
+    let (bench, before) = ordinary();
+    bench.write("in/b.jsonl", "1\n".repeat(8 << 20));
+    let (code, most, said) = run(&bench, &["source.0.max_reject_share=1", "engine.partitions=2"]);
+    assert_eq!(code, 0, "{said}");
+    assert!(most < before + 1500, "{most} MB, {before} MB without: {said}");
+}
+
 /// One that calls itself without end, and one that is busy with a single batch for years.
 pub const ENDLESS: [&str; 2] = [
     "-- Endless.

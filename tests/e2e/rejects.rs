@@ -1,6 +1,6 @@
 //! Bad input: kept with file, line and reason, or refused with a clear word.
 
-use crate::bench::{Bench, Row, corpus, recipe, said};
+use crate::bench::{Bench, Row, corpus, packed, recipe, said};
 
 #[test]
 fn every_bad_row_is_kept_with_file_line_and_reason() {
@@ -62,7 +62,6 @@ fn every_bad_row_is_kept_with_file_line_and_reason() {
         (3, "not_an_object"),
         (4, "no_text"),
         (5, "text_not_a_string"),
-        (7, "text_empty"),
         (8, "no_domain"),
         (9, "domain_not_a_string"),
         (10, "bad_domain"),
@@ -70,6 +69,81 @@ fn every_bad_row_is_kept_with_file_line_and_reason() {
         (12, "not_utf8"),
     ];
     assert_eq!(found, want.map(|(line, reason)| (line, reason.to_owned())));
+}
+
+#[test]
+fn an_empty_text_is_no_document_and_no_reject() {
+    let bench = Bench::empty();
+    for (i, (_, text)) in corpus(3, 60).into_iter().enumerate() {
+        bench.write(&format!("in/{i}.py"), text);
+    }
+    bench.write("in/a/__init__.py", "");
+    bench.write("in/b/__init__.py", "\u{feff}");
+    bench.conf("in", "text", "shortfall = \"allow\"");
+    bench.change("conf.toml", "domain = \"meta.set\"", "domain = { const = \"T\" }");
+    let said = bench.say(&["run", "conf.toml", "--json"]);
+    assert!(
+        said.code == 0 && said.out.contains("\"empty\": 2") && said.out.contains("\"documents\": 60"),
+        "{said:?}"
+    );
+    assert!(said.err.contains("2 of 62 rows have an empty text, and are no documents"), "{}", said.err);
+    assert_eq!(bench.sql("select count(*) as n from rejects", &[])[0]["n"], 0);
+    let run = bench.run(&[]);
+    let said = bench.say(&["verify", run.to_str().unwrap()]);
+    assert_eq!(said.code, 0, "{said:?}");
+
+    let bench = Bench::new(1);
+    bench.write("in/b.jsonl", "{\"text\": \"\"}\n".repeat(100));
+    let said = bench.say(&["run", "conf.toml", "--until", "tokens", "--json"]);
+    assert!(said.code == 0 && said.out.contains("\"empty\": 100"), "{said:?}");
+}
+
+#[test]
+fn what_looks_like_data_and_is_not_read_is_said_and_counted_in_the_manifest() {
+    let bench = Bench::new(1);
+    let want = packed(&bench.run(&[]));
+    for name in ["b.jsonl.xz", "c.csv", "d.JSONL.bz2", "README.md", "_SUCCESS"] {
+        bench.write(&format!("in/{name}"), "x");
+    }
+    std::os::unix::fs::symlink(".", bench.path("in/itself")).unwrap();
+    for url in ["in", "in/*"] {
+        let said =
+            bench.say(&["run", "conf.toml", "--set", &format!("source.0.url={url}"), "--from", "tokens"]);
+        assert_eq!(said.code, 0, "{said:?}");
+        assert!(said.err.contains("source in: 4 files are not read"), "{}", said.err);
+        let run = std::path::PathBuf::from(said.out.lines().last().unwrap());
+        assert!(packed(&run) == want, "{url}");
+    }
+    // a run is found again by what it made: what it says of its sources is what they were then
+    std::fs::remove_dir_all(bench.path("out/runs")).unwrap();
+    let run = bench.run(&[]);
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(run.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest["summary"]["counts"]["files_not_read"], 4);
+    let not_read = &manifest["not_read"]["in"];
+    let whys: Vec<_> = not_read.as_array().unwrap().iter().map(|of| (&of["why"], &of["files"])).collect();
+    assert_eq!(
+        serde_json::json!(whys),
+        serde_json::json!([["other_format", 1], ["compressed", 2], ["loop", 1]])
+    );
+    assert!(not_read[0]["first"][0].as_str().unwrap().ends_with("in/c.csv"));
+
+    // what another source of the conf reads is read
+    bench.jsonl("in/c.csv", &corpus(2, 20));
+    let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    let second = "[[source]]\nname = \"csv\"\nurl = \"in/*.csv\"\nformat = \"jsonl\"\ndomain = \"meta.set\"\n[tokenizer]";
+    bench.write("conf.toml", text.replace("[tokenizer]", second));
+    let said = bench.say(&["run", "conf.toml", "--until", "tokens"]);
+    assert!(said.code == 0 && said.err.contains("source in: 3 files are not read"), "{said:?}");
+}
+
+#[test]
+fn a_json_file_that_is_no_object_a_line_is_refused_with_the_cure() {
+    let bench = Bench::new(1);
+    bench.write("in/b.json", "[\n  {\"text\": \"a\", \"meta\": {\"set\": \"web\"}}\n]\n");
+    let said = bench.say(&["run", "conf.toml", "--until", "tokens"]);
+    assert!(said.code == 3 && said.err.contains("b.json` is JSON, but not an object a line"), "{said:?}");
+    assert!(said.err.contains("jq -c '.[]' FILE"), "{said:?}");
 }
 
 #[test]
@@ -158,8 +232,83 @@ fn a_wrong_query_is_shown_with_the_place_and_the_tables() {
     }
     let none = bench.say(&["sql", "conf.toml", "select domain, tokens from domains where false"]);
     assert!(none.code == 0 && none.out.contains("| domain | tokens |"), "{none:?}");
-    let divided = bench.say(&["sql", "conf.toml", "select tokens / 0 from documents"]);
-    assert_eq!((divided.code, divided.err.matches("Divide by zero").count()), (3, 1), "{divided:?}");
+    for (query, message) in [
+        ("select tokens / 0 from documents", "line 1, column 8: `documents.tokens / 0` divides by zero"),
+        ("select sum(tokens + 9223372036854700000) from documents", "is beyond bigint"),
+        ("select 9000000000 * 9000000000", "`9000000000 * 9000000000` is beyond bigint"),
+    ] {
+        let said = bench.say(&["sql", "conf.toml", query]);
+        assert_eq!((said.code, said.err.matches(message).count()), (3, 1), "{said:?}");
+    }
+}
+
+#[test]
+fn a_recipe_of_another_encoding_is_read_or_refused_with_the_cure() {
+    let bench = Bench::new(1);
+    bench.own_recipe();
+    let text = "-- Mine.\nselect doc_id, 0 as start, tokens as stop,\n    1.0 as copes from documents\n";
+    let utf16 = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
+    let run = |recipe: &str| bench.say(&["run", "conf.toml", "--set", &format!("mixture.recipe={recipe}")]);
+    bench.write("marked.sql", format!("\u{feff}{text}"));
+    let said = run("marked.sql");
+    assert!(said.code == 2 && said.err.contains("marked.sql:3:5"), "{said:?}");
+    let mut windows = vec![0xff, 0xfe];
+    windows.extend(utf16(text));
+    let latin = [text.as_bytes(), b"-- caf\xe9\n"].concat();
+    for (file, bytes, message) in [
+        ("windows.sql", windows.clone(), "windows.sql is UTF-16"),
+        ("bare.sql", utf16(text), "bare.sql is UTF-16"),
+        ("latin.sql", latin.clone(), "latin.sql is not UTF-8, from line 4 on"),
+    ] {
+        bench.write(file, bytes);
+        let said = run(file);
+        assert!(said.code == 2 && said.err.contains(message) && said.err.contains("iconv"), "{said:?}");
+    }
+    // and so is a conf, here and in a commit
+    bench.git(&["init", "-q"]);
+    let conf = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    for (bytes, code, message) in [
+        (format!("\u{feff}{conf}").into_bytes(), 0, ""),
+        (utf16(&conf), 2, "conf.toml is UTF-16"),
+        ([conf.as_bytes(), b"# caf\xe9"].concat(), 2, "conf.toml is not UTF-8"),
+    ] {
+        bench.write("conf.toml", bytes);
+        bench.commit("conf");
+        for more in [&[][..], &["--at", "HEAD"]] {
+            let said = bench.say(&[&["run", "conf.toml", "--until", "tokenizer"], more].concat());
+            assert!(said.code == code && said.err.contains(message), "{said:?}");
+        }
+    }
+}
+
+#[test]
+fn copies_that_are_no_sample_are_said_with_what_is_likely() {
+    let bench = Bench::new(1);
+    let recipe = |copies: &str| {
+        format!(
+            "-- Mine.\nwith large as (select * from documents where tokens > 100000000),\n\
+             total as (select coalesce(sum(cast(tokens as decimal(38, 0))), 0) as tokens from large)\n\
+             select doc_id, 0 as start, documents.tokens as stop, {copies} as copies from documents cross join total\n"
+        )
+    };
+    for (copies, budget, message) in [
+        (
+            "1.0 * $budget / documents.tokens",
+            "5000B",
+            "`mixture.budget` may be far beyond what there is to draw from",
+        ),
+        ("$budget / cast(total.tokens as double)", "40K", "copies is inf"),
+        ("$budget / cast(total.tokens as double)", "40K", "look for a sum of no rows"),
+        ("0.0 / total.tokens", "40K", "start, stop or copies is null"),
+        ("$budget / total.tokens", "40K", "total.tokens` divides by zero"),
+        ("1.0 - documents.tokens", "40K", "below zero"),
+        ("documents.tokens * $budget * 90000000000", "5B", "is beyond bigint"),
+    ] {
+        bench.write("mine.sql", recipe(copies));
+        let budget = format!("mixture.budget={budget}");
+        let said = bench.say(&["run", "conf.toml", "--set", "mixture.recipe=mine.sql", "--set", &budget]);
+        assert!(said.code == 3 && said.err.contains(message), "{copies}: {said:?}");
+    }
 }
 
 #[test]
@@ -221,4 +370,30 @@ fn no_text_of_a_folder_is_left_out_unsaid() {
     bench.write("in/chapter#1", "text that no listing shows");
     let said = run(&bench);
     assert!(said.code == 2 && said.err.contains("chapter#1` cannot be read"), "{said:?}");
+    std::fs::remove_file(bench.path("in/chapter#1")).unwrap();
+    std::os::unix::fs::symlink("nowhere", bench.path("in/d.txt")).unwrap();
+    let said = run(&bench);
+    assert!(said.code == 2 && said.err.contains("d.txt` is a link to what isn't there"), "{said:?}");
+}
+
+#[test]
+fn an_output_that_is_reached_through_a_link_is_no_source_and_a_folder_of_a_run_s_name_is_one() {
+    let bench = Bench::empty();
+    bench.conf("all/**/*.jsonl", "jsonl", "shortfall = \"allow\"");
+    for folder in ["web", "tasks", "stages", "runs", "latest"] {
+        bench.jsonl(&format!("all/{folder}/x.jsonl"), &corpus(u64::from(folder.as_bytes()[0]), 40));
+    }
+    std::os::unix::fs::symlink("all", bench.path("link")).unwrap();
+    for (url, output) in
+        [("all/**/*.jsonl", "all"), ("all/**/*.jsonl", "link"), ("link/**/*.jsonl", "all"), ("all", "link")]
+    {
+        let sets = [format!("source.0.url={url}"), format!("run.output={output}")];
+        let run = || {
+            let run = bench.run(&["--set", &sets[0], "--set", &sets[1]]);
+            let text = std::fs::read(run.join("manifest.json")).unwrap();
+            let manifest: serde_json::Value = serde_json::from_slice(&text).unwrap();
+            manifest["summary"]["counts"]["documents"].as_u64()
+        };
+        assert_eq!((run(), run()), (Some(200), Some(200)), "{url} {output}");
+    }
 }

@@ -31,8 +31,8 @@ fn the_same_documents_in_other_files_give_the_same_bytes() {
     reversed.rotate_left(31);
     other.jsonl("in/z.jsonl.zst", &reversed[..100]);
     other.jsonl("in/m/y.jsonl.gz", &reversed[100..170]);
-    other.jsonl("in/b.jsonl", &reversed[170..]);
-    other.jsonl("in/again.jsonl", &reversed[40..120]);
+    other.jsonl("in/b.json", &reversed[170..]);
+    other.jsonl("in/again.NDJSON", &reversed[40..120]);
     other.conf("in", "jsonl", "");
     assert!(packed(&other.run(&[])) == want, "other files");
 
@@ -141,4 +141,9 @@ fn what_runs_wrote_is_no_source_of_the_next_one() {
     let again = bench.say(&["reproduce", run.to_str().unwrap()]);
     assert_eq!(again.code, 0, "{again:?}");
     assert_eq!(bench.run(&sets), run);
+    // but where the conf names it, it is
+    let own = format!("source.0.url={}/*.md", run.display());
+    let named =
+        bench.say(&["run", "conf.toml", "--json", "--until", "tokens", "--set", &own, "--set", sets[1]]);
+    assert!(named.code == 0 && named.out.contains("\"documents\": 1"), "{named:?}");
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::bench::{Bench, said, tree};
 
 /// A small training, for `--set`.
-fn train(settings: &str) -> String {
+pub fn train(settings: &str) -> String {
     let shape = "{ hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }";
     format!("train={{ shape = {shape}, {settings} }}")
 }
@@ -220,4 +220,72 @@ mod processes {
         let again = bench.say(&["train", "conf.toml", "--nproc", "2", "--set", &train]);
         assert!(again.code == 0 && again.err.contains("training goes on from"), "{again:?}");
     }
+}
+
+#[test]
+fn a_longer_training_says_that_it_begins_anew() {
+    let bench = Bench::new(3);
+    let short = bench.run(&["--set", &train("steps = 3")]);
+    let said = bench.say(&["run", "conf.toml", "--set", &train("steps = 5")]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.err.contains("a training of 3 steps with the same settings is finished"), "{said:?}");
+    let checkpoint =
+        said.err.split("set train.checkpoint to ").nth(1).unwrap().split_whitespace().next().unwrap();
+    assert!(Path::new(checkpoint).join("model.safetensors").exists(), "{checkpoint}");
+    assert_eq!(losses(&short).len(), 3);
+    let mut child = bench
+        .command(&["run", "conf.toml", "--set", &train("steps = 3000, checkpoint_every = 2")])
+        .spawn()
+        .unwrap();
+    while !tree(&bench.path("out/stages/train"))
+        .iter()
+        .any(|path| saved(path) && path.ends_with("manifest.json"))
+    {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let said = bench.say(&["run", "conf.toml", "--set", &train("steps = 6")]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(
+        said.err.contains("a training of another length with the same settings was stopped after step"),
+        "{said:?}"
+    );
+    // other settings make another training
+    let said = bench.say(&["run", "conf.toml", "--set", &train("steps = 5, learning_rate = 1e-3")]);
+    assert!(said.code == 0 && !said.err.contains("with the same settings"), "{said:?}");
+}
+
+#[test]
+fn what_goes_between_documents_is_asked_for_by_name_and_nothing_is_said_aloud() {
+    let bench = Bench::new(3);
+    bench.keep_tokenizer();
+    let said = bench.say(&["run", "conf.toml", "--until", "tokenizer", "--set", "tokenizer.bos=false"]);
+    assert!(said.code == 0 && said.err.contains("there is no token between documents"), "{said:?}");
+    let said = bench.say(&["run", "conf.toml", "--until", "tokenizer"]);
+    assert!(said.code == 0 && !said.err.contains("there is no token between documents"), "{said:?}");
+    let none = [
+        "run",
+        "conf.toml",
+        "--until",
+        "tokenizer",
+        "--set",
+        "tokenizer.bos=false",
+        "--set",
+        "tokenizer.eos=false",
+    ];
+    let said = bench.say(&none);
+    assert!(said.code == 0 && !said.err.contains("there is no token between documents"), "{said:?}");
+    for wrong in ["tokenizer.eos=70000", "tokenizer.eos=<eos>"] {
+        let said = bench.say(&["run", "conf.toml", "--set", wrong]);
+        assert!(said.code == 2 && said.err.contains("special tokens are"), "{said:?}");
+        assert!(!bench.path("out/stages/tokens").exists(), "it is said before anything is computed");
+    }
+    let run = bench.run(&["--set", "tokenizer.eos=</s>"]);
+    let asked = bench.run(&["--set", "tokenizer.eos=true"]);
+    let data = |run: &Path| {
+        std::fs::read(run.join("data").read_dir().unwrap().next().unwrap().unwrap().path()).unwrap()
+    };
+    assert!(data(&run) == data(&asked));
+    assert!(data(&run) != data(&bench.run(&[])));
 }

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use lengthwise::source::{DomainRule, Format, Reader, Spec, list, units};
+use lengthwise::source::{Column, DomainRule, Format, Reader, Spec, list, units};
 use libfuzzer_sys::fuzz_target;
 use object_store::memory::InMemory;
 use object_store::path::Path;
@@ -22,10 +22,10 @@ fuzz_target!(|data: &[u8]| {
     let spec = Arc::new(Spec {
         origin: "o".into(),
         format,
-        text: vec!["text".into()],
+        text: Column::parse("text").unwrap(),
         domain: match format {
             Format::Text => DomainRule::Const("d".into()),
-            _ => DomainRule::Column(vec!["meta".into(), "set".into()]),
+            _ => DomainRule::Column(Column::parse("meta.set").unwrap()),
         },
         max_document_bytes: 1000,
     });
@@ -34,7 +34,7 @@ fuzz_target!(|data: &[u8]| {
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let path = Path::from(name);
         store.put(&path, bytes.to_vec().into()).await.unwrap();
-        let files = list(store.as_ref(), &path, name, format).await.unwrap();
+        let files = list(store.as_ref(), &path, name, format, &[]).await.unwrap().files;
         let reader = Reader { store, spool: std::env::temp_dir(), stop: Arc::default() };
         for unit in units(files) {
             let mut parts = reader.parts(unit, spec.clone(), |_| false);
@@ -43,7 +43,7 @@ fuzz_target!(|data: &[u8]| {
                 let read = part.rows(&spec, &mut |row| {
                     assert!(row.line > last, "lines ascend");
                     last = row.line;
-                    if let Ok(document) = row.outcome {
+                    if let Ok(Some(document)) = row.outcome {
                         assert!(!document.text.is_empty() && document.text.len() <= 1000);
                         assert!(!document.domain.is_empty());
                     }

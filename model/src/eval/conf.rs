@@ -4,7 +4,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::needle::{ANSWER, NEEDLE, PROMPT, QUESTION};
 use super::retrieval::Task;
-use crate::conf::{Count, Precision};
+use crate::amount::Count;
+use crate::conf::Precision;
 use crate::device::Name;
 use crate::{Error, Result};
 
@@ -151,11 +152,11 @@ fn answer() -> String {
 
 fn counts<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<usize>, D::Error> {
     let counts = Vec::<Count>::deserialize(from)?.into_iter();
-    counts.map(|count| count.number().map(|number| number as usize)).collect()
+    Ok(counts.map(|Count(tokens)| tokens as usize).collect())
 }
 
 fn one_count<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
-    Count::deserialize(from)?.number().map(|number| number as usize)
+    Count::deserialize(from).map(|Count(tokens)| tokens as usize)
 }
 
 /// One evaluation that is asked for.
@@ -263,6 +264,6 @@ mod tests {
         }
         let lengths = json!({ "needle": { "haystack": "a", "lengths": ["8K", 500, "x"] } });
         let error = serde_json::from_value::<EvalConf>(lengths).unwrap_err().to_string();
-        assert!(error.contains("`x` is not a number of tokens"), "{error}");
+        assert!(error.contains("\"x\" is not a number"), "{error}");
     }
 }

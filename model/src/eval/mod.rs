@@ -20,6 +20,7 @@ pub mod suite;
 
 use std::sync::Mutex;
 
+use tokenizers::{Encoding, ModelWrapper, Token, Tokenizer};
 use tokio::runtime::Handle;
 
 use crate::checkpoint::Checkpoint;
@@ -154,46 +155,52 @@ impl Subject {
 }
 
 /// A tokenizer's texts and ids.
-pub struct Text(tokenizers::Tokenizer);
+pub struct Text {
+    tokenizer: Tokenizer,
+    /// What it puts before a text.
+    before: Vec<i32>,
+}
 
 impl Text {
     /// # Errors
-    /// `json` is no `tokenizer.json`.
+    /// `json` is no `tokenizer.json`, or one with which a text has other ids each time.
     pub fn new(json: &[u8]) -> Result<Self> {
         let failed = |e| Error::Conf(format!("tokenizer.json: {e}"));
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(json).map_err(failed)?;
+        let mut tokenizer = Tokenizer::from_bytes(json).map_err(failed)?;
+        if let ModelWrapper::BPE(model) = tokenizer.get_model()
+            && let Some(dropout) = model.dropout.filter(|dropout| *dropout > 0.0)
+        {
+            return Err(Error::Conf(format!(
+                "tokenizer.json: its model.dropout is {dropout}, with which a text has other ids each time; set it to null"
+            )));
+        }
         // a text is as long as it is
         tokenizer.with_truncation(None).map_err(failed)?.with_padding(None);
-        Ok(Self(tokenizer))
+        // a text of one token that no tokenizer has: there may be no text that this one can spell
+        const TEXT: u32 = u32::MAX;
+        let text = Encoding::from_tokens(vec![Token::new(TEXT, "a".to_owned(), (0, 1))], 0);
+        let whole = tokenizer.post_process(text, None, true).map_err(failed)?;
+        let before = whole.get_ids().iter().take_while(|id| **id != TEXT).map(|id| *id as i32).collect();
+        Ok(Self { tokenizer, before })
     }
 
     /// With what the tokenizer puts before a text, if it `begins` here. What it puts after one would end it.
     pub fn ids(&self, text: &str, begins: bool) -> Result<Vec<i32>> {
-        let encode = |specials| {
-            let encoded =
-                self.0.encode(text, specials).map_err(|e| Error::Conf(format!("tokenizer: {e}")))?;
-            Ok(encoded.get_ids().iter().map(|id| *id as i32).collect::<Vec<i32>>())
-        };
-        let plain = encode(false)?;
-        if !begins {
-            return Ok(plain);
-        }
-        let mut whole = encode(true)?;
-        if let Some(at) = whole.windows(plain.len().max(1)).position(|ids| ids == plain) {
-            whole.truncate(at + plain.len());
-        }
-        Ok(whole)
+        let encoded =
+            self.tokenizer.encode(text, false).map_err(|e| Error::Conf(format!("tokenizer: {e}")))?;
+        let before = if begins { self.before.as_slice() } else { &[] };
+        Ok(before.iter().copied().chain(encoded.get_ids().iter().map(|id| *id as i32)).collect())
     }
 
     /// Whether both have the same ids for the same tokens.
     pub fn is_alike(&self, other: &Text) -> bool {
-        self.0.get_vocab(true) == other.0.get_vocab(true)
+        self.tokenizer.get_vocab(true) == other.tokenizer.get_vocab(true)
     }
 
     /// Without what stands for no text.
     pub fn text(&self, ids: &[i32]) -> Result<String> {
         let ids: Vec<u32> = ids.iter().map(|id| *id as u32).collect();
-        self.0.decode(&ids, true).map_err(|e| Error::Conf(format!("tokenizer: {e}")))
+        self.tokenizer.decode(&ids, true).map_err(|e| Error::Conf(format!("tokenizer: {e}")))
     }
 }
 
@@ -242,7 +249,8 @@ pub mod tests {
         let text = Text::new(json.to_string().as_bytes()).unwrap();
         assert_eq!(text.ids("a b a b", true).unwrap(), [0, 2, 3, 2, 3]);
         assert_eq!(text.ids("a b a b", false).unwrap(), [2, 3, 2, 3]);
-        assert_eq!(text.ids("", true).unwrap(), [0, 1]);
+        assert_eq!(text.ids("", true).unwrap(), [0]);
+        assert_eq!(text.ids("<s> a", true).unwrap(), [0, 0, 2]);
     }
 
     async fn subject(ranks: usize) -> Subject {

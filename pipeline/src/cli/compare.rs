@@ -104,8 +104,7 @@ impl OutputArguments {
             let picture = slide::png(&compared.names.join(" · "), &slide::comparison(sides, &compared))?;
             write(path, picture)?;
         }
-        print(self.json, &compared, || comparison::text(&compared));
-        Ok(())
+        print(self.json, &compared, || comparison::text(&compared))
     }
 }
 

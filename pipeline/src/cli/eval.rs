@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
-use lengthwise_model::conf::{Precision, TrainConf, parse_count};
+use lengthwise_model::conf::{Precision, TrainConf};
 use lengthwise_model::eval::conf::{EvalConf, Evaluation};
 use lengthwise_model::eval::loss::Cell;
 use serde::Serialize;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{ConfArguments, print, run_folder, stores, until_told, write};
 use crate::compare::{LossRow, loss_rows, losses_of};
-use crate::conf::Conf;
+use crate::conf::{Conf, Count};
 use crate::flow::Flow;
 use crate::progress::Progress;
 use crate::publish;
@@ -39,7 +39,7 @@ pub struct EvalArguments {
     haystack: Option<String>,
     /// Tokens, such as 1K,8K,128K (needle, retrieval); one number for bookqa
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
-    lengths: Vec<String>,
+    lengths: Vec<Count>,
     /// Percent (needle)
     #[arg(long, value_name = "P,…", value_delimiter = ',')]
     depths: Vec<f64>,
@@ -183,8 +183,7 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
             format!("{}\n{cases}", report::comparison::losses(&names, rows))
         }
         _ => format!("{}\n{cases}", text(&evaluation, notes)),
-    });
-    Ok(())
+    })
 }
 
 /// The first one's losses, and the other's difference over the same documents.
@@ -236,12 +235,7 @@ async fn of_conf(run: &Run) -> Result<Target> {
 
 /// What is asked: as the conf says, with what the command line says instead.
 fn evaluation(arguments: &EvalArguments, conf: &EvalConf) -> Result<Evaluation> {
-    let lengths: Vec<usize> = arguments
-        .lengths
-        .iter()
-        .map(|text| parse_count(text).map(|count| count as usize))
-        .collect::<Result<_, String>>()
-        .map_err(|e| Error::usage(format!("--lengths: {e}"), "write --lengths 1K,8K,128K"))?;
+    let lengths: Vec<usize> = arguments.lengths.iter().map(|Count(tokens)| *tokens as usize).collect();
     let length = lengths.first().copied();
     let whole = "see `lengthwise eval --help`";
     if lengths.len() > 1 && matches!(arguments.evaluation, Which::Bookqa) {

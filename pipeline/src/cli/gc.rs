@@ -57,8 +57,7 @@ pub async fn main(arguments: GcArguments) -> Result<()> {
         let done = if arguments.dry_run { "to remove" } else { "removed" };
         lines.push(format!("{} files, {} {done}", gone.len(), HumanBytes(bytes)));
         lines.join("\n")
-    });
-    Ok(())
+    })
 }
 
 /// An age as people write it: 7d, 12h, 30m.

@@ -1,13 +1,11 @@
 //! `lengthwise generate`
 
-use std::io::Write;
-
 use clap::Args;
 use lengthwise_model::conf::Precision;
 use lengthwise_model::device::Name;
 use lengthwise_model::generate::{Choice, GenerateJob, generate};
 
-use super::run_folder;
+use super::{out, run_folder};
 use crate::error::Doing;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -79,7 +77,7 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
         }
         (None, None) => unreachable!("one of them is required"),
     };
-    let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
+    let mut ids = tokenizer.around()[0].clone();
     ids.extend(tokenizer.encode_plain(&prompt)?);
     let job = GenerateJob {
         checkpoint: (&at).into(),
@@ -93,30 +91,38 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
     // a token's text depends on those around it: what is new is what they say more with it than without
     let mut around = ids.split_off(ids.len().saturating_sub(AROUND));
     let mut said = tokenizer.decode(&around)?.len();
-    let mut failed = None;
-    let new = generate(&job, &mut |id| {
+    // whatever ends it before its time: nobody reads on, or stdout is full
+    let (end, mut ended) = tokio::sync::mpsc::unbounded_channel();
+    let say = |text: Result<String>| match text.and_then(out) {
+        Ok(true) => {}
+        // one is enough
+        ends => drop(end.send(ends.map(drop))),
+    };
+    let mut on_token = |id| {
         if arguments.ids {
-            println!("{id}");
-            return;
+            return say(Ok(format!("{id}\n")));
         }
         around.push(id);
         match tokenizer.decode(&around) {
             // half a character waits for the rest of it
             Ok(text) if !text.ends_with('\u{FFFD}') => {
-                print!("{}", text.get(said..).unwrap_or_default());
-                let _ = std::io::stdout().flush();
+                say(Ok(text.get(said..).unwrap_or_default().to_owned()));
                 said = text.len();
             }
             Ok(_) => {}
-            Err(error) => failed = Some(error),
+            Err(error) => say(Err(error.into())),
         }
-    })
-    .await?;
-    if let Some(error) = failed {
-        return Err(error.into());
+    };
+    let new = tokio::select! {
+        biased;
+        Some(end) = ended.recv() => return end,
+        new = generate(&job, &mut on_token) => new?,
+    };
+    if let Ok(end) = ended.try_recv() {
+        return end;
     }
     if !arguments.ids {
-        println!();
+        out("\n")?;
     }
     tracing::info!("{} tokens", new.len());
     Ok(())

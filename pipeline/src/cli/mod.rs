@@ -45,9 +45,9 @@ struct Arguments {
 const EXIT_CODES: &str = "\
 Exit codes:
   0   done
-  2   the command line, the conf or a recipe is wrong, or names what isn't there
+  2   the command line, the conf, a recipe or a variable is wrong, or names what isn't there or can't be read or written
   3   the data is not what the conf says: too many rejected rows, a budget out of reach
-  4   storage or the operating system refused; the same command goes on where this one was
+  4   storage or the operating system refused, which may pass; the same command goes on where this one was
   5   a digest or a sum differs: something is broken or was changed
   6   training failed
   75  stopped by SIGTERM or SIGINT; the same command goes on where this one was
@@ -140,13 +140,16 @@ impl ConfArguments {
 
 /// The program.
 pub fn main() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => error.exit(),
-    };
+    let parsed = Arguments::try_parse();
     let json = std::env::var("LENGTHWISE_LOG_FORMAT").is_ok_and(|format| format == "json");
     log::start(json);
-    match start(arguments.command) {
+    let done = match parsed {
+        Ok(arguments) => start(arguments.command),
+        Err(error) if error.use_stderr() => error.exit(),
+        // help, and the version
+        Err(asked) => help(&asked),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.exit_code();
@@ -161,6 +164,13 @@ pub fn main() -> ExitCode {
             ExitCode::from(code)
         }
     }
+}
+
+/// Prints what clap has to say where nothing is wrong, in colours for a person.
+fn help(asked: &clap::Error) -> Result<()> {
+    let text = asked.render();
+    let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
+    out(if is_terminal { text.ansi().to_string() } else { text.to_string() }).map(drop)
 }
 
 /// Has the allocator keep what is freed up to a point, for the next part: fetched anew, page by page, it takes a twentieth of
@@ -201,13 +211,9 @@ fn start(command: Command) -> Result<()> {
             #[cfg(feature = "cluster")]
             Command::Cluster(arguments) => cluster::main(arguments).await,
             Command::Completions { shell } => {
-                clap_complete::generate(
-                    shell,
-                    &mut Arguments::command(),
-                    "lengthwise",
-                    &mut std::io::stdout(),
-                );
-                Ok(())
+                let mut script = vec![];
+                clap_complete::generate(shell, &mut Arguments::command(), "lengthwise", &mut script);
+                out(script).map(drop)
             }
         }
     });
@@ -275,11 +281,20 @@ async fn until_told<T>(
 }
 
 /// Prints a value for a machine, or a text for a person.
-fn print(json: bool, value: &impl serde::Serialize, text: impl FnOnce() -> String) {
-    use std::io::Write;
+fn print(json: bool, value: &impl serde::Serialize, text: impl FnOnce() -> String) -> Result<()> {
     let text = if json { serde_json::to_string_pretty(value).expect("plain values print") } else { text() };
-    // a reader that went away (`| head`) is no failure
-    let _ = writeln!(std::io::stdout(), "{}", text.trim_end_matches('\n'));
+    out(format!("{}\n", text.trim_end_matches('\n'))).map(drop)
+}
+
+/// Writes to stdout; nothing else does. Says whether anybody reads on: that a reader goes away (`| head`) is no failure.
+fn out(bytes: impl AsRef<[u8]>) -> Result<bool> {
+    use std::io::{ErrorKind, Write};
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(bytes.as_ref()).and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(source) => Err(Error::Io { doing: "cannot write to stdout".into(), source }),
+    }
 }
 
 /// Writes a file that the command line names.

@@ -75,8 +75,7 @@ pub async fn main(arguments: PlanArguments) -> Result<()> {
             let _ = write!(out, "\n{text}");
         }
         out
-    });
-    Ok(())
+    })
 }
 
 /// What the training needs, for a machine and for a person.

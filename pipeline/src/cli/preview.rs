@@ -26,16 +26,14 @@ pub async fn main(arguments: PreviewArguments) -> Result<()> {
     let run = arguments.conf.open(Goal::Compute { from: None })?;
     let preview = until_stopped(&run, of(&run)).await?;
     let Some(other) = &arguments.against else {
-        print(arguments.json, &preview, || preview.text());
-        return Ok(());
+        return print(arguments.json, &preview, || preview.text());
     };
     // --set is for the first conf alone
     let other = ConfArguments { conf: other.clone(), sets: vec![], at: arguments.conf.at.clone() };
     let other_run = other.open(Goal::Compute { from: None })?;
     let second = until_stopped(&other_run, of(&other_run)).await?;
     let sides = [(arguments.conf.conf.as_str(), &preview), (other.conf.as_str(), &second)];
-    print(arguments.json, &json!({ "a": preview, "b": second }), || against(sides[0], sides[1]));
-    Ok(())
+    print(arguments.json, &json!({ "a": preview, "b": second }), || against(sides[0], sides[1]))
 }
 
 /// Runs what the recipe reads, if it isn't there, and then the recipe, keeping nothing but sums.

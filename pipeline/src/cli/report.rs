@@ -28,9 +28,6 @@ pub async fn main(arguments: ReportArguments) -> Result<()> {
     let html = report::html(&manifest, &attempt, &metrics);
     match arguments.output {
         Some(path) => super::write(&path, html),
-        None => {
-            super::print(false, &(), || html);
-            Ok(())
-        }
+        None => super::print(false, &(), || html),
     }
 }

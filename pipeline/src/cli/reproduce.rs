@@ -1,5 +1,7 @@
 //! `lengthwise reproduce`
 
+use std::path::Path;
+
 use clap::Args;
 use serde_json::json;
 
@@ -40,7 +42,8 @@ pub async fn main(arguments: ReproduceArguments) -> Result<()> {
     // what an earlier one left there is no proof of anything
     let again = Goal::Compute { from: Some(Stage::Tokenizer) };
     let mut again = Run::new(conf, &manifest.conf_file, files, again)?;
-    if again.output.url() == output_of(&folder).url() {
+    let (into, output) = (place_of(&again.output), place_of(&output_of(&folder)));
+    if into == output || ["stages", "runs"].iter().any(|own| below(&into, &format!("{output}/{own}"))) {
         return Err(Error::usage(
             "--into names the output that the run itself is in",
             "name another place: what is compared would be overwritten",
@@ -96,8 +99,25 @@ pub async fn main(arguments: ReproduceArguments) -> Result<()> {
         "differences": lines,
         "build": build,
     });
-    print(arguments.json, &value, || text);
-    if same_rows { Ok(()) } else { Err(Error::Differs(format!("{} was not reproduced", manifest.run))) }
+    let printed = print(arguments.json, &value, || text);
+    if same_rows { printed } else { Err(Error::Differs(format!("{} was not reproduced", manifest.run))) }
+}
+
+/// Where a location really is, by whatever links it is named.
+fn place_of(at: &Location) -> String {
+    let url = at.url();
+    if !url.starts_with('/') {
+        return url;
+    }
+    // what isn't there yet will be below what is
+    let whole = Path::new(&url);
+    let there = whole.ancestors().find_map(|path| Some((path.canonicalize().ok()?, path)));
+    let real = there.map(|(real, path)| real.join(whole.strip_prefix(path).unwrap_or(path)));
+    real.map_or(url.clone(), |real| real.to_string_lossy().trim_end_matches('/').to_owned())
+}
+
+fn below(place: &str, folder: &str) -> bool {
+    place.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// What a comparison of the two runs' files came to. The first run's are read as they lie there.

@@ -60,7 +60,7 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
     if arguments.json || folder.is_some() {
         print(arguments.json, &json!({ "run": folder, "stages": steps }), || {
             folder.clone().unwrap_or_default()
-        });
+        })?;
     }
     Ok(())
 }
@@ -198,7 +198,7 @@ pub async fn go_ahead(run: &Run) -> Result<()> {
 
 /// Does a run's work until a signal says to stop, and tells those who watch it.
 async fn watched(run: &Run, work: impl Future<Output = Result<Option<String>>>) -> Result<Option<String>> {
-    let folder = Watch::new().during(run, until_stopped(run, work)).await?;
+    let folder = Watch::new()?.during(run, until_stopped(run, work)).await?;
     tracing::info!("{}", summary(run, folder.as_deref()));
     Ok(folder)
 }

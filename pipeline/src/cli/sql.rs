@@ -7,8 +7,9 @@ use arrow::json::LineDelimitedWriter;
 use arrow::util::display::FormatOptions;
 use arrow::util::pretty::pretty_format_batches_with_options;
 use clap::Args;
+use futures::TryStreamExt;
 
-use super::ConfArguments;
+use super::{ConfArguments, out, print};
 use crate::engine::query;
 use crate::flow::Flow;
 use crate::recipe::plan_query;
@@ -38,7 +39,6 @@ pub async fn main(arguments: SqlArguments) -> Result<()> {
         Err(other) => return Err(other),
     };
     let session = run.engine.session();
-    crate::functions::register(&session);
     register(&run, &flow, &session).await?;
     let plan = plan_query("the query", &arguments.query, &session).await;
     let plan = plan.map_err(|error| match (error, absent) {
@@ -53,22 +53,25 @@ pub async fn main(arguments: SqlArguments) -> Result<()> {
     let no_rows = RecordBatch::new_empty(Arc::new(plan.schema().as_arrow().clone()));
     let doing = "cannot run the query";
     let frame = session.execute_logical_plan(plan).await.map_err(|e| query(doing, e))?;
-    let mut rows = frame.collect().await.map_err(|e| query(doing, e))?;
     let failed = |e: arrow::error::ArrowError| query("cannot print the rows", e.into());
     if arguments.json {
-        let mut writer = LineDelimitedWriter::new(std::io::stdout());
-        for batch in &rows {
-            writer.write(batch).map_err(failed)?;
+        let mut rows = frame.execute_stream().await.map_err(|e| query(doing, e))?;
+        while let Some(batch) = rows.try_next().await.map_err(|e| query(doing, e))? {
+            let mut lines = LineDelimitedWriter::new(vec![]);
+            lines.write(&batch).and_then(|()| lines.finish()).map_err(failed)?;
+            if !out(lines.into_inner())? {
+                break;
+            }
         }
-        return writer.finish().map_err(failed);
+        return Ok(());
     }
+    let mut rows = frame.collect().await.map_err(|e| query(doing, e))?;
     if rows.is_empty() {
         rows.push(no_rows);
     }
     let options = FormatOptions::default().with_display_error(true);
     let table = pretty_format_batches_with_options(&rows, &options).map_err(failed)?;
-    super::print(false, &(), || table.to_string());
-    Ok(())
+    print(false, &(), || table.to_string())
 }
 
 async fn register(run: &Run, flow: &Flow, session: &datafusion::prelude::SessionContext) -> Result<()> {

@@ -24,7 +24,7 @@ pub async fn main(arguments: VerifyArguments) -> Result<()> {
     let engine = Engine::new(conf.partitions.unwrap_or(cores), conf.memory.0, None)?;
     let seen = |what: &str| tracing::debug!("verifying {what}");
     let verdict = verify::verify(&folder, &manifest, &engine, seen).await?;
-    print(arguments.json, &verdict, || {
+    let printed = print(arguments.json, &verdict, || {
         let mut lines: Vec<String> = verdict.wrong.iter().map(|wrong| format!("wrong: {wrong}")).collect();
         lines.extend(
             verdict.withdrawn.iter().map(|at| format!("withdrawn: {at}; `lengthwise run` computes it again")),
@@ -40,5 +40,5 @@ pub async fn main(arguments: VerifyArguments) -> Result<()> {
         }
         lines.join("\n")
     });
-    if verdict.wrong.is_empty() { Ok(()) } else { Err(verify::error(&verdict)) }
+    if verdict.wrong.is_empty() { printed } else { Err(verify::error(&verdict)) }
 }

@@ -4,17 +4,29 @@ use globset::Glob;
 
 use super::{Conf, Const, Domain, Format, Param, Shares, Source};
 use crate::Result;
+use crate::source::Column;
 
 /// The longest name of a run: stores add to it, and file systems end at 255 bytes.
 const NAME_BYTES: usize = 128;
 
 pub const MIN_MEMORY: u64 = 64_000_000;
 
+/// A part of a source's rows is up to 32 MiB and a document, and the ids of its texts, in the worst case one a byte, are
+/// counted in 31 bits.
+const MAX_DOCUMENT_BYTES: u64 = 2_000_000_000;
+
 /// Below this a "sequence" is surely a slip, such as 8 for 8K.
 const MIN_SEQUENCE_TOKENS: u64 = 16;
 
 /// A sequence is in memory whole, more than once.
 const MAX_SEQUENCE_TOKENS: u64 = 1 << 24;
+
+/// A row group is in memory whole, its ids and 32 characters of doc_id for each of its documents in lists that end at 2³¹:
+/// even where every document is one token.
+const MAX_ROW_GROUP_TOKENS: u64 = 1 << 26;
+
+/// Parquet numbers them in 16 bits.
+const MAX_ROW_GROUPS: u64 = i16::MAX as u64;
 
 /// A byte-level vocabulary begins with the 256 bytes.
 const MIN_VOCAB: u32 = 256;
@@ -71,19 +83,24 @@ fn sources(conf: &Conf) -> Result<()> {
             "is a column, and files of format text have none: the whole file is the text",
         )?;
         if let Some(column) = &source.text {
-            ensure(
-                conf,
-                is_column(column),
-                &at("text"),
-                "must be a column's name, with dots into nested ones",
-            )?;
+            self::column(conf, column, &at("text"))?;
         }
         domain(conf, source, &at("domain"))?;
         let share = source.max_reject_share;
         ensure(conf, (0.0..=1.0).contains(&share), &at("max_reject_share"), "must be from 0 to 1")?;
-        ensure(conf, source.max_document_bytes.0 > 0, &at("max_document_bytes"), "must be more than 0")?;
+        let good = (1..=MAX_DOCUMENT_BYTES).contains(&source.max_document_bytes.0);
+        ensure(conf, good, &at("max_document_bytes"), "must be more than 0, and at most 2GB")?;
     }
     Ok(())
+}
+
+fn column(conf: &Conf, column: &str, path: &[&str]) -> Result<()> {
+    if Column::parse(column).is_some() {
+        return Ok(());
+    }
+    let message = format!("`{}` must be a column's name, with dots into nested ones", key(path));
+    let help = "a name that has a dot itself is quoted, as in SQL: '\"meta.set\"'";
+    Err(conf.wrong(path, message, "this value", Some(help.to_owned())))
 }
 
 fn domain(conf: &Conf, source: &Source, path: &[&str; 3]) -> Result<()> {
@@ -94,9 +111,7 @@ fn domain(conf: &Conf, source: &Source, path: &[&str; 3]) -> Result<()> {
             let message = "files of format text have no columns to take the domain from";
             Err(conf.wrong(path, message, "a column", Some(help.to_owned())))
         }
-        Domain::Column(column) => {
-            ensure(conf, is_column(column), path, "must be a column's name, with dots into nested ones")
-        }
+        Domain::Column(column) => self::column(conf, column, path),
         Domain::Const(Const { domain }) => ensure(conf, !domain.is_empty(), path, "is empty"),
         Domain::Rules(rules) => {
             ensure(conf, !rules.is_empty(), path, "has no rules, so no document would have a domain")?;
@@ -115,10 +130,6 @@ fn domain(conf: &Conf, source: &Source, path: &[&str; 3]) -> Result<()> {
             Ok(())
         }
     }
-}
-
-fn is_column(path: &str) -> bool {
-    path.split('.').all(|name| !name.is_empty())
 }
 
 fn tokenizer(conf: &Conf) -> Result<()> {
@@ -187,7 +198,18 @@ fn pack(conf: &Conf) -> Result<()> {
     ensure(conf, pack.sequences_per_row_group >= 1, &at("sequences_per_row_group"), "must be 1 or more")?;
     let good = pack.sequences_per_row_group <= pack.sequences_per_file;
     let rule = format!("must be at most `sequences_per_file`, which is {}", pack.sequences_per_file);
-    ensure(conf, good, &at("sequences_per_row_group"), &rule)
+    ensure(conf, good, &at("sequences_per_row_group"), &rule)?;
+    let (sequence, group) = (pack.sequence_tokens.0, u64::from(pack.sequences_per_row_group));
+    let rule = format!(
+        "must be at most {} where a sequence is {sequence} tokens: a row group is in memory whole",
+        MAX_ROW_GROUP_TOKENS / sequence
+    );
+    ensure(conf, group <= MAX_ROW_GROUP_TOKENS / sequence, &at("sequences_per_row_group"), &rule)?;
+    let most = MAX_ROW_GROUPS * group;
+    let rule = format!(
+        "must be at most {most} where a row group has {group}: a file has at most {MAX_ROW_GROUPS} of them"
+    );
+    ensure(conf, u64::from(pack.sequences_per_file) <= most, &at("sequences_per_file"), &rule)
 }
 
 fn engine(conf: &Conf) -> Result<()> {

@@ -8,6 +8,8 @@
 //! Each step knows the place of what it handles, so whatever is wrong is shown where it was written. The
 //! resolved conf, all defaults filled in, goes into manifests and reports with [`Conf::to_toml`].
 
+// one reader for all that a conf says; the model crate, whose it is, is not in every build of this one
+#[path = "../../../model/src/amount.rs"]
 mod amount;
 mod check;
 mod expand;
@@ -74,13 +76,15 @@ pub struct Run {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// A file, a folder or a glob, local or in an object store.
+    /// A file, a folder or a glob, local or in an object store. What is there under a name is meant by it, also where the
+    /// name looks like a glob.
     pub url: String,
     /// The `origin` of its documents. By default the url as it is written in the conf, before `${VAR}` is
     /// expanded, so that the same conf gives the same names on another machine.
     pub name: String,
     pub format: Format,
-    /// The column of the text, with dots into nested ones; `"text"` by default. `None` exactly when the
+    /// The column of the text, with dots into nested ones, and a name that has a dot itself quoted as in SQL
+    /// (`'meta."a.b"'`); `"text"` by default. `None` exactly when the
     /// format is text, where the whole file is the text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
@@ -89,7 +93,7 @@ pub struct Source {
     /// are ordinary, more of them mean that the conf does not fit the data.
     #[serde(default = "default::max_reject_share")]
     pub max_reject_share: f64,
-    /// A longer document is rejected. 64MB by default; one document is held in memory as a whole.
+    /// A longer document is rejected. 64MB by default, 2GB at most; one document is held in memory as a whole.
     #[serde(default = "default::max_document_bytes")]
     pub max_document_bytes: Size,
 }
@@ -97,7 +101,7 @@ pub struct Source {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// A JSON object a line; plain, gzip or zstd.
+    /// A JSON object a line, in `.jsonl`, `.ndjson` or `.json`; plain, gzip (`.gz`) or zstd (`.zst`).
     Jsonl,
     Parquet,
     /// A document a file.
@@ -108,7 +112,7 @@ pub enum Format {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Domain {
-    /// In a column, with dots into nested ones. Not for format text, which has no columns.
+    /// In a column, written as that of the text. Not for format text, which has no columns.
     Column(String),
     /// It is the same for all documents of the source.
     Const(Const),
@@ -139,14 +143,25 @@ pub struct Tokenizer {
     pub url: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<TrainTokenizer>,
-    /// Whether the packer puts the BOS token before each document. By default, as the tokenizer's own
-    /// post-processor does.
+    /// The token that the packer puts before each document. By default what the tokenizer's own post-processor puts
+    /// there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bos: Option<bool>,
-    /// Whether the packer puts the EOS token after each document. By default, as the tokenizer's own
-    /// post-processor does.
+    pub bos: Option<Special>,
+    /// … and after each document.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub eos: Option<bool>,
+    pub eos: Option<Special>,
+}
+
+/// A token around documents.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected true or false, a token's text or its id")]
+pub enum Special {
+    /// Whether there is one: the tokenizer's own, as its post-processor, the `tokenizer_config.json` beside it or its only
+    /// special token says.
+    Own(bool),
+    Id(u32),
+    /// As it is written in the tokenizer.
+    Text(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -224,7 +239,8 @@ pub struct Pack {
     /// machine.
     #[serde(default = "default::sequences_per_file")]
     pub sequences_per_file: u32,
-    /// 16 by default: what a trainer has to read to get at one sequence.
+    /// 16 by default: what a trainer has to read to get at one sequence. At most 2²⁶ tokens, and at least a 32,767th of
+    /// a file.
     #[serde(default = "default::sequences_per_row_group")]
     pub sequences_per_row_group: u32,
 }

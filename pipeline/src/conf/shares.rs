@@ -58,7 +58,8 @@ impl Shares {
             Shares::Table(weights) => weights.clone(),
         };
         let sum: f64 = weights.values().sum();
-        Some(weights.into_iter().map(|(name, weight)| (name, weight / sum)).collect())
+        // −0, too, is 0
+        Some(weights.into_iter().map(|(name, weight)| (name, (weight / sum).abs())).collect())
     }
 }
 

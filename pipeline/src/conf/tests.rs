@@ -1121,6 +1121,31 @@ fn a_tokenizer_is_either_loaded_or_trained() {
 }
 
 #[test]
+fn the_tokens_around_documents_are_asked_for_or_named() {
+    for (value, want) in [
+        ("true", Special::Own(true)),
+        ("false", Special::Own(false)),
+        ("32000", Special::Id(32_000)),
+        ("\"<|endoftext|>\"", Special::Text("<|endoftext|>".to_owned())),
+    ] {
+        let conf = good(SMALL, &[&format!("tokenizer.eos={value}")]);
+        assert_eq!((&conf.tokenizer.bos, &conf.tokenizer.eos), (&None, &Some(want)));
+        assert_eq!(conf.resolved().expect("it is good"), conf);
+    }
+    assert_snapshot!(refused(&changed("eos = false", "eos = -1"), &[]), @r#"
+     x `tokenizer.eos`: expected true or false, a token's text or its id
+       ,-[conf/x.toml:29:7]
+    28 | bos = true
+    29 | eos = -1
+       :       ^|
+       :        `-- this value
+    30 |
+       `----
+     help: for example: eos = true
+    "#);
+}
+
+#[test]
 fn files_of_format_text_have_no_columns() {
     assert_snapshot!(refused(&changed("domain = { const = \"Book\" }", "domain = \"meta.domain\""), &[]), @r#"
      x files of format text have no columns to take the domain from
@@ -1180,7 +1205,9 @@ fn numbers_out_of_range_are_refused() {
         "source.0.max_reject_share=1.5",
         "source.0.max_reject_share=nan",
         "source.0.max_document_bytes=0",
+        "source.0.max_document_bytes=2001MB",
         "source.0.text=a..b",
+        "source.0.text='\"a.b'",
         "source.0.name=\"\"",
         "source.0.domain=\"\"",
         "source.0.domain={ const = \"\" }",
@@ -1199,6 +1226,9 @@ fn numbers_out_of_range_are_refused() {
         "pack.sequences_per_file=0",
         "pack.sequences_per_row_group=0",
         "pack.sequences_per_row_group=257",
+        "pack={ sequence_tokens = 16777216, sequences_per_row_group = 128 }",
+        "pack={ sequence_tokens = 131072, sequences_per_file = 1024, sequences_per_row_group = 513 }",
+        "pack={ sequence_tokens = 16, sequences_per_file = 524273 }",
         "engine.partitions=0",
         "engine.memory=63MB",
         "run.seed=-1",
@@ -1212,9 +1242,15 @@ fn numbers_out_of_range_are_refused() {
       x `source.max_reject_share` must be from 0 to 1
 
     source.0.max_document_bytes=0
-      x `source.max_document_bytes` must be more than 0
+      x `source.max_document_bytes` must be more than 0, and at most 2GB
+
+    source.0.max_document_bytes=2001MB
+      x `source.max_document_bytes` must be more than 0, and at most 2GB
 
     source.0.text=a..b
+      x `source.text` must be a column's name, with dots into nested ones
+
+    source.0.text='"a.b'
       x `source.text` must be a column's name, with dots into nested ones
 
     source.0.name=""
@@ -1270,6 +1306,15 @@ fn numbers_out_of_range_are_refused() {
 
     pack.sequences_per_row_group=257
       x `pack.sequences_per_row_group` must be at most `sequences_per_file`, which is 256
+
+    pack={ sequence_tokens = 16777216, sequences_per_row_group = 128 }
+      x `pack.sequences_per_row_group` must be at most 4 where a sequence is 16777216 tokens: a row
+
+    pack={ sequence_tokens = 131072, sequences_per_file = 1024, sequences_per_row_group = 513 }
+      x `pack.sequences_per_row_group` must be at most 512 where a sequence is 131072 tokens: a row
+
+    pack={ sequence_tokens = 16, sequences_per_file = 524273 }
+      x `pack.sequences_per_file` must be at most 524272 where a row group has 16: a file has at most
 
     engine.partitions=0
       x `engine.partitions` must be 1 or more

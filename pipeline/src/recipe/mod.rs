@@ -9,6 +9,7 @@
 //!
 //! Whatever an analyst can get wrong is an error that names the place and the cure.
 
+mod allowed;
 mod header;
 mod place;
 mod rules;
@@ -31,12 +32,14 @@ use datafusion::sql::sqlparser::ast::{
 };
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::parser::Parser;
-use datafusion::sql::sqlparser::tokenizer::{Span, Token};
+use datafusion::sql::sqlparser::tokenizer::{Span, Token, TokenWithSpan, Tokenizer};
 
 pub use header::{Kind, Parameter};
-use place::{Places, Text, nearest};
+pub use place::Text;
+use place::{Places, nearest};
 
-use crate::{Result, functions};
+use crate::Result;
+use crate::hash::Digest;
 
 /// Parameters that every recipe has: their values come from the run's conf, and all are of type bigint.
 pub const BUILTIN: [&str; 5] = ["budget", "long_tokens", "max_copies", "max_span", "seed"];
@@ -53,6 +56,9 @@ pub struct Recipe {
     query: Box<Query>,
     /// The names of all `$name`s in the query.
     used: BTreeSet<String>,
+    /// The hash of its tokens: comments and white space don't matter. Defaults of parameters are not in it, they arrive
+    /// as values.
+    pub key: String,
 }
 
 impl Recipe {
@@ -61,16 +67,10 @@ impl Recipe {
         let header = header::Header::parse(&text)?;
         let parameters = own_parameters(&text, header.parameters)?;
         let cure = "a recipe is one SELECT over documents, domains and shares; WITH gives its steps names";
-        let query = one_select(&text, "a recipe", cure)?;
-        rules::check_syntax(&text, &query)?;
+        let Parsed { query, key } = Parsed::of(&text, "a recipe", cure)?;
+        rules::check_tables(&text, &query)?;
         let used = used_parameters(&text, &query, Some(&parameters))?;
-        Ok(Self { text, title: header.title, description: header.description, parameters, query, used })
-    }
-
-    /// The syntax tree printed: white space and comments don't matter. Defaults of parameters are not in it, they
-    /// arrive as values.
-    pub fn canonical(&self) -> String {
-        self.query.to_string()
+        Ok(Self { text, title: header.title, description: header.description, parameters, query, used, key })
     }
 
     /// Gives every parameter its value: the run's own, the conf's, or else the header's default.
@@ -259,7 +259,6 @@ impl Bound {
 
 /// What plans queries of a session.
 fn planner(session: &SessionContext) -> SessionState {
-    functions::register(session);
     let mut state = session.state();
     let options = &mut state.config_mut().options_mut().sql_parser;
     // errors point at the text, and a plan is the same whatever the session's own options are
@@ -278,7 +277,8 @@ async fn planned(state: &SessionState, query: Box<Query>, places: &Places<'_>) -
 /// Plans a query that is no recipe over the tables of a session; what is wrong with it is shown where it stands.
 pub async fn plan_query(file: &str, text: &str, session: &SessionContext) -> Result<LogicalPlan> {
     let text = Text { file: file.to_owned(), text: text.to_owned() };
-    let query = one_select(&text, "a query", "a query is one SELECT; WITH gives its steps names")?;
+    let Parsed { query, .. } =
+        Parsed::of(&text, "a query", "a query is one SELECT; WITH gives its steps names")?;
     used_parameters(&text, &query, None)?;
     let state = planner(session);
     planned(&state, query.clone(), &Places::of(&text, &query, &state)).await
@@ -311,10 +311,40 @@ fn own_parameters(text: &Text, declared: Vec<Parameter>) -> Result<Vec<Parameter
     }
 }
 
-/// The only statement of a recipe, or of another text; `cure` says what it should be.
-fn one_select(text: &Text, what: &str, cure: &str) -> Result<Box<Query>> {
+/// The only statement of a text.
+pub struct Parsed {
+    pub query: Box<Query>,
+    /// What a stage's key has of it.
+    pub key: String,
+}
+
+impl Parsed {
+    /// `what` the text is, and in `cure` what it should be.
+    pub fn of(text: &Text, what: &str, cure: &str) -> Result<Self> {
+        let tokens = Tokenizer::new(&GenericDialect {}, &text.text).tokenize_with_location();
+        let tokens = tokens.map_err(|e| text.unparsed(&e.to_string()))?;
+        let key = key(&tokens);
+        let query = one_select(text, tokens, what, cure)?;
+        rules::check_words(text, &query)?;
+        Ok(Self { query, key })
+    }
+}
+
+/// The hash of what a parser sees: never of a syntax tree's printing, in which `'it''s'` and `'it''''s'` are alike.
+fn key(tokens: &[TokenWithSpan]) -> String {
+    let shown = tokens.iter().filter_map(|token| match &token.token {
+        Token::Whitespace(_) | Token::EOF => None,
+        // a newer parser has more keywords
+        Token::Word(word) => Some(format!("{:?} {}", word.quote_style, word.value)),
+        other => Some(format!("{other:?}")),
+    });
+    // a list, in which it is clear where each one ends
+    Digest::of(serde_json::json!(shown.collect::<Vec<_>>()).to_string().as_bytes()).to_string()
+}
+
+fn one_select(text: &Text, tokens: Vec<TokenWithSpan>, what: &str, cure: &str) -> Result<Box<Query>> {
     let unparsed = |e: datafusion::sql::sqlparser::parser::ParserError| text.unparsed(&e.to_string());
-    let mut parser = Parser::new(&GenericDialect {}).try_with_sql(&text.text).map_err(unparsed)?;
+    let mut parser = Parser::new(&GenericDialect {}).with_tokens_with_locations(tokens);
     while parser.consume_token(&Token::SemiColon) {}
     let first = parser.peek_token();
     let here = |span: Span| text.word_at(span.start);

@@ -178,9 +178,14 @@ impl<'a> Places<'a> {
         }
     }
 
+    /// The bytes of what a plan knows the place of.
+    pub fn range(&self, span: PlanSpan) -> Option<Range<usize>> {
+        self.text.range(tree_span(span))
+    }
+
     /// An error of DataFusion's planner, in an analyst's words where it is a common one.
     pub fn unplanned(&self, error: &DataFusionError) -> Error {
-        let range = |span: PlanSpan| self.text.range(tree_span(span));
+        let range = |span: PlanSpan| self.range(span);
         let diagnostic = error.diagnostic();
         let from_notes = || diagnostic.and_then(|d| d.notes.iter().find_map(|note| note.span));
         let span = diagnostic.and_then(|d| d.span).or_else(from_notes).and_then(range);

@@ -9,30 +9,101 @@ use std::collections::BTreeSet;
 use std::ops::{ControlFlow, Range};
 
 use arrow::datatypes::DataType;
-use datafusion::common::Span as PlanSpan;
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::logical_expr::expr::{AggregateFunction, WindowFunction};
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{
-    AggregateUDF, Distinct, Expr, ExprSchemable, JoinType, LogicalPlan, Operator, ScalarUDF, SortExpr,
-    Volatility, WindowFrame, WindowFrameBound, WindowFrameUnits, WindowFunctionDefinition,
+    AggregateUDF, Cast, Distinct, Expr, ExprSchemable, JoinType, LogicalPlan, Operator, SortExpr, TryCast,
+    Unnest, WindowFrame, WindowFrameBound, WindowFrameUnits, WindowFunctionDefinition,
 };
 use datafusion::sql::sqlparser::ast::{
-    BinaryOperator, Cte, Expr as SqlExpr, ObjectName, Query, Select, SetExpr, Spanned, TableFactor, Visit,
-    Visitor,
+    BinaryOperator, Cte, Expr as SqlExpr, FunctionArg, FunctionArgExpr, ObjectName, Query, Select, SetExpr,
+    Spanned, TableFactor, UnaryOperator, Visit, Visitor,
 };
 
+use super::allowed;
 use super::place::{Places, Text, nearest};
+use crate::functions::exact::first_place;
 use crate::{Error, Result};
 
 /// The tables of a recipe.
 const TABLES: [&str; 3] = ["documents", "domains", "shares"];
 
-/// Functions that make a table of their arguments alone.
-const TABLE_FUNCTIONS: [&str; 3] = ["unnest", "generate_series", "range"];
+/// Refuses, in any text, what means something else than it seems to, or is not understood further on.
+pub fn check_words(text: &Text, query: &Query) -> Result<()> {
+    match query.visit(&mut Words(text)) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(error) => Err(*error),
+    }
+}
+
+struct Words<'a>(&'a Text);
+
+impl Words<'_> {
+    fn refuse(&self, at: &impl Spanned, message: &str, label: &str, cure: &str) -> ControlFlow<Box<Error>> {
+        ControlFlow::Break(Box::new(self.0.wrong(self.0.range(at.span()), message, label, cure)))
+    }
+
+    /// DataFusion computes the arguments of a function in FROM while it plans, with integers that wrap and by the clock.
+    fn fixed(&self, argument: &SqlExpr) -> ControlFlow<Box<Error>> {
+        match argument {
+            SqlExpr::Value(_) | SqlExpr::TypedString(_) => ControlFlow::Continue(()),
+            SqlExpr::Interval(interval) => self.fixed(&interval.value),
+            SqlExpr::UnaryOp { op: UnaryOperator::Minus | UnaryOperator::Plus, expr }
+            | SqlExpr::Cast { expr, .. }
+            | SqlExpr::Nested(expr) => self.fixed(expr),
+            other => self.refuse(
+                other,
+                "a function in FROM takes numbers as they stand",
+                "computed",
+                "write the number or a parameter, or select from unnest(range(…)), which may compute",
+            ),
+        }
+    }
+}
+
+impl Visitor for Words<'_> {
+    type Break = Box<Error>;
+
+    fn pre_visit_table_factor(&mut self, table: &TableFactor) -> ControlFlow<Box<Error>> {
+        const JOIN: &str = "join the table, or write unnest(…) in SELECT";
+        let arguments = match table {
+            TableFactor::Derived { lateral: true, .. } | TableFactor::Function { lateral: true, .. } => {
+                return self.refuse(table, "LATERAL is not understood here", "here", JOIN);
+            }
+            TableFactor::Function { args, .. } => args,
+            TableFactor::Table { args: Some(args), .. } => &args.args,
+            _ => return ControlFlow::Continue(()),
+        };
+        arguments.iter().try_for_each(|argument| match argument {
+            FunctionArg::Unnamed(FunctionArgExpr::Expr(argument))
+            | FunctionArg::Named { arg: FunctionArgExpr::Expr(argument), .. }
+            | FunctionArg::ExprNamed { arg: FunctionArgExpr::Expr(argument), .. } => self.fixed(argument),
+            _ => ControlFlow::Continue(()),
+        })
+    }
+
+    fn pre_visit_expr(&mut self, expr: &SqlExpr) -> ControlFlow<Box<Error>> {
+        use BinaryOperator::{
+            BitwiseXor, DuckIntegerDivide, PGBitwiseShiftLeft, PGBitwiseShiftRight, PGBitwiseXor,
+        };
+        let SqlExpr::BinaryOp { op, .. } = expr else { return ControlFlow::Continue(()) };
+        let (message, cure) = match op {
+            DuckIntegerDivide => ("there is no operator `//`", "`/` of two integers is an integer"),
+            BitwiseXor | PGBitwiseXor => {
+                ("this is the exclusive or of bits, and no power", "write power(x, 2)")
+            }
+            PGBitwiseShiftLeft | PGBitwiseShiftRight => {
+                ("a shift of bits loses some of them in silence", "write `* 1024` or `/ 1024`")
+            }
+            _ => return ControlFlow::Continue(()),
+        };
+        self.refuse(expr, message, "here", cure)
+    }
+}
 
 /// Refuses tables that are not a recipe's, and parts of a SELECT that do more than select.
-pub fn check_syntax(text: &Text, query: &Query) -> Result<()> {
+pub fn check_tables(text: &Text, query: &Query) -> Result<()> {
     let mut steps = Steps::default();
     let _ = query.visit(&mut steps);
     match query.visit(&mut Syntax { text, steps: &steps.0 }) {
@@ -107,12 +178,12 @@ impl Syntax<'_> {
 
     fn table_function(&self, name: &ObjectName) -> ControlFlow<Box<Error>> {
         let written = name.to_string().to_lowercase();
-        if TABLE_FUNCTIONS.contains(&written.as_str()) {
+        if allowed::TABLES.contains(&written.as_str()) {
             return ControlFlow::Continue(());
         }
         let cure = format!(
             "a recipe reads documents, domains and shares; it may also select from {}",
-            TABLE_FUNCTIONS.join(", ")
+            allowed::TABLES.join(", ")
         );
         self.refuse(name, format!("a recipe cannot read from `{written}(…)`"), "this function", cure)
     }
@@ -141,9 +212,6 @@ impl Visitor for Syntax<'_> {
             SqlExpr::Identifier(ident) if ident.value.starts_with('@') => {
                 let cure = "parameters are written `$name` and declared in the header";
                 self.refuse(expr, format!("a recipe has no variables, but here is `{ident}`"), "here", cure)
-            }
-            SqlExpr::BinaryOp { op: BinaryOperator::DuckIntegerDivide, .. } => {
-                self.refuse(expr, "there is no operator `//`", "here", "`/` of two integers is an integer")
             }
             _ => ControlFlow::Continue(()),
         }
@@ -225,7 +293,15 @@ impl Walk<'_> {
         node.apply_expressions(|expr| {
             expr.apply(|expr| {
                 match (expr, inputs.first()) {
-                    (Expr::ScalarFunction(call), _) => self.scalar(&call.func, &call.args),
+                    (Expr::ScalarFunction(call), _) => {
+                        self.named(call.func.name(), call.func.aliases(), &call.args);
+                    }
+                    (Expr::HigherOrderFunction(call), _) => {
+                        self.named(call.func.name(), call.func.aliases(), &call.args);
+                    }
+                    (Expr::Cast(Cast { expr, field }) | Expr::TryCast(TryCast { expr, field }), _) => {
+                        self.cast(expr, field.data_type());
+                    }
                     (Expr::AggregateFunction(call), Some(input)) => self.aggregate(call, group, input),
                     (Expr::WindowFunction(call), Some(input)) => self.window(call, input),
                     _ => {}
@@ -246,39 +322,20 @@ impl Walk<'_> {
         self.refusals.push(Refusal { place, message: message.into(), label, cure: cure.into() });
     }
 
-    fn scalar(&mut self, function: &ScalarUDF, args: &[Expr]) {
-        let names = all_names(function.name(), function.aliases());
-        let name = function.name();
-        let (message, cure) = match name {
-            "random" | "uuid" => (
-                format!("`{name}` gives something else on every run"),
-                "`unit_hash($seed, doc_id, start)` is a number in [0, 1) that depends on nothing but its arguments",
-            ),
-            "log" | "acos" | "acosh" | "asin" | "asinh" | "atan" | "atan2" | "atanh" | "cbrt" | "cos"
-            | "cosh" | "cot" | "sin" | "sinh" | "tan" | "tanh" => (
-                format!(
-                    "`{name}` comes from the machine's math library: its last bits differ between machines"
-                ),
-                match name {
-                    "log" => {
-                        "write ln(x), log2(x), log10(x), or ln(x) / ln(base): those are the same everywhere"
-                    }
-                    "cbrt" => "write power(x, 1.0 / 3): power is the same everywhere",
-                    _ => "power, sqrt, exp, ln, log2 and log10 are the same everywhere",
-                },
-            ),
-            "input_file_name" | "file_row_index" | "version" | "arrow_metadata" => (
-                format!("`{name}` depends on how the tables are stored or on this build, not on their rows"),
-                "use the columns of documents: doc_id, domain, tokens, bytes, origin",
-            ),
-            _ if function.signature().volatility != Volatility::Immutable => (
-                format!("`{name}` depends on when or where the recipe runs"),
-                "make it a parameter: declare it in the header, and give the value in the conf",
-            ),
-            _ => return,
-        };
-        let site = self.places.call(&names, first_place(args));
-        self.refuse(site.place, message, "here", cure);
+    /// Refuses a function by its name.
+    fn named(&mut self, name: &str, aliases: &[String], args: &[Expr]) {
+        if let Some((message, cure)) = allowed::refused(name) {
+            let site = self.places.call(&all_names(name, aliases), first_place(args));
+            self.refuse(site.place, message, "here", cure);
+        }
+    }
+
+    /// A list of texts may hold a NaN, and would be a list of floats with one.
+    fn cast(&mut self, of: &Expr, to: &DataType) {
+        if to.is_nested() {
+            let place = first_place([of]).and_then(|at| self.places.range(at));
+            self.refuse(place, "a recipe casts no lists", "here", "cast their values, one by one");
+        }
     }
 
     fn aggregate(&mut self, call: &AggregateFunction, group: &[Expr], input: &LogicalPlan) {
@@ -310,6 +367,9 @@ impl Walk<'_> {
             )
         };
         let refused = match &call.fun {
+            WindowFunctionDefinition::WindowUDF(_) if !allowed::WINDOWS.contains(&names[0]) => {
+                Some(allowed::unknown(names[0]))
+            }
             WindowFunctionDefinition::AggregateUDF(function) => {
                 adding(function, &params.args, &site.argument, keys(), input).or_else(|| {
                     ties(keys(), input).filter(|_| splits_ties(&params.window_frame)).map(of_ties)
@@ -361,13 +421,12 @@ fn adding<'e>(
         "round it to an integer first: cast(sum(cast(round({argument} * 4294967296) as decimal(38, 0))) as double) / 4294967296"
     );
     match name {
-        "count" | "min" | "max" | "bool_and" | "bool_or" | "bit_and" | "bit_or" | "bit_xor" | "grouping"
-        | "median" | "percentile_cont" => None,
+        _ if allowed::AGGREGATES.contains(&name) => None,
         // without a type, the planner's own message is better
         "sum" => match of_type? {
             DataType::Decimal128(..) | DataType::Decimal256(..) => None,
             integer if integer.is_integer() || integer.is_null() => Some((
-                format!("sum({argument}) adds up {integer}, which wraps silently when it overflows"),
+                format!("sum({argument}) adds up {integer}: the sum may be beyond it"),
                 format!("write sum(cast({argument} as decimal(38, 0)))"),
             )),
             float => Some((
@@ -408,10 +467,11 @@ fn adding<'e>(
                 "median({argument}) and percentile_cont({argument}, 0.5) are exact; `domains` has p25, p50, p75, p90, p99"
             ),
         )),
-        _ => Some((
+        _ if allowed::FLOAT_SUMS.contains(&name) => Some((
             format!("`{name}` adds up floats: its last bits depend on the order of the rows"),
             float_cure,
         )),
+        _ => Some(allowed::unknown(name)),
     }
 }
 
@@ -453,7 +513,7 @@ fn unique(plan: &LogicalPlan) -> Vec<Columns> {
         | LogicalPlan::Window(_) => plan.inputs().first().map(|input| unique(input)).unwrap_or_default(),
         LogicalPlan::Projection(projection) => {
             let from: Vec<Option<usize>> =
-                projection.expr.iter().map(|expr| place(&expr.clone().unalias(), &projection.input)).collect();
+                projection.expr.iter().map(|expr| place(&expr.clone().unalias_nested().data, &projection.input)).collect();
             let kept = |key: Columns| {
                 key.into_iter().map(|column| from.iter().position(|from| *from == Some(column))).collect()
             };
@@ -464,6 +524,7 @@ fn unique(plan: &LogicalPlan) -> Vec<Columns> {
             let plain = !aggregate.group_expr.iter().any(|expr| matches!(expr, Expr::GroupingSet(_)));
             plain.then(|| (0..aggregate.group_expr.len()).collect()).into_iter().collect()
         }
+        LogicalPlan::Unnest(unnest) => unnested(unnest),
         LogicalPlan::Distinct(Distinct::All(input)) => unique(input),
         LogicalPlan::Join(join) => {
             let (left, right) = (unique(&join.left), unique(&join.right));
@@ -502,6 +563,25 @@ fn unique(plan: &LogicalPlan) -> Vec<Columns> {
     }
 }
 
+/// The keys of what `unnest(range(…))` gives: those of its input, with the number.
+fn unnested(unnest: &Unnest) -> Vec<Columns> {
+    let ([(list, _)], [], LogicalPlan::Projection(below)) =
+        (unnest.list_type_columns.as_slice(), unnest.struct_type_columns.as_slice(), &*unnest.input)
+    else {
+        return vec![];
+    };
+    let counts = match below.expr[*list].clone().unalias_nested().data {
+        Expr::ScalarFunction(call) => ["range", "generate_series"].contains(&call.func.name()),
+        _ => false,
+    };
+    let place = |column: usize| unnest.dependency_indices.iter().position(|from| *from == column);
+    let kept = |key: Columns| key.into_iter().chain([*list]).map(place).collect();
+    match counts {
+        true => unique(&unnest.input).into_iter().filter_map(kept).collect(),
+        false => vec![],
+    }
+}
+
 fn order_cure(missing: &[String]) -> String {
     // a column without a name of its own goes by what computes it
     let is_named = |name: &String| name.chars().all(|c| c.is_alphanumeric() || c == '_');
@@ -523,16 +603,4 @@ fn splits_ties(frame: &WindowFrame) -> bool {
 
 fn all_names<'n>(name: &'n str, aliases: &'n [String]) -> Vec<&'n str> {
     [name].into_iter().chain(aliases.iter().map(String::as_str)).collect()
-}
-
-/// Where the first column inside some expressions was written.
-fn first_place(exprs: &[Expr]) -> Option<PlanSpan> {
-    let mut place = None;
-    for expr in exprs {
-        let _ = expr.apply(|expr| {
-            place = place.or_else(|| expr.try_as_col().and_then(|column| column.spans().first()));
-            Ok(if place.is_some() { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
-        });
-    }
-    place
 }

@@ -75,6 +75,7 @@ fn manifest() -> RunManifest {
         conf: Conf::parse(conf, "small.toml", &[], &|_| None).unwrap(),
         sql: [("sql/mixtures/mine.sql".to_owned(), sql.to_owned())].into(),
         inputs: vec![Input { url: "a<1>.jsonl".into(), bytes: 1_234_567, blake3: Digest([0xab; 32]) }],
+        not_read: Default::default(),
         tokenizer: Digest([0x6d; 32]),
         stages: vec![],
         files: vec![],

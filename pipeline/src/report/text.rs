@@ -1,8 +1,9 @@
 //! How numbers and names are written in the report, and the table that holds them.
 
-/// Text as HTML shows it, in an element or in an attribute.
+/// Text as HTML and SVG show it, in an element or in an attribute; they know no control characters.
 pub fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
+    text.replace(|c: char| c.is_control() && !"\t\n\r".contains(c), "\u{fffd}")
+        .replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")
         .replace('"', "&quot;")

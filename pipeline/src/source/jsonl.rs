@@ -6,14 +6,18 @@
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 
+use flate2::bufread::GzDecoder;
 use memchr::{memchr, memchr_iter};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::read::{Pieces, Rows};
 use super::stored::{READ_BYTES, Stored, own};
-use super::{Cell, Each, Outcome, Reason, Reject, Spec};
+use super::{Cell, Column, Each, Outcome, Reason, Reject, Spec};
 use crate::{Error, Result};
+
+/// A byte order mark, which Windows likes to put first.
+const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// The largest window of zstd that is accepted: 2²⁷ bytes = 128 MiB, what `zstd --long` and `--ultra -22` use.
 const ZSTD_WINDOW_LOG: u32 = 27;
@@ -21,7 +25,7 @@ const ZSTD_WINDOW_LOG: u32 = 27;
 /// Cuts a file into lines and gives them to `pieces`; returns how many lines there are.
 pub(super) fn read(stored: &mut Stored, spec: &Spec, pieces: &mut Pieces<'_>) -> Result<u64> {
     let url = pieces.file.url.as_str();
-    let kind = Kind::of_name(url);
+    let kind = Kind::of_name(&url.to_lowercase());
     let mut cutting = Cutting::new(spec);
     let mut done = 0;
     let failed = |error, line, done| kind.failed(url, error, line, done);
@@ -37,7 +41,10 @@ pub(super) fn read(stored: &mut Stored, spec: &Spec, pieces: &mut Pieces<'_>) ->
             cutting.add(&bytes[..end]);
             cutting.end_line();
             bytes = &bytes[end + 1..];
-            if cutting.lines.data.len() as u64 >= pieces.room() {
+            if cutting.layout == Layout::Spread {
+                return Err(not_lines(url));
+            }
+            if pieces.is_full_with(cutting.rows(), cutting.lines.data.len() as u64) {
                 cutting.flush(pieces)?;
             }
         }
@@ -48,8 +55,25 @@ pub(super) fn read(stored: &mut Stored, spec: &Spec, pieces: &mut Pieces<'_>) ->
     if cutting.length > 0 {
         cutting.end_line();
     }
+    if matches!(cutting.layout, Layout::List | Layout::Spread) {
+        return Err(not_lines(url));
+    }
     cutting.flush(pieces)?;
     Ok(cutting.number - 1)
+}
+
+/// A file's name, in small letters, without the ending of a compression that is read.
+pub(super) fn uncompressed(name: &str) -> &str {
+    name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(name)
+}
+
+fn not_lines(url: &str) -> Error {
+    Error::data(
+        format!(
+            "`{url}` is JSON, but not an object a line: its first row opens a list or an object of many lines"
+        ),
+        "write one object a line (`jq -c '.[]' FILE` does it with a list, `jq -c . FILE` with objects), or leave the file out of the source's url",
+    )
 }
 
 /// How a file is compressed, by its name's ending.
@@ -61,6 +85,7 @@ enum Kind {
 }
 
 impl Kind {
+    /// By a name in small letters.
     fn of_name(name: &str) -> Self {
         match name {
             name if name.ends_with(".gz") => Kind::Gzip,
@@ -69,12 +94,21 @@ impl Kind {
         }
     }
 
-    fn of_first_bytes(bytes: &[u8]) -> Self {
+    /// What a file that begins so is, in a word.
+    fn of_first_bytes(bytes: &[u8]) -> &'static str {
         match bytes {
-            [0x1f, 0x8b, ..] => Kind::Gzip,
+            [] => "empty",
+            [0x1f, 0x8b, ..] => Kind::Gzip.name(),
             // a frame, or a skippable frame before it
-            [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Kind::Zstd,
-            _ => Kind::Plain,
+            [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Kind::Zstd.name(),
+            [0xfd, b'7', b'z', b'X'] => "xz",
+            b"BZh1" | b"BZh2" | b"BZh3" | b"BZh4" | b"BZh5" | b"BZh6" | b"BZh7" | b"BZh8" | b"BZh9" => {
+                "bzip2"
+            }
+            [0x04, 0x22, 0x4d, 0x18] => "lz4",
+            [b'P', b'K', 3, 4] => "zip",
+            b"PAR1" => "Parquet",
+            _ => Kind::Plain.name(),
         }
     }
 
@@ -91,10 +125,10 @@ impl Kind {
         let mut first = Vec::with_capacity(4);
         stored.take(4).read_to_end(&mut first)?;
         let is = Kind::of_first_bytes(&first);
-        if is != self {
-            let looks = if first.is_empty() { "empty" } else { is.name() };
+        // a plain file may be empty
+        if is != self.name() && !(first.is_empty() && self == Kind::Plain) {
             return Err(io::Error::other(Error::data(
-                format!("`{}` is {looks}, but its name says {}", stored.file.url, self.name()),
+                format!("`{}` is {is}, but its name says {}", stored.file.url, self.name()),
                 "names of gzip files end with .gz, those of zstd files with .zst, all others are plain text",
             )));
         }
@@ -102,7 +136,7 @@ impl Kind {
         Ok(match self {
             Kind::Plain => Box::new(bytes),
             Kind::Gzip => {
-                Box::new(BufReader::with_capacity(READ_BYTES, flate2::bufread::MultiGzDecoder::new(bytes)))
+                Box::new(BufReader::with_capacity(READ_BYTES, Members(Some(GzDecoder::new(bytes)))))
             }
             Kind::Zstd => {
                 let mut decoder = zstd::Decoder::with_buffer(bytes)?;
@@ -134,6 +168,35 @@ impl Kind {
     }
 }
 
+/// The text of a gzip file's members, one after the other. Zeros between and behind them fill up the blocks of tapes and of
+/// `dd`; whatever else is there has to be a member. None once all is read.
+struct Members<R>(Option<GzDecoder<R>>);
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        while let Some(member) = &mut self.0 {
+            let bytes = member.read(out)?;
+            if bytes > 0 || out.is_empty() {
+                return Ok(bytes);
+            }
+            let Some(mut stored) = self.0.take().map(GzDecoder::into_inner) else { break };
+            loop {
+                let bytes = stored.fill_buf()?;
+                let (zeros, all) = (bytes.iter().take_while(|byte| **byte == 0).count(), bytes.len());
+                stored.consume(zeros);
+                if zeros < all {
+                    self.0 = Some(GzDecoder::new(stored));
+                    break;
+                }
+                if all == 0 {
+                    break;
+                }
+            }
+        }
+        Ok(0)
+    }
+}
+
 /// Lines of a file that follow each other, each with its `\n`.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
@@ -154,6 +217,21 @@ struct Cutting {
     /// How many of its bytes were read. They are all in `data`, or, once there are more than `limit`, none.
     length: u64,
     limit: u64,
+    layout: Layout,
+    /// The first of its bytes that is no white space, as long as the layout is to be found.
+    first: Option<u8>,
+}
+
+/// What the first rows of a file tell of how it is laid out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Layout {
+    /// There was none yet.
+    Unknown,
+    /// There was one, a list: if no other follows, the file is that list, and its rows are in it.
+    List,
+    /// It opens a list or an object that doesn't end in its line.
+    Spread,
+    Lines,
 }
 
 impl Cutting {
@@ -161,10 +239,20 @@ impl Cutting {
         // JSON writes a byte of text as up to six (`\u0007`), and a row has more than its text
         let limit = spec.max_document_bytes.saturating_mul(6).saturating_add(64 << 10);
         let lines = Lines { first_line: 1, ..Lines::default() };
-        Self { lines, number: 1, start: 0, length: 0, limit }
+        Self { lines, number: 1, start: 0, length: 0, limit, layout: Layout::Unknown, first: None }
+    }
+
+    /// How many lines were collected.
+    fn rows(&self) -> u64 {
+        self.number - self.lines.first_line
     }
 
     fn add(&mut self, bytes: &[u8]) {
+        if self.layout != Layout::Lines && self.first.is_none() {
+            // those of a byte order mark are no text either
+            let is_text = |byte: &&u8| !byte.is_ascii_whitespace() && !BOM.contains(byte);
+            self.first = bytes.iter().find(is_text).copied();
+        }
         self.length += bytes.len() as u64;
         if self.length <= self.limit {
             self.lines.data.extend_from_slice(bytes);
@@ -177,6 +265,16 @@ impl Cutting {
         if self.length > self.limit {
             self.lines.dropped.push((self.number, self.length));
         }
+        if let Some(first) = self.first.take() {
+            // empty where it was dropped
+            let line = self.lines.data[self.start..].trim_ascii();
+            self.layout = match (self.layout, first) {
+                (Layout::Unknown, b'[') if line.ends_with(b"]") => Layout::List,
+                (Layout::Unknown, b'[') => Layout::Spread,
+                (Layout::Unknown, b'{') if line.strip_prefix(BOM).unwrap_or(line) == b"{" => Layout::Spread,
+                _ => Layout::Lines,
+            };
+        }
         self.lines.data.push(b'\n');
         self.start = self.lines.data.len();
         self.length = 0;
@@ -185,14 +283,15 @@ impl Cutting {
 
     /// Gives away the lines collected so far, between two lines.
     fn flush(&mut self, pieces: &mut Pieces<'_>) -> Result<()> {
-        let next = Lines { first_line: self.number, ..Lines::default() };
+        let next_line = self.number;
+        let next = Lines { first_line: next_line, ..Lines::default() };
         let lines = std::mem::replace(&mut self.lines, next);
         self.start = 0;
         if lines.data.is_empty() {
             return Ok(());
         }
-        let bytes = lines.data.len() as u64;
-        pieces.push(Rows::Lines(lines), bytes)
+        let (rows, bytes) = (next_line - lines.first_line, lines.data.len() as u64);
+        pieces.push(Rows::Lines(lines), rows, bytes)
     }
 }
 
@@ -211,8 +310,7 @@ impl Lines {
                 continue;
             }
             if number == 1 {
-                // a byte order mark, which Windows likes to put first
-                line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
+                line = line.strip_prefix(BOM).unwrap_or(line);
             }
             if !line.trim_ascii().is_empty() {
                 f(number, row(line, spec, domain, &mut unescaped))?;
@@ -239,9 +337,10 @@ fn row<'a>(line: &'a [u8], spec: &'a Spec, domain: Cell<'a>, unescaped: &'a mut 
     }
     let mut found =
         Columns { text: Found::new(&mut unescaped.text), domain: Found::new(&mut unescaped.domain) };
-    let root = Node { text: Some(&spec.text), domain: spec.domain_column(), found: &mut found };
+    let domain_column = spec.domain_column().map(Column::names);
+    let root = Node { text: Some(spec.text.names()), domain: domain_column, found: &mut found };
     root.deserialize(&mut json).and_then(|()| json.end()).map_err(not_json)?;
-    let domain = if spec.domain_column().is_some() { found.domain.into_cell() } else { domain };
+    let domain = if domain_column.is_some() { found.domain.into_cell() } else { domain };
     spec.judge(found.text.into_cell(), domain)
 }
 
@@ -450,8 +549,8 @@ mod tests {
         Spec {
             origin: "test".into(),
             format: Format::Jsonl,
-            text: vec!["text".into()],
-            domain: DomainRule::Column(vec!["meta".into(), "set".into()]),
+            text: Column::parse("text").unwrap(),
+            domain: DomainRule::Column(Column::parse("meta.set").unwrap()),
             max_document_bytes: 1000,
         }
     }
@@ -483,15 +582,15 @@ mod tests {
             let spec = spec();
             let mut buffers = Unescaped::default();
             let got = row(line.as_bytes(), &spec, Cell::Missing, &mut buffers);
-            let got = got.map(|d| (d.domain, d.text)).map_err(|reject| reject.reason);
+            let got = got.map(|d| d.map(|d| (d.domain, d.text))).map_err(|reject| reject.reason);
             let expected = match (&value["text"], &value["meta"]["set"]) {
                 (serde_json::Value::Null, _) => Err(Reason::NoText),
                 (text, _) if !text.is_string() => Err(Reason::TextNotAString),
-                (text, _) if text == "" => Err(Reason::TextEmpty),
+                (text, _) if text == "" => Ok(None),
                 (_, serde_json::Value::Null) => Err(Reason::NoDomain),
                 (_, domain) if !domain.is_string() => Err(Reason::DomainNotAString),
                 (_, domain) if domain == "" => Err(Reason::BadDomain),
-                (text, domain) => Ok((domain.as_str().unwrap(), text.as_str().unwrap())),
+                (text, domain) => Ok(Some((domain.as_str().unwrap(), text.as_str().unwrap()))),
             };
             prop_assert_eq!(got, expected);
         }

@@ -14,8 +14,11 @@
 //! One bad row never ends a scan: it is a [`Reject`]. What makes *all* further rows of a file doubtful does:
 //! damaged compression, a file that changes while it is read, a column that isn't there.
 
+mod column;
 mod files;
 mod jsonl;
+mod list;
+mod local;
 mod parquet;
 mod read;
 mod stored;
@@ -23,7 +26,9 @@ mod stored;
 mod tests;
 mod text;
 
-pub use files::{BUNDLE_FILE_BYTES, SourceFile, Unit, list, units};
+pub use column::Column;
+pub use files::{BUNDLE_FILE_BYTES, SourceFile, Unit, units};
+pub use list::{Listing, Unread, Why, list};
 pub use read::{FileSummary, PART_BYTES, Part, Parts, Reader};
 
 use globset::GlobMatcher;
@@ -37,8 +42,8 @@ pub struct Spec {
     /// The conf's name of the source.
     pub origin: String,
     pub format: Format,
-    /// The path of the text's column, `["meta", "text"]` for `meta.text`. Not used by [`Format::Text`].
-    pub text: Vec<String>,
+    /// The text's column. Not used by [`Format::Text`].
+    pub text: Column,
     pub domain: DomainRule,
     /// A longer text is rejected.
     pub max_document_bytes: u64,
@@ -47,8 +52,9 @@ pub struct Spec {
 /// How a source's files hold their rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// A JSON object a line; plain, gzip (`.gz`) or zstd (`.zst`).
+    /// A JSON object a line (`.jsonl`, `.ndjson`, `.json`); plain, gzip (`.gz`) or zstd (`.zst`).
     Jsonl,
+    /// (`.parquet`, `.parq`, `.pq`)
     Parquet,
     /// A document a file.
     Text,
@@ -57,8 +63,8 @@ pub enum Format {
 /// Where a document's domain is found.
 #[derive(Clone, Debug)]
 pub enum DomainRule {
-    /// In the column at this path. Not for [`Format::Text`], which has no columns.
-    Column(Vec<String>),
+    /// In this column. Not for [`Format::Text`], which has no columns.
+    Column(Column),
     /// It is the same for all documents.
     Const(String),
     /// The first glob that matches the file decides. It may match the url (`s3://bucket/code/a.rs`,
@@ -77,8 +83,8 @@ pub struct Row<'a> {
     pub outcome: Outcome<'a>,
 }
 
-/// What a row turned out to be.
-pub type Outcome<'a> = std::result::Result<Document<'a>, Reject>;
+/// What a row turned out to be; none where its text is empty, which is no document.
+pub type Outcome<'a> = std::result::Result<Option<Document<'a>>, Reject>;
 
 /// What is done with each row of a file, given its line.
 type Each<'f> = dyn FnMut(u64, Outcome<'_>) -> crate::Result<()> + 'f;
@@ -106,7 +112,6 @@ pub enum Reason {
     NotAnObject,
     NoText,
     TextNotAString,
-    TextEmpty,
     NoDomain,
     DomainNotAString,
     /// Empty, or longer than [`DOMAIN_BYTES`].
@@ -123,7 +128,6 @@ impl Reason {
             Reason::NotAnObject => "not_an_object",
             Reason::NoText => "no_text",
             Reason::TextNotAString => "text_not_a_string",
-            Reason::TextEmpty => "text_empty",
             Reason::NoDomain => "no_domain",
             Reason::DomainNotAString => "domain_not_a_string",
             Reason::BadDomain => "bad_domain",
@@ -164,9 +168,9 @@ enum Cell<'a> {
 
 impl Spec {
     /// The column of the domain, if it is in a column.
-    fn domain_column(&self) -> Option<&[String]> {
+    fn domain_column(&self) -> Option<&Column> {
         match &self.domain {
-            DomainRule::Column(path) => Some(path),
+            DomainRule::Column(column) => Some(column),
             DomainRule::Const(_) | DomainRule::Paths(_) => None,
         }
     }
@@ -185,25 +189,24 @@ impl Spec {
 
     /// A document, if text and domain are what they should be. The first thing that is wrong is the reason.
     fn judge<'a>(&self, text: Cell<'a>, domain: Cell<'a>) -> Outcome<'a> {
-        let column = |path: &[String]| format!("`{}`", path.join("."));
         let text = match text {
-            Cell::Text("") => return Err(Reject::new(Reason::TextEmpty, "the text is empty")),
+            Cell::Text("") => return Ok(None),
             Cell::Text(text) if text.len() as u64 > self.max_document_bytes => {
                 return Err(Reject::too_long("the text", text.len() as u64, self.max_document_bytes));
             }
             Cell::Text(text) => text,
             Cell::Null => {
-                return Err(Reject::new(Reason::NoText, format!("{} is null", column(&self.text))));
+                return Err(Reject::new(Reason::NoText, format!("`{}` is null", self.text)));
             }
             Cell::Missing => {
-                return Err(Reject::new(Reason::NoText, format!("there is no {}", column(&self.text))));
+                return Err(Reject::new(Reason::NoText, format!("there is no `{}`", self.text)));
             }
             Cell::Other(kind) => {
-                return Err(Reject::new(Reason::TextNotAString, format!("{} is {kind}", column(&self.text))));
+                return Err(Reject::new(Reason::TextNotAString, format!("`{}` is {kind}", self.text)));
             }
         };
         let named = || match &self.domain {
-            DomainRule::Column(path) => column(path),
+            DomainRule::Column(column) => format!("`{column}`"),
             DomainRule::Const(_) | DomainRule::Paths(_) => "rule for this file's path".into(),
         };
         match domain {
@@ -212,7 +215,7 @@ impl Spec {
                 Reason::BadDomain,
                 format!("the domain has {} bytes, more than {DOMAIN_BYTES}", domain.len()),
             )),
-            Cell::Text(domain) => Ok(Document { domain, text }),
+            Cell::Text(domain) => Ok(Some(Document { domain, text })),
             Cell::Null => Err(Reject::new(Reason::NoDomain, format!("{} is null", named()))),
             Cell::Missing => Err(Reject::new(Reason::NoDomain, format!("there is no {}", named()))),
             Cell::Other(kind) => Err(Reject::new(Reason::DomainNotAString, format!("{} is {kind}", named()))),

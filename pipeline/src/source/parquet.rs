@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use parquet::basic::Type;
+use parquet::basic::{LogicalType, Type};
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::errors::ParquetError;
@@ -18,9 +18,9 @@ use parquet::file::reader::{ChunkReader, FileReader, Length};
 use parquet::file::serialized_reader::SerializedFileReader;
 
 use super::files::SourceFile;
-use super::read::{PART_BYTES, Pieces, Rows};
+use super::read::{PART_BYTES, PART_ROWS, Pieces, Rows};
 use super::stored::{RandomAccess, own};
-use super::{Cell, Each, Reject, Spec};
+use super::{Cell, Column, Each, Reject, Spec};
 use crate::error::Doing;
 use crate::{Error, Result};
 
@@ -31,8 +31,16 @@ const BATCH_BYTES: u64 = 1 << 20;
 struct Table {
     reader: SerializedFileReader<Access>,
     access: Access,
-    text: usize,
-    domain: Option<usize>,
+    text: Leaf,
+    domain: Option<Leaf>,
+}
+
+/// Where a column's values are.
+#[derive(Clone, Copy, Debug)]
+enum Leaf {
+    Of(usize),
+    /// Nowhere: it, or what it is in, is of Arrow's type Null, as writers make of a column without values.
+    Null,
 }
 
 /// Rows of one row group.
@@ -75,20 +83,22 @@ pub(super) fn read(bytes: RandomAccess, spec: &Spec, pieces: &mut Pieces<'_>) ->
         };
         let rows = count(group.num_rows())?;
         let mut bytes = 0u64;
-        for column in [Some(text), domain].into_iter().flatten().map(|leaf| group.column(leaf)) {
+        for leaf in [Some(text), domain].into_iter().flatten() {
+            let Leaf::Of(leaf) = leaf else { continue };
+            let column = group.column(leaf);
             if count(column.num_values())? != rows {
                 return Err(damaged(&file, &place, "its columns have different numbers of rows"));
             }
             bytes = bytes.saturating_add(count(column.uncompressed_size())?);
         }
-        let ranges = (bytes / PART_BYTES).clamp(1, rows.max(1));
+        let ranges = (bytes / PART_BYTES).max(rows / PART_ROWS).clamp(1, rows.max(1));
         let batch = BATCH_BYTES.saturating_mul(rows).checked_div(bytes).unwrap_or(rows).clamp(1, 1024);
         for range in 0..ranges {
             let bound = |range| (u128::from(rows) * u128::from(range) / u128::from(ranges)) as u64;
             let (start, stop) = (bound(range), bound(range + 1));
             if start < stop {
                 let range = Range { table: table.clone(), group: index, before, start, stop, batch };
-                pieces.push(Rows::Table(range), bytes / ranges)?;
+                pieces.push(Rows::Table(range), stop - start, bytes / ranges)?;
             }
         }
         before = rows.saturating_add(before);
@@ -99,18 +109,25 @@ pub(super) fn read(bytes: RandomAccess, spec: &Spec, pieces: &mut Pieces<'_>) ->
     Ok(before)
 }
 
-/// The number of the leaf column at `path`.
+/// Where the values of a column are.
 fn find_column(
     reader: &SerializedFileReader<Access>,
     file: &SourceFile,
-    path: &[String],
+    column: &Column,
     what: &str,
-) -> Result<usize> {
+) -> Result<Leaf> {
+    let path = column.names();
     let columns = reader.metadata().file_metadata().schema_descr().columns();
-    let name = path.join(".");
     let usable = |i: usize| columns[i].physical_type() == Type::BYTE_ARRAY && columns[i].max_rep_level() == 0;
+    let is_null = |i: usize| {
+        columns[i].logical_type_ref() == Some(&LogicalType::Unknown) && columns[i].max_rep_level() == 0
+    };
+    // where `meta` has no values, `meta.set` has none
+    if (0..columns.len()).any(|i| path.starts_with(columns[i].path().parts()) && is_null(i)) {
+        return Ok(Leaf::Null);
+    }
     let problem = match columns.iter().position(|column| column.path().parts() == path) {
-        Some(found) if usable(found) => return Ok(found),
+        Some(found) if usable(found) => return Ok(Leaf::Of(found)),
         Some(found) if columns[found].max_rep_level() > 0 => "is a list".to_owned(),
         Some(found) => format!("holds {}, not text", columns[found].physical_type()),
         None if columns.iter().any(|column| column.path().parts().starts_with(path)) => {
@@ -121,12 +138,12 @@ fn find_column(
     let names = |wanted: bool| {
         let names: Vec<_> = (0..columns.len())
             .filter(|&i| usable(i) == wanted)
-            .map(|i| format!("`{}`", columns[i].path().string()))
+            .map(|i| format!("`{}`", Column::of(columns[i].path().parts())))
             .collect();
         if names.is_empty() { "none".to_owned() } else { names.join(", ") }
     };
     Err(Error::data(
-        format!("the {what} column `{name}` of `{}` {problem}", file.url),
+        format!("the {what} column `{column}` of `{}` {problem}", file.url),
         format!(
             "set the source's `{what}` to a column that holds text: {} (others: {})",
             names(true),
@@ -140,10 +157,10 @@ impl Range {
     pub fn rows(&self, file: &SourceFile, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()> {
         let table = &*self.table;
         let place = format!("row group {}", self.group);
-        let mut text = guarded(file, &place, || Column::open(table, self.group, table.text, self.start))?;
+        let mut text = guarded(file, &place, || Values::open(table, self.group, table.text, self.start))?;
         let mut own_domain = table
             .domain
-            .map(|leaf| guarded(file, &place, || Column::open(table, self.group, leaf, self.start)))
+            .map(|leaf| guarded(file, &place, || Values::open(table, self.group, leaf, self.start)))
             .transpose()?;
         let mut row = self.start;
         while row < self.stop {
@@ -154,7 +171,7 @@ impl Range {
             })?;
             for _ in 0..batch {
                 let text = text.next();
-                let domain = own_domain.as_mut().map_or(Ok(domain), Column::next);
+                let domain = own_domain.as_mut().map_or(Ok(domain), Values::next);
                 row += 1;
                 let outcome = text.and_then(|text| spec.judge(text, domain?));
                 f(self.before + row, outcome)?;
@@ -164,8 +181,36 @@ impl Range {
     }
 }
 
-/// A column of a row group, read batch by batch.
-struct Column {
+/// The values of a column in a row group, read batch by batch.
+enum Values {
+    Of(Box<Texts>),
+    Null,
+}
+
+impl Values {
+    fn open(table: &Table, group: usize, leaf: Leaf, start: u64) -> parquet::errors::Result<Self> {
+        match leaf {
+            Leaf::Of(leaf) => Ok(Values::Of(Box::new(Texts::open(table, group, leaf, start)?))),
+            Leaf::Null => Ok(Values::Null),
+        }
+    }
+
+    fn read(&mut self, rows: u64) -> parquet::errors::Result<()> {
+        match self {
+            Values::Of(texts) => texts.read(rows),
+            Values::Null => Ok(()),
+        }
+    }
+
+    fn next(&mut self) -> Result<Cell<'_>, Reject> {
+        match self {
+            Values::Of(texts) => texts.next(),
+            Values::Null => Ok(Cell::Null),
+        }
+    }
+}
+
+struct Texts {
     reader: ColumnReaderImpl<ByteArrayType>,
     /// The definition level of a value that isn't null.
     defined: i16,
@@ -175,7 +220,7 @@ struct Column {
     value: ByteArray,
 }
 
-impl Column {
+impl Texts {
     fn open(table: &Table, group: usize, leaf: usize, start: u64) -> parquet::errors::Result<Self> {
         let defined = table.reader.metadata().file_metadata().schema_descr().column(leaf).max_def_level();
         let ColumnReader::ByteArrayColumnReader(mut reader) =

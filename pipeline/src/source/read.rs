@@ -19,6 +19,10 @@ use crate::{Error, Result};
 /// A part ends with the row that brings it to this size, after decompression.
 pub const PART_BYTES: u64 = 32 << 20;
 
+/// Or with so many rows: where they are a few bytes each, all bad ones of a part are still held in memory, with file, line
+/// and reason.
+pub(super) const PART_ROWS: u64 = 1 << 20;
+
 /// How many small files are fetched at once: what takes time is the asking, not the bytes.
 const FILES_AHEAD: usize = 8;
 
@@ -93,6 +97,7 @@ impl Reader {
             stop: self.stop.clone(),
             index: 0,
             pieces: Vec::new(),
+            rows: 0,
             bytes: 0,
         };
         let reading = tokio::task::spawn_blocking(move || reader.read(unit, &spec, cutter));
@@ -191,6 +196,7 @@ struct Cutter {
     stop: Arc<AtomicBool>,
     index: u32,
     pieces: Vec<Piece>,
+    rows: u64,
     bytes: u64,
 }
 
@@ -202,6 +208,7 @@ impl Cutter {
         }
         let index = self.index;
         let (pieces, bytes) = (std::mem::take(&mut self.pieces), std::mem::take(&mut self.bytes));
+        self.rows = 0;
         self.index += 1;
         if (self.skip)(index) {
             return Ok(());
@@ -220,17 +227,18 @@ pub(super) struct Pieces<'a> {
 }
 
 impl Pieces<'_> {
-    /// How much is missing until the part is full.
-    pub fn room(&self) -> u64 {
-        PART_BYTES.saturating_sub(self.cutter.bytes)
+    /// Whether the part is full once it has so many more rows, and bytes of them.
+    pub fn is_full_with(&self, rows: u64, bytes: u64) -> bool {
+        self.cutter.bytes + bytes >= PART_BYTES || self.cutter.rows + rows >= PART_ROWS
     }
 
     /// Adds rows of this file to the part, and ends it if it is full.
-    pub fn push(&mut self, rows: Rows, bytes: u64) -> Result<()> {
+    pub fn push(&mut self, rows: Rows, count: u64, bytes: u64) -> Result<()> {
         self.cutter.pieces.push(Piece { file: self.file.clone(), rows });
+        self.cutter.rows += count;
         self.cutter.bytes += bytes;
         self.count += 1;
-        if self.room() == 0 { self.cutter.cut() } else { Ok(()) }
+        if self.is_full_with(0, 0) { self.cutter.cut() } else { Ok(()) }
     }
 
     /// [`Error::Stopped`] once a signal has come.

@@ -74,10 +74,17 @@ fn changed(file: &SourceFile, how: &str) -> Error {
 /// Opens a file that was listed before, and is still the same.
 pub(super) async fn open(store: &dyn ObjectStore, file: SourceFile, stop: Arc<AtomicBool>) -> Result<Stored> {
     let failed = |source| Error::Storage { doing: "read", url: file.url.clone(), source };
+    if file.size == 0 {
+        // There is nothing to ask for; and it may be what an object store has for an empty folder, which can't be got.
+        let bytes = Backing::Whole(Bytes::new());
+        return Ok(Stored { file: Arc::new(file), stop, bytes, hasher: blake3::Hasher::new(), read: 0 });
+    }
     let got = store.get_opts(&file.path, GetOptions::default()).await.map_err(failed)?;
     // This is as good as the store's own `if_match`, and works where there is no e_tag, or where a listing
     // writes it in another way. If the transfer breaks, object_store goes on with the same version only.
-    if version(&got.meta) != file.version || got.meta.size != file.size {
+    // A version that is a digest is compared when all is read.
+    let same = file.digest().is_some() || version(&got.meta).as_ref() == Some(&file.version);
+    if !same || got.meta.size != file.size {
         return Err(changed(&file, &format!("listed with {} bytes, it is another version now", file.size)));
     }
     let bytes = match got.payload {
@@ -141,11 +148,11 @@ impl Stored {
     /// The file is not what it was when it was listed.
     pub fn finish(mut self) -> Result<blake3::Hash> {
         self.copy_to(&mut io::sink())?;
-        self.check_size()?;
+        let digest = self.checked()?;
         if let Backing::Local(local) = &self.bytes {
             local.check(&self.file)?;
         }
-        Ok(self.hasher.finalize())
+        Ok(digest)
     }
 
     /// Reads and hashes everything, and keeps it for reading in any order: where it is if it is local, in a
@@ -172,8 +179,8 @@ impl Stored {
                 RandomAccess::File(Local::new(copy, self.file.size))
             }
         };
-        self.check_size()?;
-        Ok((access, self.hasher.finalize()))
+        let digest = self.checked()?;
+        Ok((access, digest))
     }
 
     fn copy_to(&mut self, to: &mut impl Write) -> Result<()> {
@@ -190,11 +197,17 @@ impl Stored {
         }
     }
 
-    fn check_size(&self) -> Result<()> {
-        if self.read == self.file.size {
-            return Ok(());
+    /// The hash of all bytes, if they are those that were listed.
+    fn checked(&self) -> Result<blake3::Hash> {
+        if self.read != self.file.size {
+            let how = format!("{} bytes were listed, {} came", self.file.size, self.read);
+            return Err(changed(&self.file, &how));
         }
-        Err(changed(&self.file, &format!("{} bytes were listed, {} came", self.file.size, self.read)))
+        let digest = self.hasher.finalize();
+        match self.file.digest() {
+            Some(listed) if *listed != *digest.to_hex() => Err(changed(&self.file, "it has other bytes now")),
+            _ => Ok(digest),
+        }
     }
 }
 

@@ -2,28 +2,37 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use futures::StreamExt;
+use futures::stream::BoxStream;
 use globset::Glob;
 use object_store::chunked::ChunkedStore;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult,
+};
 
 use super::*;
 use crate::Error;
 
-/// What became of a row: domain and text, or the reason.
-type Fate = Result<(String, String), Reason>;
+/// What became of a row: domain and text, or the reason; none where the text is empty.
+type Fate = Result<Option<(String, String)>, Reason>;
 
 /// A row as tests compare it: part, line and fate.
 type Seen = (u32, u64, Fate);
+
+fn column(path: &str) -> Column {
+    Column::parse(path).unwrap()
+}
 
 fn spec(format: Format) -> Arc<Spec> {
     Arc::new(Spec {
         origin: "test".into(),
         format,
-        text: vec!["text".into()],
-        domain: DomainRule::Column(vec!["meta".into(), "set".into()]),
+        text: column("text"),
+        domain: DomainRule::Column(column("meta.set")),
         max_document_bytes: 1000,
     })
 }
@@ -51,7 +60,22 @@ async fn list_all(
     path: &str,
     format: Format,
 ) -> Result<Vec<SourceFile>, Error> {
-    list(&**store, &Path::parse(path).unwrap(), &format!("mem://{path}"), format).await
+    Ok(all_of(store, path, format, &[]).await?.files)
+}
+
+async fn all_of(
+    store: &Arc<dyn ObjectStore>,
+    path: &str,
+    format: Format,
+    own: &[Path],
+) -> Result<Listing, Error> {
+    list(&**store, &Path::parse(path).unwrap(), &format!("mem://{path}"), format, own).await
+}
+
+/// What lies at a path of this machine.
+async fn on_disk(path: &std::path::Path, format: Format) -> Result<Listing, Error> {
+    let url = path.to_str().unwrap();
+    list(&LocalFileSystem::new(), &Path::parse(url).unwrap(), url, format, &[]).await
 }
 
 /// All rows of a file, folder or glob.
@@ -65,7 +89,7 @@ async fn scan(
         let mut parts = reader(store).parts(unit, spec.clone(), |_| false);
         while let Some(part) = parts.next().await? {
             part.rows(spec, &mut |row| {
-                let outcome = row.outcome.map(|d| (d.domain.to_owned(), d.text.to_owned()));
+                let outcome = row.outcome.map(|d| d.map(|d| (d.domain.to_owned(), d.text.to_owned())));
                 rows.push((part.index, row.line, outcome.map_err(|reject| reject.reason)));
                 Ok(())
             })?;
@@ -102,7 +126,7 @@ fn words<T>(result: Result<T, Error>) -> String {
 }
 
 fn document(text: &str) -> Fate {
-    Ok(("d".to_owned(), text.to_owned()))
+    Ok(Some(("d".to_owned(), text.to_owned())))
 }
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
@@ -150,7 +174,8 @@ mod rows_of_jsonl {
             bad(r#"{"text":7,"meta":{"set":"d"}}"#, Reason::TextNotAString),
             bad(r#"{"text":["a"],"meta":{"set":"d"}}"#, Reason::TextNotAString),
             bad(r#"{"text":{"text":"a"},"meta":{"set":"d"}}"#, Reason::TextNotAString),
-            bad(r#"{"text":"","meta":{"set":"d"}}"#, Reason::TextEmpty),
+            line(r#"{"text":"","meta":{"set":"d"}}"#, Ok(None)),
+            line(r#"{"text":"","meta":{}}"#, Ok(None)),
             (b"{\"text\":\"\xff\",\"meta\":{\"set\":\"d\"}}".to_vec(), Some(Err(Reason::NotUtf8))),
             bad(r#"{"text":"a"}"#, Reason::NoDomain),
             bad(r#"{"text":"a","meta":"d"}"#, Reason::NoDomain),
@@ -248,6 +273,50 @@ mod rows_of_jsonl {
     }
 
     #[tokio::test]
+    async fn a_file_that_is_one_list_or_one_object_over_many_lines_is_an_error_with_the_cure() {
+        let store = memory();
+        let row = r#"{"text":"t","meta":{"set":"d"}}"#;
+        let long = format!("[{}]", vec![row; 3000].join(","));
+        for text in [
+            format!("[{row},{row}]"),
+            format!("\n\u{feff} [{row}]\n\n"),
+            format!("[\n{row},\n{row}\n]\n"),
+            format!("[{row},\n{row}]\n"),
+            "{\n  \"text\": \"t\"\n}\n".to_owned(),
+            "\u{feff}{\r\n  \"text\": \"t\"\r\n}\r\n".to_owned(),
+            "[]".to_owned(),
+            // longer than any row may be
+            long,
+        ] {
+            put(&store, "a.json", text.clone()).await;
+            let words = words(scan(&store, "a.json", &spec(Format::Jsonl)).await);
+            assert!(words.starts_with("`mem://a.json` is JSON, but not an object a line"), "{words}");
+            assert!(words.contains("jq -c"), "{words}");
+        }
+        // a bad row is no bad file
+        for text in [format!("[1]\n{row}\n"), format!("{row}\n[1]"), format!("{row}\n{{\n")] {
+            put(&store, "a.json", text).await;
+            let (rows, _) = scan(&store, "a.json", &spec(Format::Jsonl)).await.unwrap();
+            assert_eq!(rows.iter().filter(|row| row.2.is_ok()).count(), 1);
+            assert_eq!(rows.len(), 2);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_column_with_a_dot_in_its_name_is_found_and_shown_as_it_is_written() {
+        let store = memory();
+        let rows = r#"{"a.b":{"c":"t"},"meta.kind":"d","meta":{"kind":"wrong"}}"#;
+        put(&store, "a.jsonl", format!("{rows}\n{{}}\n{{\"a.b\":{{\"c\":\"t\"}}}}")).await;
+        let spec = changed(&spec(Format::Jsonl), |spec| {
+            spec.text = column("\"a.b\".c");
+            spec.domain = DomainRule::Column(column("\"meta.kind\""));
+        });
+        assert_eq!(scan(&store, "a.jsonl", &spec).await.unwrap().0[0], (0, 1, document("t")));
+        let details = details(&store, "a.jsonl", &spec).await;
+        assert_eq!(details, ["there is no `\"a.b\".c`", "there is no `\"meta.kind\"`"]);
+    }
+
+    #[tokio::test]
     async fn a_text_in_the_same_struct_as_the_domain_or_deeper_is_found() {
         let store = memory();
         put(
@@ -257,8 +326,8 @@ mod rows_of_jsonl {
         )
         .await;
         let spec = changed(&spec(Format::Jsonl), |spec| {
-            spec.text = ["a", "b", "text"].map(String::from).to_vec();
-            spec.domain = DomainRule::Column(["a", "set"].map(String::from).to_vec());
+            spec.text = column("a.b.text");
+            spec.domain = DomainRule::Column(column("a.set"));
         });
         assert_eq!(scan(&store, "a.jsonl", &spec).await.unwrap().0, [(0, 1, document("t"))]);
     }
@@ -307,6 +376,55 @@ mod damaged_files {
     }
 
     #[tokio::test]
+    async fn what_fills_up_a_compressed_file_is_no_damage_and_anything_else_is() {
+        let store = memory();
+        let (lines, zeros) = (lines(), vec![0; 600_000]);
+        let skippable =
+            |bytes: &[u8]| [b"\x50\x2a\x4d\x18", &(bytes.len() as u32).to_le_bytes()[..], bytes].concat();
+        let frame = skippable(b"any bytes");
+        let (head, tail) = lines.split_at(1000);
+        for (name, bytes) in [
+            ("a.jsonl.gz", [gzip(&lines), zeros.clone()].concat()),
+            ("b.jsonl.gz", [gzip(&lines), vec![0]].concat()),
+            ("c.jsonl.gz", [gzip(head), zeros.clone(), gzip(b""), gzip(tail), zeros.clone()].concat()),
+            ("d.jsonl.zst", [frame.clone(), zstd(head), frame.clone(), zstd(tail), frame].concat()),
+        ] {
+            put(&store, name, bytes).await;
+            let (rows, _) = scan(&store, name, &spec(Format::Jsonl)).await.unwrap();
+            assert_eq!(rows.len(), 200, "{name}");
+            assert!(rows.iter().all(|row| row.2.is_ok()), "{name}");
+        }
+        for (name, bytes) in [
+            ("a.jsonl.gz", [gzip(&lines), b"x".to_vec()].concat()),
+            ("b.jsonl.gz", [gzip(&lines), zeros.clone(), b"garbage that is no member".to_vec()].concat()),
+            ("c.jsonl.gz", zeros.clone()),
+            ("d.jsonl.zst", [zstd(&lines), b"garbage".to_vec()].concat()),
+            ("e.jsonl.zst", [zstd(&lines), skippable(b"cut")[..9].to_vec()].concat()),
+        ] {
+            put(&store, name, bytes).await;
+            let words = words(scan(&store, name, &spec(Format::Jsonl)).await);
+            assert!(words.contains(&format!("`mem://{name}`")), "{words}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_compression_that_is_not_read_is_named() {
+        let store = memory();
+        for (bytes, name) in [
+            (&b"\xfd7zXZ\0\0\x04"[..], "xz"),
+            (b"BZh91AY&SY", "bzip2"),
+            (b"\x04\x22\x4d\x18\x64", "lz4"),
+            (b"PK\x03\x04", "zip"),
+            (b"PAR1\x15", "Parquet"),
+        ] {
+            put(&store, "a.jsonl", bytes).await;
+            let words = words(scan(&store, "a.jsonl", &spec(Format::Jsonl)).await);
+            let expected = format!("`mem://a.jsonl` is {name}, but its name says plain text");
+            assert!(words.starts_with(&expected), "{words}");
+        }
+    }
+
+    #[tokio::test]
     async fn a_name_that_does_not_fit_the_bytes_is_an_error_both_ways() {
         let store = memory();
         let files = [
@@ -345,10 +463,10 @@ mod damaged_files {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
         let store: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new());
-        let at = Path::from_absolute_path(&path).unwrap();
         for append in [true, false] {
-            std::fs::write(&path, "{\"x\":1}\n".repeat(5 * PART_BYTES as usize / 8)).unwrap();
-            let files = list(&*store, &at, &format!("/{at}"), Format::Jsonl).await.unwrap();
+            std::fs::write(&path, format!("{{\"x\":{:57}}}\n", 1).repeat(5 * PART_BYTES as usize / 64))
+                .unwrap();
+            let files = on_disk(&path, Format::Jsonl).await.unwrap().files;
             let mut parts = reader(&store).parts(Unit { files }, spec(Format::Jsonl), |_| false);
             assert_eq!(
                 parts.next().await.unwrap().unwrap().bytes(),
@@ -426,17 +544,27 @@ mod cutting_into_parts {
         let (mut part, mut size) = (0, 0);
         for (line, row) in bytes.split_inclusive(|&byte| byte == b'\n').zip(reference.unwrap()) {
             let value: serde_json::Value = serde_json::from_slice(line).unwrap();
-            let outcome = if value["text"] == "" {
-                Err(Reason::TextEmpty)
-            } else {
-                document(value["text"].as_str().unwrap())
-            };
+            let text = value["text"].as_str().unwrap();
+            let outcome = if text.is_empty() { Ok(None) } else { document(text) };
             assert_eq!((row.0, row.2), (part, outcome));
             size += line.len() as u64;
             if size >= PART_BYTES {
                 (part, size) = (part + 1, 0);
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_part_has_no_more_rows_than_their_rejects_have_room_in_memory() {
+        let store = memory();
+        put(&store, "a.jsonl", "1\n".repeat(3 << 19)).await;
+        put(&store, "b.jsonl", "1\n".repeat(1 << 19)).await;
+        let (rows, files) = scan(&store, "", &spec(Format::Jsonl)).await.unwrap();
+        let mut parts = [0; 2];
+        rows.iter().for_each(|row| parts[row.0 as usize] += 1);
+        assert_eq!(parts, [1 << 20; 2]);
+        let counted: Vec<_> = files.iter().map(|file| (file.lines, file.parts)).collect();
+        assert_eq!(counted, [(3 << 19, 2), (1 << 19, 1)]);
     }
 
     #[tokio::test]
@@ -589,15 +717,254 @@ mod listing {
         assert_eq!(
             words(list_all(&store, "nowhere", Format::Parquet).await),
             "`mem://nowhere` has no files\n\
-             looked for files named *.parquet; there is nothing below `mem://nowhere` (names that start with `.`, or `_` where they are tables, are skipped)"
+             looked for files named *.parquet, *.parq or *.pq; there is nothing below `mem://nowhere` (names that start with `.`, or `_` where they are tables, are skipped)"
         );
         assert_eq!(
             words(list_all(&store, "data/2025", Format::Parquet).await),
             "`mem://data/2025` has no files\n\
-             looked for files named *.parquet; `mem://data/2025/e.jsonl` and what else is there does not count \
-             (names that start with `.`, or `_` where they are tables, are skipped)"
+             looked for files named *.parquet, *.parq or *.pq; 1 file is not read: 1 whose names have none of the format's endings \
+             (`mem://data/2025/e.jsonl`) (names that start with `.`, or `_` where they are tables, are skipped)"
         );
         assert!(words(list_all(&store, "data/[a", Format::Text).await).contains("is not a glob"));
+    }
+
+    async fn put_all(store: &Arc<dyn ObjectStore>, paths: &[&str]) {
+        for path in paths {
+            store.put(&Path::parse(path).unwrap(), "x".into()).await.unwrap();
+        }
+    }
+
+    /// Files, and what is told of the rest, without the beginning of urls.
+    fn shown(listing: &Listing, base: &str) -> (Vec<String>, String) {
+        let files = listing.files.iter().map(|file| file.url.replace(base, "")).collect();
+        (files, Unread::told(&Unread::all(&listing.unread)).replace(base, ""))
+    }
+
+    #[tokio::test]
+    async fn a_folder_gives_lines_by_any_of_their_names_and_what_looks_like_data_and_is_not_read_is_told() {
+        let store = memory();
+        let read = [
+            "B.JSONL",
+            "C.Ndjson.GZ",
+            "a.jsonl",
+            "d.json",
+            "e.ndjson",
+            "f.jsonl.zst",
+            "g.JSON.gz",
+            "h.ndjson.ZST",
+        ];
+        let left = [
+            "i.jsonl.xz",
+            "j.json.bz2",
+            "k.tar.gz",
+            "l.parquet",
+            "m.parquet.gz",
+            "n.CSV",
+            "o.jsonl-00000-of-00002",
+            "p.jsonl.part",
+            "data",
+            "part-00000",
+            "q.zip",
+        ];
+        let no_data =
+            ["README.md", "LICENSE", "a.jsonl.md5", "a.txt", "_SUCCESS", ".r.jsonl", "_s/t.jsonl.xz"];
+        put_all(&store, &[&read[..], &left, &no_data].concat()).await;
+        put(&store, "u.jsonl", "").await;
+        let listing = all_of(&store, "", Format::Jsonl, &[]).await.unwrap();
+        let (files, told) = shown(&listing, "mem://");
+        assert_eq!(files, read);
+        assert_eq!(
+            told,
+            "13 files are not read: \
+             9 whose names have none of the format's endings (`a.txt`, `data`, `k.tar.gz`, …), \
+             3 compressed or put together in a way that is not read (`i.jsonl.xz`, `j.json.bz2`, `q.zip`), \
+             1 empty (`u.jsonl`)"
+        );
+        let listing = all_of(&store, "", Format::Parquet, &[]).await.unwrap();
+        assert_eq!(shown(&listing, "mem://").0, ["l.parquet"]);
+        let all = all_of(&store, "", Format::Text, &[]).await.unwrap();
+        assert_eq!((all.files.len(), all.unread), (read.len() + left.len() + 7, vec![]));
+    }
+
+    #[tokio::test]
+    async fn a_folder_gives_tables_by_any_of_their_names() {
+        let store = memory();
+        put_all(&store, &["A.PARQUET", "b.parq", "c.pq", "d.parquet", "e.parquet.zst", "f.parquet.crc"])
+            .await;
+        let listing = all_of(&store, "", Format::Parquet, &[]).await.unwrap();
+        let (files, told) = shown(&listing, "mem://");
+        assert_eq!(files, ["A.PARQUET", "b.parq", "c.pq", "d.parquet"]);
+        assert_eq!(
+            told,
+            "1 file is not read: 1 compressed or put together in a way that is not read (`e.parquet.zst`)"
+        );
+    }
+
+    /// Names that a glob or a path could take for something else.
+    const NAMES: [&str; 6] = ["jürgen", "語料", "100% #1", "br[1] x", "a{b,c}?", "~^`|<x>"];
+
+    #[tokio::test]
+    async fn a_folder_of_any_name_before_a_glob_is_found_and_one_that_looks_like_a_glob_is_none() {
+        let (store, disk) = (memory(), tempfile::tempdir().unwrap());
+        for name in NAMES.iter().chain(&["br1 x", "ab?"]) {
+            put_all(&store, &[&format!("in/{name}/a.jsonl"), &format!("in/{name}/b/a.jsonl")]).await;
+            std::fs::create_dir_all(disk.path().join("in").join(name).join("b")).unwrap();
+            for file in ["a.jsonl", "b/a.jsonl"] {
+                std::fs::write(disk.path().join("in").join(name).join(file), "{}").unwrap();
+            }
+        }
+        for name in NAMES {
+            let expected = [format!("in/{name}/a.jsonl"), format!("in/{name}/b/a.jsonl")];
+            for (below, files) in [("/*.jsonl", 0..1), ("/*/a.jsonl", 1..2), ("/a.jsonl", 0..1), ("", 0..2)] {
+                let url = format!("in/{name}{below}");
+                let listing = all_of(&store, &url, Format::Jsonl, &[]).await.unwrap();
+                assert_eq!(shown(&listing, "mem://").0, expected[files.clone()], "{url}");
+                let listing = on_disk(&disk.path().join(&url), Format::Jsonl).await.unwrap();
+                let base = format!("{}/", disk.path().display());
+                assert_eq!(shown(&listing, &base).0, expected[files], "{url}");
+                assert!(listing.files.iter().all(|file| std::fs::exists(&file.url).unwrap()));
+            }
+        }
+        let both = all_of(&store, "in/br?1? x/*.jsonl", Format::Jsonl, &[]).await.unwrap();
+        assert_eq!(shown(&both, "mem://").0, ["in/br[1] x/a.jsonl"]);
+        let other = all_of(&store, "in/br[12] x/*.jsonl", Format::Jsonl, &[]).await.unwrap();
+        assert_eq!(shown(&other, "mem://").0, ["in/br1 x/a.jsonl"]);
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_a_glob_of_files_matches_is_read_and_what_stars_do_not_enter_is_told() {
+        let (store, disk) = (memory(), tempfile::tempdir().unwrap());
+        let paths = [
+            "a.jsonl",
+            "b.jsonl/_SUCCESS",
+            "b.jsonl/part-0.json",
+            "b.jsonl/c/d.jsonl.gz",
+            "e/f.jsonl",
+            "e/g.csv",
+        ];
+        for path in paths {
+            put_all(&store, &[&format!("in/{path}")]).await;
+            let path = disk.path().join("in").join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "{}").unwrap();
+        }
+        for (url, files, told) in [
+            (
+                "in/*.jsonl",
+                vec!["in/a.jsonl", "in/b.jsonl/c/d.jsonl.gz", "in/b.jsonl/part-0.json"],
+                "0 files are not read: ",
+            ),
+            (
+                "in/*",
+                vec!["in/a.jsonl"],
+                "4 files are not read: 1 whose names have none of the format's endings (`in/e/g.csv`), \
+                 3 in folders that the url's last `*` does not enter, as `**` would \
+                 (`in/b.jsonl/c/d.jsonl.gz`, `in/b.jsonl/part-0.json`, `in/e/f.jsonl`)",
+            ),
+            ("in/*/f.jsonl", vec!["in/e/f.jsonl"], "0 files are not read: "),
+        ] {
+            let expected = (files.iter().map(|file| file.to_string()).collect(), told.to_owned());
+            let listing = all_of(&store, url, Format::Jsonl, &[]).await.unwrap();
+            assert_eq!(shown(&listing, "mem://"), expected, "{url}");
+            let listing = on_disk(&disk.path().join(url), Format::Jsonl).await.unwrap();
+            assert_eq!(shown(&listing, &format!("{}/", disk.path().display())), expected, "{url}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_file_of_a_local_folder_is_told_and_a_link_to_nothing_is_an_error() {
+        use std::os::unix::ffi::OsStrExt;
+        use std::os::unix::fs::symlink;
+        let disk = tempfile::tempdir().unwrap();
+        let folder = disk.path().join("in");
+        std::fs::create_dir_all(folder.join("a")).unwrap();
+        std::fs::write(folder.join("a/a.jsonl"), "{}").unwrap();
+        std::fs::write(disk.path().join("elsewhere.jsonl"), "{}").unwrap();
+        symlink("../../elsewhere.jsonl", folder.join("a/link.jsonl")).unwrap();
+        symlink("..", folder.join("a/back")).unwrap();
+        symlink("itself", folder.join("itself")).unwrap();
+        symlink("nowhere", folder.join("gone")).unwrap();
+        symlink("nowhere", folder.join(".#a.jsonl")).unwrap();
+        let pipe = std::ffi::CString::new(folder.join("pipe.jsonl").as_os_str().as_bytes()).unwrap();
+        assert_eq!(unsafe { libc::mkfifo(pipe.as_ptr(), 0o600) }, 0);
+        let _socket = std::os::unix::net::UnixListener::bind(folder.join("socket.jsonl")).unwrap();
+
+        let listing = on_disk(&folder, Format::Jsonl).await.unwrap();
+        let (files, told) = shown(&listing, &format!("{}/", folder.display()));
+        assert_eq!(files, ["a/a.jsonl", "a/link.jsonl"]);
+        assert_eq!(
+            told,
+            "5 files are not read: 2 no files: pipes, sockets or devices (`pipe.jsonl`, `socket.jsonl`), \
+             2 links to what isn't there (`gone`, `itself`), 1 links to a folder that they lie in (`a/back`)"
+        );
+        let named = words(on_disk(&folder.join("pipe.jsonl"), Format::Jsonl).await);
+        assert!(named.contains("pipe.jsonl` is a pipe, a socket or a device"), "{named}");
+        for url in ["in/gone", "in/go*"] {
+            let named = words(on_disk(&disk.path().join(url), Format::Jsonl).await);
+            assert!(named.contains("in/gone` is a link to what isn't there"), "{named}");
+        }
+        symlink("nowhere", folder.join("z.jsonl")).unwrap();
+        let matched = words(on_disk(&folder, Format::Jsonl).await);
+        assert!(matched.contains("in/z.jsonl` is a link to what isn't there"), "{matched}");
+        std::fs::remove_file(folder.join("z.jsonl")).unwrap();
+
+        for (name, why) in [
+            (&b"x\n.jsonl"[..], "a control character"),
+            (b"x\xff.jsonl", "not UTF-8"),
+            (b"x.jsonl#1", "`#` and digits"),
+        ] {
+            let path = folder.join(std::ffi::OsStr::from_bytes(name));
+            std::fs::write(&path, "{}").unwrap();
+            let url = disk.path().join("in/*.jsonl*");
+            let misnamed = words(on_disk(&url, Format::Jsonl).await);
+            assert!(misnamed.contains(why) && misnamed.ends_with("rename it"), "{misnamed}");
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_an_object_store_has_for_a_folder_is_no_file() {
+        let store = memory();
+        for path in ["in", "in/a.txt", "in/a.txt/b"] {
+            put(&store, path, if path.ends_with('b') { "b" } else { "" }).await;
+        }
+        // a console's listing has them all; the store of these tests has only what lies in the folder
+        let spec = changed(&spec(Format::Text), |spec| spec.domain = DomainRule::Const("d".into()));
+        let (rows, files) = scan(&store, "in/*.txt", &spec).await.unwrap();
+        assert_eq!(rows, [(0, 1, document("b"))]);
+        assert_eq!(files[0].url, "mem://in/a.txt/b");
+    }
+
+    #[tokio::test]
+    async fn what_runs_write_is_no_source_unless_it_is_named() {
+        let store = memory();
+        let run = "data/out/runs/r-0123456789ab/b.jsonl";
+        let key = "0123456789abcdef0123456789abcdef";
+        let stage = format!("data/out/stages/tokens/{key}/d.jsonl");
+        let mine = ["data/out/runs/mine.jsonl", "data/out/stages/s.jsonl", "data/out/tasks/t.jsonl"];
+        let others = [&["data/a.jsonl", run, "data/out/runs2/c.jsonl", &stage][..], &mine].concat();
+        put_all(&store, &others).await;
+        let own = [Path::parse("data/out").unwrap()];
+        let files = async |url| {
+            let listing = all_of(&store, url, Format::Jsonl, &own).await?;
+            assert_eq!(listing.unread, []);
+            Ok::<_, Error>(shown(&listing, "mem://data/").0)
+        };
+        // somebody else's files in folders of the same names are read
+        let all = [
+            "a.jsonl",
+            "out/runs/mine.jsonl",
+            "out/runs2/c.jsonl",
+            "out/stages/s.jsonl",
+            "out/tasks/t.jsonl",
+        ];
+        assert_eq!(files("data").await.unwrap(), all);
+        let b = ["out/runs/r-0123456789ab/b.jsonl"];
+        assert_eq!(files("data/out/runs/*/b*").await.unwrap(), b);
+        assert_eq!(files("data/out/runs/r-0123456789ab/b.jsonl").await.unwrap(), b);
+        assert_eq!(files("data/out/runs/r-0123456789ab").await.unwrap(), b);
+        let words = words(files("data/out/*/r-0123456789ab/*.jsonl").await);
+        assert!(words.contains("so is what runs wrote, unless the url names its folder"), "{words}");
     }
 
     #[tokio::test]
@@ -605,12 +972,112 @@ mod listing {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(folder.path().join("in/deep er")).unwrap();
         std::fs::write(folder.path().join("in/deep er/é.jsonl"), "{}").unwrap();
-        let store: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new());
-        let at = Path::from_absolute_path(folder.path().join("in")).unwrap();
-        let files = list(&*store, &at, &format!("/{at}"), Format::Jsonl).await.unwrap();
+        let files = on_disk(&folder.path().join("in"), Format::Jsonl).await.unwrap().files;
         assert_eq!(files.len(), 1);
         assert_eq!(files[0].url, format!("{}/in/deep er/é.jsonl", folder.path().display()));
         assert_eq!(std::fs::read(&files[0].url).unwrap(), b"{}");
+    }
+}
+
+mod versions {
+    use super::*;
+
+    /// Has no e_tags in listings, and none in answers where `nowhere`.
+    #[derive(Debug)]
+    struct Tagless {
+        inner: InMemory,
+        nowhere: bool,
+    }
+
+    impl std::fmt::Display for Tagless {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("tagless")
+        }
+    }
+
+    /// As HTTP has them, times are in seconds.
+    fn without_tag(meta: ObjectMeta) -> ObjectMeta {
+        let last_modified = std::time::UNIX_EPOCH.into();
+        ObjectMeta { e_tag: None, version: None, last_modified, ..meta }
+    }
+
+    #[async_trait::async_trait]
+    impl ObjectStore for Tagless {
+        async fn put_opts(
+            &self,
+            at: &Path,
+            payload: PutPayload,
+            options: PutOptions,
+        ) -> object_store::Result<PutResult> {
+            self.inner.put_opts(at, payload, options).await
+        }
+
+        async fn put_multipart_opts(
+            &self,
+            at: &Path,
+            options: PutMultipartOptions,
+        ) -> object_store::Result<Box<dyn MultipartUpload>> {
+            self.inner.put_multipart_opts(at, options).await
+        }
+
+        async fn get_opts(&self, at: &Path, options: GetOptions) -> object_store::Result<GetResult> {
+            let mut got = self.inner.get_opts(at, options).await?;
+            if self.nowhere {
+                got.meta = without_tag(got.meta);
+            }
+            Ok(got)
+        }
+
+        fn delete_stream(
+            &self,
+            all: BoxStream<'static, object_store::Result<Path>>,
+        ) -> BoxStream<'static, object_store::Result<Path>> {
+            self.inner.delete_stream(all)
+        }
+
+        fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+            self.inner.list(prefix).map(|meta| meta.map(without_tag)).boxed()
+        }
+
+        async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {
+            self.inner.list_with_delimiter(prefix).await
+        }
+
+        async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> object_store::Result<()> {
+            self.inner.copy_opts(from, to, options).await
+        }
+    }
+
+    #[tokio::test]
+    async fn two_files_of_a_size_and_a_second_are_two_versions_also_where_a_store_gives_no_tag() {
+        for nowhere in [false, true] {
+            let store: Arc<dyn ObjectStore> = Arc::new(Tagless { inner: InMemory::new(), nowhere });
+            let texts = ["a", "b"].map(|text| format!(r#"{{"text":"{text}","meta":{{"set":"d"}}}}"#));
+            let mut seen = vec![];
+            for text in &texts {
+                put(&store, "in/a.jsonl", text.clone()).await;
+                put(&store, "in/a.parquet", text.clone()).await;
+                seen.push(list_all(&store, "in", Format::Jsonl).await.unwrap());
+                assert_eq!(seen.last(), Some(&list_all(&store, "in/*", Format::Jsonl).await.unwrap()));
+                assert_eq!(seen.last(), Some(&list_all(&store, "in/a.jsonl", Format::Jsonl).await.unwrap()));
+            }
+            assert_ne!(seen[0], seen[1]);
+            let (rows, _) = scan(&store, "in", &spec(Format::Jsonl)).await.unwrap();
+            assert_eq!(rows, [(0, 1, document("b"))]);
+            // what is read has to be what was listed
+            for format in [Format::Jsonl, Format::Parquet] {
+                let files = list_all(&store, "in", format).await.unwrap();
+                put(&store, files[0].path.as_ref(), texts[0].clone()).await;
+                let mut parts = reader(&store).parts(Unit { files }, spec(format), |_| false);
+                let changed = loop {
+                    match parts.next().await {
+                        Ok(Some(_)) => {}
+                        end => break words(end),
+                    }
+                };
+                assert!(changed.contains("changed while it was read"), "{changed}");
+            }
+        }
     }
 }
 
@@ -635,13 +1102,13 @@ mod folders_of_text {
             ]);
         });
         let (rows, files) = scan(&store, "src", &spec).await.unwrap();
-        let row = |domain: &str, text: &str| Ok((domain.to_owned(), text.to_owned()));
+        let row = |domain: &str, text: &str| Ok(Some((domain.to_owned(), text.to_owned())));
         assert_eq!(
             rows.into_iter().map(|row| row.2).collect::<Vec<_>>(),
             [
                 row("Rust", "fn main() {}"),
                 row("Markdown", "# b\r\n"),
-                Err(Reason::TextEmpty),
+                Ok(None),
                 Err(Reason::NotUtf8),
                 Err(Reason::TooLong),
                 Err(Reason::NoDomain),
@@ -658,7 +1125,8 @@ mod tables_of_parquet {
     use ::parquet::arrow::ArrowWriter;
     use ::parquet::file::properties::WriterProperties;
     use arrow::array::{
-        ArrayRef, BinaryArray, Int64Array, ListArray, RecordBatch, StringArray, StringViewArray, StructArray,
+        Array, ArrayRef, BinaryArray, Int64Array, ListArray, NullArray, RecordBatch, StringArray,
+        StringViewArray, StructArray,
     };
     use arrow::datatypes::{DataType, Field, Int32Type};
 
@@ -678,9 +1146,14 @@ mod tables_of_parquet {
             ("meta", Arc::new(meta), true),
         ])
         .unwrap();
+        written(&batch, group)
+    }
+
+    /// A file in row groups of `group` rows.
+    fn written(batch: &RecordBatch, group: usize) -> Vec<u8> {
         let properties = WriterProperties::builder().set_max_row_group_row_count(Some(group)).build();
         let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).unwrap();
-        writer.write(&batch).unwrap();
+        writer.write(batch).unwrap();
         writer.into_inner().unwrap()
     }
 
@@ -700,7 +1173,7 @@ mod tables_of_parquet {
             [
                 (0, 1, document("a")),
                 (0, 2, Err(Reason::NoText)),
-                (0, 3, Err(Reason::TextEmpty)),
+                (0, 3, Ok(None)),
                 (0, 4, Err(Reason::TooLong)),
                 (0, 5, Err(Reason::NoDomain)),
                 (0, 6, Err(Reason::BadDomain)),
@@ -732,7 +1205,7 @@ mod tables_of_parquet {
         put(&store, "a.parquet", small_table()).await;
         let error = async |text: &str| {
             let spec = changed(&spec(Format::Parquet), |spec| {
-                spec.text = text.split('.').map(String::from).collect()
+                spec.text = column(text);
             });
             words(scan(&store, "a.parquet", &spec).await)
         };
@@ -746,6 +1219,63 @@ mod tables_of_parquet {
         );
         assert!(error("meta").await.contains("is a struct or a list"));
         assert!(error("l.list.item").await.contains("is a list"));
+    }
+
+    #[tokio::test]
+    async fn a_column_without_values_gives_rejects_and_no_error() {
+        let store = memory();
+        let (texts, set): (ArrayRef, ArrayRef) =
+            (Arc::new(StringArray::from(vec!["a", "b"])), Arc::new(StringArray::from(vec!["d", "d"])));
+        let nothing: ArrayRef = Arc::new(NullArray::new(2));
+        let in_struct = |array: &ArrayRef| -> ArrayRef {
+            let field = Arc::new(Field::new("set", array.data_type().clone(), true));
+            Arc::new(StructArray::from(vec![(field, array.clone())]))
+        };
+        for (name, text, meta, reason) in [
+            ("a.parquet", &texts, in_struct(&nothing), Reason::NoDomain),
+            ("b.parquet", &texts, nothing.clone(), Reason::NoDomain),
+            ("c.parquet", &nothing, in_struct(&set), Reason::NoText),
+            ("d.parquet", &nothing, nothing.clone(), Reason::NoText),
+        ] {
+            let batch = RecordBatch::try_from_iter_with_nullable([
+                ("text", text.clone(), true),
+                ("meta", meta, true),
+            ]);
+            put(&store, name, written(&batch.unwrap(), 10)).await;
+            let (rows, files) = scan(&store, name, &spec(Format::Parquet)).await.unwrap();
+            assert_eq!(rows, [(0, 1, Err(reason)), (0, 2, Err(reason))], "{name}");
+            assert_eq!(files[0].lines, 2);
+        }
+        // a hundred million rows of nothing are a small file, and their rejects no small table
+        let nothing: ArrayRef = Arc::new(NullArray::new(3 << 20));
+        let batch = RecordBatch::try_from_iter_with_nullable([
+            ("text", nothing.clone(), true),
+            ("meta", nothing, true),
+        ]);
+        put(&store, "a.parquet", written(&batch.unwrap(), 4 << 20)).await;
+        let (rows, files) = scan(&store, "a.parquet", &spec(Format::Parquet)).await.unwrap();
+        assert_eq!((rows.len(), files[0].parts), (3 << 20, 3));
+    }
+
+    #[tokio::test]
+    async fn a_column_with_a_dot_in_its_name_is_found_and_listed_as_it_is_written() {
+        let store = memory();
+        let texts = |text: &str| -> ArrayRef { Arc::new(StringArray::from(vec![text])) };
+        let field = Arc::new(Field::new("b.c", DataType::Utf8, true));
+        let nested: ArrayRef = Arc::new(StructArray::from(vec![(field, texts("t"))]));
+        let batch = RecordBatch::try_from_iter([("meta.kind", texts("d")), ("a", nested)]).unwrap();
+        put(&store, "a.parquet", written(&batch, 10)).await;
+        let spec = changed(&spec(Format::Parquet), |spec| {
+            spec.text = column("a.\"b.c\"");
+            spec.domain = DomainRule::Column(column("\"meta.kind\""));
+        });
+        assert_eq!(scan(&store, "a.parquet", &spec).await.unwrap().0, [(0, 1, document("t"))]);
+        let spec = changed(&spec, |spec| spec.domain = DomainRule::Column(column("meta.kind")));
+        assert_eq!(
+            words(scan(&store, "a.parquet", &spec).await),
+            "the domain column `meta.kind` of `mem://a.parquet` is not in the file\n\
+             set the source's `domain` to a column that holds text: `\"meta.kind\"`, `a.\"b.c\"` (others: none)"
+        );
     }
 
     #[tokio::test]
@@ -768,9 +1298,8 @@ mod tables_of_parquet {
         // 72 MB in the first group are two ranges, and each is a part; the rest is the third
         assert_eq!((files[0].parts, files[0].blake3), (3, blake3::hash(&bytes)));
         assert_eq!([0, 17_999, 18_000, 35_999, 36_000].map(|row: usize| rows[row].0), [0, 0, 1, 1, 2]);
-        assert!(
-            rows.iter().map(|row| row.2.as_ref().unwrap().1.as_str()).eq(expected.iter().map(String::as_str))
-        );
+        let texts = rows.iter().map(|row| row.2.as_ref().unwrap().as_ref().unwrap().1.as_str());
+        assert!(texts.eq(expected.iter().map(String::as_str)));
         assert!(rows.iter().map(|row| row.1).eq(1..=40_000));
         let (from_local, _) = scan(&local, "a.parquet", &spec).await.unwrap();
         assert!(rows == from_local);

@@ -25,7 +25,7 @@ pub(super) fn read(stored: &mut Stored, spec: &Spec, pieces: &mut Pieces<'_>) ->
             .map_err(|error| own(error).unwrap_or_else(|source| Error::Io { doing: doing(), source }))?;
     }
     let held = bytes.len() as u64;
-    pieces.push(Rows::Text(Text { bytes, size }), held)?;
+    pieces.push(Rows::Text(Text { bytes, size }), 1, held)?;
     Ok(1)
 }
 

@@ -48,11 +48,11 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
         ("version", json!(VERSION)),
         ("documents", json!(tokens.digest("documents"))),
         ("parts", json!(tokens.parts_digest())),
-        ("sql", json!(catalog_sql.canonical())),
+        ("sql", json!(catalog_sql.key)),
         ("holdout", json!(millionths)),
     ]);
     if millionths > 0 {
-        list.insert("heldout_sql".into(), json!(heldout_sql.canonical()));
+        list.insert("heldout_sql".into(), json!(heldout_sql.key));
         list.insert("seed".into(), json!(run.conf.run.seed));
     }
     run.obtain(Stage::Catalog, list, async |draft| {
@@ -99,8 +99,13 @@ async fn distinct(run: &Run, tokens: &Tokens, sql: &StageSql, draft: &Draft) -> 
     units.put(seal::seal(&Documents { units: tables })).await?;
     let of = documents.div_ceil(BUCKET_DOCUMENTS).max(1);
     let buckets = (0..of).map(|bucket| {
-        let distinct =
-            Distinct { bucket, of, documents: units.url(), sql: sql.canonical(), folder: draft.folder.url() };
+        let distinct = Distinct {
+            bucket,
+            of,
+            documents: units.url(),
+            sql: sql.text.clone(),
+            folder: draft.folder.url(),
+        };
         let bar = bar.clone();
         async move {
             run.check_stop()?;

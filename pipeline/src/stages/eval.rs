@@ -19,14 +19,14 @@ use tokio::sync::OnceCell;
 use crate::hash::{Digest, RowDigest};
 use crate::progress::Progress;
 use crate::run::{self, Goal, Run, Stage, check_stop, ingredients};
-use crate::source::{self, Format};
+use crate::source::{self, Format, Unread};
 use crate::stage::{self, Draft, File, Output, Published, Table};
 use crate::stages::tokenizer::Tokenizer;
 use crate::stages::train::identity;
 use crate::store::{Location, Stores};
 use crate::{Error, Result};
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Documents are read in jobs of about so many tokens.
 const JOB_TOKENS: usize = 1 << 18;
@@ -207,8 +207,14 @@ pub async fn all(
 async fn texts(stores: &Stores, url: &str) -> Result<Vec<Asked>> {
     let at = stores.open(url)?;
     let mut all = vec![];
-    for file in source::list(&*at.store, &at.path, &at.url(), Format::Text).await? {
-        let bytes = stores.open(&file.url)?.read().await?;
+    let listed = source::list(&*at.store, &at.path, &at.url(), Format::Text, &[]).await?;
+    if !listed.unread.is_empty() {
+        tracing::warn!("{url}: {}", Unread::told(&Unread::all(&listed.unread)));
+    }
+    for file in listed.files {
+        let mut at = at.clone();
+        at.path = file.path;
+        let bytes = at.read().await?;
         let text = std::str::from_utf8(&bytes).map_err(|e| {
             Error::usage(format!("{} is not UTF-8: {e}", file.url), "name the texts alone, with a glob")
         })?;

@@ -35,7 +35,7 @@ use crate::recipe::{Bound, Recipe};
 use crate::run::{Run, Stage, ingredients};
 use crate::sql::scalar_json;
 use crate::stage::{Output, Published};
-use crate::{Error, Result, functions, tables};
+use crate::{Error, Result, tables};
 
 const VERSION: u32 = 3;
 
@@ -233,12 +233,20 @@ impl Weaver {
                 self.document.doc_id = Some(doc_id);
             }
             if (1..4).any(|column| batch.column(column).is_null(row)) {
-                let cure = "use coalesce(…, 0), or look for a division by zero or an outer join";
+                let cure = "look for an outer join that finds nothing, a sum of no rows, or 0 / 0, which is null; coalesce(…, 0) as copies draws nothing there";
                 return Err(wrong(&self.recipe, &doc_id, "start, stop or copies is null", cure));
             }
             let value = copies.value(row);
             if !(0.0..=MOST_COPIES).contains(&value) {
-                let cure = "copies has to be a number from 0 to 1,000,000: look for a division by zero, a negative weight or a share above 1";
+                let cure = match value {
+                    _ if !value.is_finite() => {
+                        "it is divided by zero: look for a sum of no rows, or write nullif(…, 0)"
+                    }
+                    _ if value < 0.0 => "a weight, or 1 minus a share, is below zero: write greatest(…, 0)",
+                    _ => {
+                        "more than 1,000,000 copies are no sample: `mixture.budget` may be far beyond what there is to draw from, or a weight is not divided by the sum of the weights"
+                    }
+                };
                 return Err(wrong(&self.recipe, &doc_id, format!("copies is {value}"), cure));
             }
             let fixed = (value * ONE as f64).round() as u64;
@@ -416,8 +424,8 @@ impl Sums {
 pub fn recipe(run: &Run) -> Result<(Recipe, Bound)> {
     let mixture = &run.conf.mixture;
     let text = run.files.read(&mixture.recipe).map_err(|e| {
-        let help = "recipes are in sql/mixtures/, relative to the folder where the command runs".to_owned();
-        run.conf.wrong(&["mixture", "recipe"], e.to_string(), "this file", Some(help))
+        let help = miette::Diagnostic::help(&e).map(|help| help.to_string());
+        run.conf.wrong(&["mixture", "recipe"], e.to_string(), "this file", help)
     })?;
     run.sql.lock().expect("no panic while held").insert(mixture.recipe.clone(), text.clone());
     let recipe = Recipe::parse(&mixture.recipe, &text)?;
@@ -447,7 +455,6 @@ pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: 
     let recipe = &run.conf.mixture.recipe;
     let failed = |e| query(&format!("{recipe} cannot be run"), e);
     let session = run.engine.session();
-    functions::register(&session);
     register_documents(run, &session, catalog).await?;
     for (name, schema) in [("domains", tables::domains()), ("shares", tables::shares())] {
         let table = domains.table(name);
@@ -539,7 +546,7 @@ pub async fn obtain(run: &Run, catalog: &Published, domains: &Published) -> Resu
         ("heldout", catalog.digest("heldout")),
         ("domains", domains.digest("domains")),
         ("shares", domains.digest("shares")),
-        ("recipe", json!(recipe.canonical())),
+        ("recipe", json!(recipe.key)),
         ("parameters", json!(values)),
         ("long_tokens", json!(mixture.long_tokens.0)),
         ("max_span", json!(mixture.max_span.0)),
@@ -800,6 +807,7 @@ mod tests {
             (vec![(2, Some(0), 9, f64::NAN)], "copies is NaN"),
             (vec![(2, Some(0), 9, -1.0)], "copies is -1"),
             (vec![(2, Some(0), 9, f64::INFINITY)], "copies is inf"),
+            (vec![(2, Some(0), 9, 3e7)], "copies is 30000000"),
             (vec![(2, None, 9, 1.0)], "start, stop or copies is null"),
             (vec![(4, Some(0), 9, 1.0)], "it is not in `documents`"),
         ] {

@@ -314,7 +314,7 @@ pub async fn obtain(
         ("split", json!(split)),
         ("drawn", json!(drawn.table.digest)),
         ("seed", json!(run.conf.run.seed)),
-        ("shuffle_sql", json!(run.stage_sql("shuffle")?.canonical())),
+        ("shuffle_sql", json!(run.stage_sql("shuffle")?.key)),
         ("tokenizer", json!(tokenizer.fingerprint)),
         ("layout", json!(layout)),
         ("sequences_per_row_group", json!(conf.sequences_per_row_group)),

@@ -487,7 +487,7 @@ pub async fn obtain(
         ("version", json!(VERSION)),
         ("drawn", drawn.digest()),
         ("parts", json!(tokens.parts_digest())),
-        ("sql", json!(sql.canonical())),
+        ("sql", json!(sql.key)),
         ("seed", json!(seed)),
         ("layout", json!(layout)),
     ]);

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::conf::Special;
 use crate::engine::put_file;
 use crate::hash::Digest;
 use crate::run::{Run, Stage, ingredients};
 use crate::stage::{Output, Table};
+use crate::tokenizer::ENCODER;
 use crate::{Error, Result, sources};
 
 const VERSION: u32 = 1;
@@ -19,43 +21,126 @@ pub struct Tokenizer {
     /// The file, which goes into checkpoints.
     pub json: Bytes,
     pub fingerprint: Digest,
+    /// What the file beside it says of BOS and EOS, as far as it was asked: a token, or that there is none.
+    named: [Option<Option<String>>; 2],
 }
-
-/// Names that BOS and EOS go by, where a post-processor doesn't say.
-const BOS: &[&str] = &["<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>"];
-const EOS: &[&str] = &["</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "<|im_end|>"];
 
 impl Tokenizer {
     fn load(json: Bytes, name: &str) -> Result<Self> {
         let loaded = crate::tokenizer::Tokenizer::from_json(&json, name)?;
-        Ok(Self { loaded: Arc::new(loaded), fingerprint: Digest::of(&json), json })
+        Ok(Self { loaded: Arc::new(loaded), fingerprint: Digest::of(&json), json, named: [None, None] })
     }
 
     /// Ids before and after each document: as the conf says, or else as the file's own post-processor does.
+    ///
+    /// # Errors
+    /// The conf asks for a token that the tokenizer does not have, or does not say which it is.
     pub fn specials(&self, run: &Run) -> Result<(Option<u32>, Option<u32>)> {
-        let conf = &run.conf.tokenizer;
-        let choose = |key: &str, asked: Option<bool>, own: Option<u32>, names: &[&str]| match asked {
-            Some(false) => Ok(None),
-            Some(true) => match own.or_else(|| self.loaded.special(names)) {
-                Some(id) => Ok(Some(id)),
-                None => Err(run.conf.wrong(
-                    &["tokenizer", key],
-                    format!("the tokenizer has no {} token", key.to_uppercase()),
-                    "asked for here",
-                    Some(format!("it has none of {}; leave the key out", names.join(", "))),
-                )),
-            },
-            None => Ok(own),
+        Ok((self.special(run, 0)?, self.special(run, 1)?))
+    }
+
+    /// The id on one side of a document, the left being 0.
+    fn special(&self, run: &Run, side: usize) -> Result<Option<u32>> {
+        let (key, put) = (KEYS[side], self.loaded.around()[side].as_slice());
+        let name = key.to_uppercase();
+        let wrong = |message: String, help: String| {
+            Err(run.conf.wrong(&["tokenizer", key], message, "asked for here", Some(help)))
         };
-        Ok((
-            choose("bos", conf.bos, self.loaded.bos(), BOS)?,
-            choose("eos", conf.eos, self.loaded.eos(), EOS)?,
-        ))
+        let known = |token: &str, message: String| match self.loaded.id(token) {
+            Some(id) => Ok(Some(id)),
+            None => wrong(message, self.to_choose_from(key)),
+        };
+        match (asked(run)[side], put) {
+            (Some(Special::Own(false)), _) | (None, []) => Ok(None),
+            (Some(Special::Id(id)), _) if self.loaded.token(*id).is_some() => Ok(Some(*id)),
+            (Some(Special::Id(id)), _) => {
+                wrong(format!("the tokenizer has no id {id}"), self.to_choose_from(key))
+            }
+            (Some(Special::Text(token)), _) => known(token, format!("the tokenizer has no token {token:?}")),
+            (_, [id]) => Ok(Some(*id)),
+            (Some(Special::Own(true)), []) => match (&self.named[side], self.left_over(side).as_slice()) {
+                (Some(Some(token)), _) => {
+                    known(token, format!("{BESIDE} names {token:?} as {name}, which the tokenizer has not"))
+                }
+                (Some(None), _) => {
+                    wrong(format!("{BESIDE} says that there is no {name}"), self.to_choose_from(key))
+                }
+                (None, [id]) => Ok(Some(*id)),
+                (None, _) => {
+                    let message = format!("the tokenizer does not say which token is {name}");
+                    wrong(message, self.to_choose_from(key))
+                }
+            },
+            (_, several) => {
+                let tokens: Vec<String> = several.iter().filter_map(|id| self.loaded.token(*id)).collect();
+                let message = format!(
+                    "the tokenizer's post-processor puts {} tokens on that side of a text; a document has one {name}",
+                    tokens.len()
+                );
+                wrong(message, format!("name one of {tokens:?}, or write {key} = false"))
+            }
+        }
+    }
+
+    /// The special tokens that are not for unknown text, padding or masks, nor on the other side of a text: where one is
+    /// left over, it is this side's.
+    fn left_over(&self, side: usize) -> Vec<u32> {
+        let (unknown, other) = (self.loaded.unknown(), &self.loaded.around()[1 - side]);
+        let special = self.loaded.added().into_iter().filter(|(_, token)| token.special);
+        let left = special.filter(|(id, token)| {
+            let name = token.content.to_lowercase();
+            let elsewhere = Some(&token.content) == unknown.as_ref() || other.contains(id);
+            !elsewhere && !["pad", "mask"].iter().any(|other| name.contains(other))
+        });
+        left.map(|(id, _)| id).collect()
+    }
+
+    /// What a person is told who has to name a token.
+    fn to_choose_from(&self, key: &str) -> String {
+        let special: Vec<_> = self.loaded.added().into_iter().filter(|(_, token)| token.special).collect();
+        let some: Vec<String> =
+            special.iter().take(8).map(|(_, token)| format!("{:?}", token.content)).collect();
+        let more = if special.len() > some.len() { ", …" } else { "" };
+        match some.as_slice() {
+            [] => format!("name a token by its text or its id, or leave {key} out"),
+            some => format!("name it by its text or its id; special tokens are {}{more}", some.join(", ")),
+        }
     }
 }
 
-/// The tokenizer of `[tokenizer] url`, or the one that the stage trains.
+/// The conf's keys for the two sides of a document.
+const KEYS: [&str; 2] = ["bos", "eos"];
+
+/// What a conf says of the two sides of a document.
+fn asked(run: &Run) -> [Option<&Special>; 2] {
+    [run.conf.tokenizer.bos.as_ref(), run.conf.tokenizer.eos.as_ref()]
+}
+
+/// The file beside a tokenizer.json in which `transformers` finds its BOS and EOS.
+const BESIDE: &str = "tokenizer_config.json";
+
+/// What a [`BESIDE`] says of BOS and EOS: a text, a table with its `content`, or null.
+fn named(json: &[u8]) -> serde_json::Result<[Option<Option<String>>; 2]> {
+    let file: Value = serde_json::from_slice(json)?;
+    let token = |value: &Value| value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned);
+    Ok(["bos_token", "eos_token"].map(|key| file.get(key).map(token)))
+}
+
+/// The tokenizer of a run, once what the conf says of tokens around documents is known to be so.
 pub async fn obtain(run: &Run) -> Result<Tokenizer> {
+    let tokenizer = find(run).await?;
+    let (bos, eos) = tokenizer.specials(run)?;
+    if bos.or(eos).is_none() && asked(run) != [Some(&Special::Own(false)); 2] {
+        tracing::warn!(
+            "there is no token between documents: the tokenizer's post-processor puts none; set tokenizer.eos to true or to \
+             a token, or both tokenizer.bos and tokenizer.eos to false if that is meant"
+        );
+    }
+    Ok(tokenizer)
+}
+
+/// The tokenizer of `[tokenizer] url`, or the one that the stage trains.
+pub async fn find(run: &Run) -> Result<Tokenizer> {
     if let Some(url) = &run.conf.tokenizer.url {
         let at = run.stores.open(url).map_err(|e| run.conf.names_wrong(&["tokenizer", "url"], e))?;
         let Some(json) = at.get().await? else {
@@ -70,7 +155,21 @@ pub async fn obtain(run: &Run) -> Result<Tokenizer> {
             };
             return Err(run.conf.wrong(&["tokenizer", "url"], message, "this file", Some(help)));
         };
-        return Tokenizer::load(json, &at.url());
+        let mut tokenizer = Tokenizer::load(json, &at.url())?;
+        // not read in vain: there are stores that refuse to say that there is none
+        let mut sides = asked(run).into_iter().zip(tokenizer.loaded.around());
+        if sides.any(|(asked, put)| asked == Some(&Special::Own(true)) && put.is_empty()) {
+            let url = at.url();
+            let folder = url.rsplit_once('/').map_or("", |(folder, _)| folder);
+            let beside = run.stores.open(&format!("{folder}/{BESIDE}"))?;
+            if let Some(json) = beside.get().await? {
+                tokenizer.named = named(&json).map_err(|e| {
+                    let message = format!("{} is not JSON: {e}", beside.url());
+                    run.conf.wrong(&["tokenizer", "url"], message, "lies beside this file", None)
+                })?;
+            }
+        }
+        return Ok(tokenizer);
     }
     let Some(train) = &run.conf.tokenizer.train else {
         return Err(run.conf.wrong(&["tokenizer"], "neither url nor train is set", "here", None));
@@ -79,7 +178,7 @@ pub async fn obtain(run: &Run) -> Result<Tokenizer> {
     // what is trained depends on the texts in the sample, and on the library that trains
     let list = ingredients([
         ("version", json!(VERSION)),
-        ("encoder", json!(crate::tokenizer::ENCODER)),
+        ("encoder", json!(ENCODER)),
         ("sources", json!(sources.iter().map(|s| s.identity()).collect::<Vec<_>>())),
         ("vocab", json!(train.vocab)),
         ("sample", json!(train.sample)),
@@ -110,4 +209,119 @@ pub async fn obtain(run: &Run) -> Result<Tokenizer> {
         .first()
         .ok_or_else(|| Error::Corrupt { url: published.folder.url(), message: "no tokenizer".into() })?;
     Tokenizer::load(file.checked(&published.folder).await?, &published.folder.join(&file.name).url())
+}
+
+#[cfg(test)]
+mod tests {
+    use miette::Diagnostic;
+
+    use super::*;
+    use crate::conf::Conf;
+    use crate::run::Goal;
+    use crate::sql::Files;
+    use crate::tokenizer::tests::{added, sentencepiece};
+
+    /// What a run whose conf has `keys` puts around documents, with a tokenizer that has some special tokens after
+    /// `<unk>` and is put before texts as `bos` says; `beside` is its tokenizer_config.json.
+    async fn around(
+        special: &[&str],
+        bos: bool,
+        beside: Option<Value>,
+        keys: &str,
+    ) -> Result<(Option<String>, Option<String>), String> {
+        let dir = tempfile::tempdir().unwrap();
+        let json = sentencepiece(|file| {
+            let list = ["<unk>"].iter().chain(special).zip(0..).map(|(token, id)| added(id, token));
+            file["added_tokens"] = list.collect();
+            for (id, token) in (1..).zip(special) {
+                file["model"]["vocab"][*token] = json!(id);
+            }
+            let first = special.first().copied().unwrap_or("<s>");
+            file["post_processor"]["single"][0]["SpecialToken"]["id"] = json!(first);
+            file["post_processor"]["special_tokens"] =
+                json!({ first: { "id": first, "ids": [1], "tokens": [first] } });
+            if !bos {
+                file["post_processor"] = Value::Null;
+            }
+        });
+        std::fs::write(dir.path().join("tokenizer.json"), json).unwrap();
+        if let Some(beside) = beside {
+            std::fs::write(dir.path().join(BESIDE), beside.to_string()).unwrap();
+        }
+        let conf = format!(
+            "[run]\nname = \"t\"\noutput = \"out\"\n\
+             [[source]]\nurl = \"in/*\"\nformat = \"jsonl\"\ndomain = \"d\"\n\
+             [tokenizer]\nurl = \"tokenizer.json\"\n{keys}\n\
+             [mixture]\nrecipe = \"r.sql\"\nbudget = 1\n[pack]\nsequence_tokens = 16\n"
+        );
+        let conf = Conf::parse(&conf, "conf.toml", &[], &|_| None).unwrap();
+        let files = Files { root: dir.path().to_owned(), ..Files::default() };
+        let run = Run::new(conf, "conf.toml", files, Goal::Look).unwrap();
+        let obtained = async {
+            let tokenizer = obtain(&run).await?;
+            let (bos, eos) = tokenizer.specials(&run)?;
+            let text = |id: Option<u32>| id.and_then(|id| tokenizer.loaded.token(id));
+            Ok((text(bos), text(eos)))
+        };
+        obtained.await.map_err(|error: Error| {
+            let help = error.help().map(|help| help.to_string());
+            format!("{}: {}", error.in_a_line(), help.unwrap_or_default())
+        })
+    }
+
+    #[tokio::test]
+    async fn what_goes_around_documents_is_what_the_tokenizer_has_or_the_conf_names() {
+        const DEEPSEEK: &[&str] = &["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"];
+        const PHI: &[&str] = &["<s>", "</s>", "<|endoftext|>", "<|assistant|>"];
+        const GPT: &[&str] = &["<|endoftext|>"];
+        let phi = || Some(json!({ "bos_token": "<s>", "eos_token": { "content": "<|endoftext|>" } }));
+        for (special, bos, beside, keys, want) in [
+            (DEEPSEEK, true, None, "", [Some(DEEPSEEK[0]), None]),
+            (DEEPSEEK, true, None, "eos = true", [Some(DEEPSEEK[0]), Some(DEEPSEEK[1])]),
+            (PHI, true, phi(), "eos = true", [Some("<s>"), Some("<|endoftext|>")]),
+            (PHI, false, phi(), "bos = true\neos = true", [Some("<s>"), Some("<|endoftext|>")]),
+            (PHI, true, None, "bos = false\neos = \"</s>\"", [None, Some("</s>")]),
+            (PHI, true, None, "bos = 4\neos = 3", [Some("<|assistant|>"), Some("<|endoftext|>")]),
+            (GPT, false, None, "", [None, None]),
+            (GPT, false, None, "eos = true", [None, Some("<|endoftext|>")]),
+            (
+                GPT,
+                false,
+                Some(json!({ "model_max_length": 1024 })),
+                "bos = true",
+                [Some("<|endoftext|>"), None],
+            ),
+            (&["<s>", "</s>"][..], true, None, "eos = true", [Some("<s>"), Some("</s>")]),
+        ] {
+            let got = around(special, bos, beside, keys).await.unwrap();
+            assert_eq!((got.0.as_deref(), got.1.as_deref()), (want[0], want[1]), "{special:?} {keys}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_that_the_tokenizer_has_not_or_does_not_name_is_an_error_at_its_key() {
+        const PHI: &[&str] = &["<s>", "</s>", "<|endoftext|>"];
+        for (special, beside, keys, want) in [
+            (PHI, None, "eos = true", "the tokenizer does not say which token is EOS"),
+            (PHI, None, "eos = true", "special tokens are \"<unk>\", \"<s>\", \"</s>\", \"<|endoftext|>\""),
+            (PHI, None, "eos = 70000", "the tokenizer has no id 70000"),
+            (PHI, None, "bos = \"[CLS]\"", "the tokenizer has no token \"[CLS]\""),
+            (
+                PHI,
+                Some(json!({ "eos_token": null })),
+                "eos = true",
+                "tokenizer_config.json says that there is no EOS",
+            ),
+            (
+                PHI,
+                Some(json!({ "eos_token": "<eos>" })),
+                "eos = true",
+                "names \"<eos>\" as EOS, which the tokenizer has not",
+            ),
+            (&["</s>", "<pad>"][..], None, "eos = true", "the tokenizer does not say which token is EOS"),
+        ] {
+            let error = around(special, true, beside, keys).await.unwrap_err();
+            assert!(error.contains(want), "{error}");
+        }
+    }
 }

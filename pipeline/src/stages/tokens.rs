@@ -26,7 +26,7 @@ use crate::hash::{Digest, RowDigest, doc_id, text_id};
 use crate::progress::Bar;
 use crate::publish::{Input, StageKey};
 use crate::run::{Goal, Run, Stage, Step, ingredients};
-use crate::source::{Part, Reader, Spec, Unit};
+use crate::source::{Part, Reader, Spec, Unit, Unread};
 use crate::sources::{self, Source};
 use crate::stage::{self, Draft, Ingredients, Manifest, Output, Table};
 use crate::store::Location;
@@ -43,8 +43,10 @@ pub struct Tokens {
     units: Vec<(Location, Arc<Manifest>)>,
     /// The table of ids of each part.
     parts: HashMap<i64, (Location, Table)>,
-    /// The source files that were read.
+    /// The source files that were read …
     pub inputs: Vec<Input>,
+    /// … and what looks like one and was not, by source.
+    pub not_read: BTreeMap<String, Vec<Unread>>,
     narrow: bool,
 }
 
@@ -70,7 +72,8 @@ impl Tokens {
     }
 
     pub fn counts(&self) -> BTreeMap<String, u64> {
-        let mut counts = BTreeMap::new();
+        let not_read = self.not_read.values().flatten().map(|unread| unread.files).sum();
+        let mut counts = BTreeMap::from([("files_not_read".to_owned(), not_read)]);
         for (name, count) in self.units.iter().flat_map(|(_, manifest)| &manifest.counts) {
             *counts.entry(name.clone()).or_default() += count;
         }
@@ -119,6 +122,14 @@ pub fn encoding() -> Value {
 pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
     let started = Instant::now();
     let sources = sources::list(run).await?;
+    let with_unread = sources.iter().filter(|source| !source.unread.is_empty());
+    let not_read: BTreeMap<String, Vec<Unread>> =
+        with_unread.map(|source| (source.spec.origin.clone(), source.unread.clone())).collect();
+    if run.goal != Goal::Look {
+        for (source, unread) in &not_read {
+            tracing::warn!("source {source}: {}", Unread::told(unread));
+        }
+    }
     let narrow = tokenizer.loaded.vocab_size() <= 1 << 16;
     let jobs: Vec<(&Source, &Unit)> =
         sources.iter().flat_map(|s| s.units.iter().map(move |unit| (s, unit))).collect();
@@ -207,7 +218,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
     }
     drop(computing);
 
-    let mut tokens = Tokens { units: vec![], parts: HashMap::new(), inputs: vec![], narrow };
+    let mut tokens = Tokens { units: vec![], parts: HashMap::new(), inputs: vec![], not_read, narrow };
     for (folder, manifest) in units.into_iter().flatten() {
         for file in manifest.tables.get("tokens").into_iter().flat_map(|table| &table.files) {
             let Some(part) = part_of(&file.name) else { continue };
@@ -239,16 +250,24 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
 fn check_rejects(sources: &[Source], jobs: &[(&Source, &Unit)], tokens: &Tokens) -> Result<()> {
     for source in sources {
         let own = jobs.iter().zip(&tokens.units).filter(|((s, _), _)| std::ptr::eq(*s, source));
-        let (mut rows, mut rejects, mut reasons) = (0, 0, BTreeMap::<String, u64>::new());
+        let (mut rows, mut rejects, mut empty) = (0, 0, 0);
+        let mut reasons = BTreeMap::<String, u64>::new();
         let mut first: Option<String> = None;
         for (_, (_, manifest)) in own {
             rows += manifest.counts.get("rows").copied().unwrap_or(0);
             rejects += manifest.counts.get("rejects").copied().unwrap_or(0);
+            empty += manifest.counts.get("empty").copied().unwrap_or(0);
             let counted: BTreeMap<String, u64> =
                 serde_json::from_value(manifest.notes.get("reasons").cloned().unwrap_or_default())
                     .unwrap_or_default();
             counted.into_iter().for_each(|(reason, count)| *reasons.entry(reason).or_default() += count);
             first = first.or_else(|| manifest.notes.get("first_reject")?.as_str().map(str::to_owned));
+        }
+        if empty > 0 {
+            tracing::info!(
+                "source {}: {empty} of {rows} rows have an empty text, and are no documents",
+                source.spec.origin
+            );
         }
         if rejects > 0 {
             let listed: Vec<String> =
@@ -385,9 +404,11 @@ async fn tokenize(
         .collect();
     output.notes = json!({ "inputs": inputs, "reasons": reasons, "first_reject": first_reject });
     let rows = output.counted("rows");
-    let kept: u64 = ["documents", "duplicates", "rejects"].map(|name| output.counted(name)).iter().sum();
+    let kept: u64 =
+        ["documents", "duplicates", "rejects", "empty"].map(|name| output.counted(name)).iter().sum();
     if rows != kept {
-        let message = format!("{rows} rows were read, {kept} became documents, duplicates or rejects");
+        let message =
+            format!("{rows} rows were read, {kept} became documents, duplicates or rejects, or were empty");
         return Err(Error::Unbalanced { stage: "tokens", message });
     }
     Ok(output)
@@ -399,6 +420,8 @@ struct Rows {
     ids: RecordBatch,
     rejects: RecordBatch,
     rows: u64,
+    /// Whose text is empty.
+    empty: u64,
     duplicates: u64,
     tokens: u64,
     bytes: u64,
@@ -417,7 +440,7 @@ impl Rows {
     ) -> Result<Self> {
         let mut encoder = tokenizer.encoder();
         let mut seen: HashSet<[u8; 16]> = HashSet::new();
-        let (mut rows, mut duplicates, mut bytes) = (0, 0, 0);
+        let (mut rows, mut empty, mut duplicates, mut bytes) = (0, 0, 0, 0);
         let mut reasons: BTreeMap<String, u64> = BTreeMap::new();
         let mut first_reject = None;
         // documents
@@ -444,7 +467,11 @@ impl Rows {
         part.rows(spec, &mut |row| {
             rows += 1;
             let document = match row.outcome {
-                Ok(document) => document,
+                Ok(Some(document)) => document,
+                Ok(None) => {
+                    empty += 1;
+                    return Ok(());
+                }
                 Err(reject) => {
                     let reason = reject.reason.name();
                     *reasons.entry(reason.to_owned()).or_default() += 1;
@@ -480,7 +507,16 @@ impl Rows {
                 } else {
                     wide_ids.extend_from_slice(ids);
                 }
-                offsets.push((narrow_ids.len() + wide_ids.len()) as i32);
+                let end = i32::try_from(narrow_ids.len() + wide_ids.len()).map_err(|_| {
+                    Error::data(
+                        format!(
+                            "{} line {}: the rows before it have 2 billion tokens already",
+                            row.file, row.line
+                        ),
+                        "cut the file into smaller ones, or lower the source's `max_document_bytes`",
+                    )
+                })?;
+                offsets.push(end);
             }
             Ok(())
         })?;
@@ -513,7 +549,7 @@ impl Rows {
         let columns: Vec<ArrayRef> = vec![origin, file, Arc::new(lines.finish()), reason, detail];
         let rejects =
             RecordBatch::try_new(tables::rejects(), columns).expect("columns as the table has them");
-        Ok(Self { documents, ids, rejects, rows, duplicates, tokens, bytes, reasons, first_reject })
+        Ok(Self { documents, ids, rejects, rows, empty, duplicates, tokens, bytes, reasons, first_reject })
     }
 
     /// Writes the three tables of a part.
@@ -522,6 +558,7 @@ impl Rows {
         let documents = self.documents.num_rows() as u64;
         output.count("rows", self.rows);
         output.count("documents", documents);
+        output.count("empty", self.empty);
         output.count("duplicates", self.duplicates);
         output.count("rejects", self.rejects.num_rows() as u64);
         output.count("tokens", self.tokens);

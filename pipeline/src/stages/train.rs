@@ -5,14 +5,16 @@ use std::sync::atomic::Ordering;
 use lengthwise_model::checkpoint::Checkpoint;
 use lengthwise_model::comm::Place;
 use lengthwise_model::plan::Plan;
+use lengthwise_model::resume;
 use lengthwise_model::train::config_of;
 use lengthwise_model::{Location as Folder, Step as Metrics, TrainConf, TrainJob, checkpoint_parts};
+use object_store::ObjectStore;
 use serde_json::{Value, json};
 
 use super::tokenizer::Tokenizer;
 use crate::hash::{Digest, RowDigest};
 use crate::run::{Run, Stage, ingredients};
-use crate::stage::{self, File, Output, Published, Table};
+use crate::stage::{self, File, Ingredients, Output, Published, Table};
 use crate::store::Location;
 use crate::{Error, Result};
 
@@ -45,10 +47,7 @@ pub async fn check_checkpoint(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
         }
         other => other.into(),
     })?;
-    let (ids, known) = (tokenizer.loaded.own_vocab_size(), checkpoint.config.vocab_size);
-    if ids > known {
-        let message = format!("the tokenizer has {ids} ids, of which the checkpoint knows {known}");
-        let help = "take the tokenizer.json that the checkpoint was trained with".to_owned();
+    if let Some((message, help)) = beyond(&tokenizer.loaded, checkpoint.config.vocab_size) {
         return Err(run.conf.wrong(&["tokenizer"], message, "this tokenizer", Some(help)));
     }
     if let Some(own) = at.join("tokenizer.json").get().await?
@@ -57,6 +56,31 @@ pub async fn check_checkpoint(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
         tracing::warn!("the tokenizer is not the checkpoint's own {}", at.join("tokenizer.json").url());
     }
     Ok(())
+}
+
+/// What is wrong with a tokenizer for a checkpoint that knows so many ids, and what to do. Added tokens count, too: a text
+/// that has one as it is written becomes its id, and of billions of tokens some do.
+fn beyond(tokenizer: &crate::tokenizer::Tokenizer, known: usize) -> Option<(String, String)> {
+    let (own, all) = (tokenizer.own_vocab_size(), tokenizer.vocab_size());
+    let most = own.max(all);
+    if most <= known {
+        return None;
+    }
+    let mut message = format!("the tokenizer has ids up to {}, and the checkpoint knows {known}", most - 1);
+    if own > known {
+        return Some((message, "take the tokenizer.json that the checkpoint was trained with".to_owned()));
+    }
+    let added: Vec<String> = tokenizer
+        .added()
+        .into_iter()
+        .filter(|(id, _)| *id as usize >= known)
+        .map(|(id, token)| format!("{:?} ({id})", token.content))
+        .collect();
+    let more = if added.len() > 4 { ", …" } else { "" };
+    message += &format!(": beyond are its added tokens {}{more}", added[..added.len().min(4)].join(", "));
+    let help = "a document with the text of one would end the training; take them out of `added_tokens` in a copy of the \
+                tokenizer.json, and such a text is encoded as any other";
+    Some((message, help.to_owned()))
 }
 
 /// The digests of the files of a Hugging Face folder, by name.
@@ -94,7 +118,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     let job_in = |at: &Location| TrainJob {
         conf: conf.clone(),
         dataset: (&packed.folder).into(),
-        dataset_digest: Digest::of(json!(files).to_string().as_bytes()).short(),
+        dataset_digest: digest_of(&json!(files)),
         checkpoint: checkpoint.as_ref().map(Folder::from),
         output: at.into(),
         checkpoints: (&at.join("checkpoints")).into(),
@@ -114,7 +138,8 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         return Ok(None);
     }
     let published = run
-        .obtain(Stage::Train, list, async |draft| {
+        .obtain(Stage::Train, list.clone(), async |draft| {
+            warn_of_other_lengths(run, &list, &draft.folder).await?;
             // the trainer can't tell a broken file from another one
             for file in packed.table("train").files {
                 file.check(&packed.folder).await?;
@@ -144,8 +169,59 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         })
         .await?;
     // what a stop would have gone on from
-    lengthwise_model::resume::clear(&(&published.folder.join("checkpoints")).into()).await?;
+    resume::clear(&(&published.folder.join("checkpoints")).into()).await?;
     Ok(Some(published))
+}
+
+/// Says where a training begins anew though there is one that differs in its length alone.
+async fn warn_of_other_lengths(run: &Run, list: &Ingredients, folder: &Location) -> Result<()> {
+    let saved = async |folder: &Location| resume::last(&(&folder.join("checkpoints")).into()).await;
+    if saved(folder).await?.is_some() {
+        return Ok(());
+    }
+    let all = run.output.join("stages").join(Stage::Train.name());
+    let listed = all.store.list_with_delimiter(Some(&all.path)).await;
+    let listed = listed.map_err(|source| Error::Storage { doing: "list", url: all.url(), source })?;
+    for name in listed.common_prefixes.iter().filter_map(|path| path.filename()) {
+        let other = all.join(name);
+        let url = other.url();
+        if let Some(manifest) = stage::find(&other).await? {
+            let alike =
+                |name: &str| but_for_length(&manifest.ingredients[name]) == but_for_length(&list[name]);
+            if list.keys().all(|name| manifest.ingredients.contains_key(name) && alike(name)) {
+                tracing::warn!(
+                    "a training of {} steps with the same settings is finished; it keeps no optimizer to go on with, so \
+                     this one begins anew. To train its model further, set train.checkpoint to {url}",
+                    manifest.counts.get("steps").copied().unwrap_or(0)
+                );
+            }
+        } else if let Ok(Some(saved)) = saved(&other).await
+            && saved.dataset == digest_of(&list["dataset"])
+            && but_for_length(&saved.settings) == but_for_length(&list["settings"])
+        {
+            tracing::warn!(
+                "a training of another length with the same settings was stopped after step {}, in {url}; it goes on \
+                 with the length that it was begun with, and this one begins anew",
+                saved.step
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A training's settings but for how long it is.
+fn but_for_length(settings: &Value) -> Value {
+    let mut settings = settings.clone();
+    if let Some(settings) = settings.as_object_mut() {
+        settings.shift_remove("steps");
+        settings.shift_remove("tokens");
+    }
+    settings
+}
+
+/// Names a dataset by the digests of its files.
+fn digest_of(files: &Value) -> String {
+    Digest::of(files.to_string().as_bytes()).short()
 }
 
 /// Whether this process is a rank of a training that another process leads: that one runs the stages and publishes.
@@ -174,7 +250,7 @@ pub async fn plan(run: &Run) -> Result<Option<Plan>> {
     let vocab_size = match (&run.conf.tokenizer.train, &run.conf.tokenizer.url) {
         _ if checkpoint.is_some() => 0,
         (Some(train), _) => train.vocab as usize,
-        (None, _) => super::tokenizer::obtain(run).await?.loaded.vocab_size(),
+        (None, _) => super::tokenizer::find(run).await?.loaded.vocab_size(),
     };
     let sequence_tokens = run.conf.pack.sequence_tokens.0 as usize;
     let checkpoint = checkpoint.as_ref().map(Folder::from);
@@ -199,4 +275,44 @@ fn line(step: &Metrics, steps: u64) -> String {
 
 fn first_16(digest: &Digest) -> u128 {
     u128::from_le_bytes(digest.0[..16].try_into().expect("16 of 32 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::tests::{added, sentencepiece};
+
+    #[test]
+    fn ids_that_a_text_can_have_and_a_checkpoint_has_not_are_named() {
+        let tokenizer = |extra: &[&str]| {
+            let json = sentencepiece(|file| {
+                let list = file["added_tokens"].as_array_mut().unwrap();
+                list.extend((5_000..).zip(extra).map(|(id, token)| added(id, token)));
+            });
+            crate::tokenizer::Tokenizer::from_json(&json, "t").unwrap()
+        };
+        let plain = tokenizer(&[]);
+        let own = plain.own_vocab_size();
+        assert_eq!(plain.vocab_size(), own);
+        // Llama 3 has as many rows as ids, Qwen and Phi-3 have more
+        assert_eq!((beyond(&plain, own), beyond(&plain, own + 64)), (None, None));
+        let (message, help) = beyond(&plain, own - 1).unwrap();
+        assert_eq!(
+            message,
+            format!("the tokenizer has ids up to {}, and the checkpoint knows {}", own - 1, own - 1)
+        );
+        assert!(help.contains("that the checkpoint was trained with"), "{help}");
+        // LLaMA's with a token for padding, as many have it
+        let padded = tokenizer(&["<pad>"]);
+        assert_eq!((padded.own_vocab_size(), padded.vocab_size()), (own, own + 1));
+        assert_eq!(beyond(&padded, own + 1), None);
+        let (message, help) = beyond(&padded, own).unwrap();
+        assert_eq!(
+            message,
+            format!(
+                "the tokenizer has ids up to {own}, and the checkpoint knows {own}: beyond are its added tokens \"<pad>\" ({own})"
+            )
+        );
+        assert!(help.contains("take them out of `added_tokens`"), "{help}");
+    }
 }

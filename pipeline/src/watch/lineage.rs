@@ -1,12 +1,14 @@
 //! OpenLineage's events: <https://openlineage.io>.
 
 use jiff::Timestamp;
+use reqwest::header::AUTHORIZATION;
 use serde_json::{Value, json};
 
-use super::{Listener, id, set, span};
-use crate::Error;
+use super::{Listener, id, span};
+use crate::environment::{address, header, variable};
 use crate::run::{Run, Step};
 use crate::stages::upstream;
+use crate::{Error, Result};
 
 const PRODUCER: &str = concat!("lengthwise/", env!("CARGO_PKG_VERSION"));
 
@@ -18,12 +20,12 @@ pub struct Lineage {
 
 impl Lineage {
     /// As `OPENLINEAGE_URL`, `OPENLINEAGE_API_KEY` and `OPENLINEAGE_NAMESPACE` say.
-    pub fn new() -> Option<Self> {
-        let key = set("OPENLINEAGE_API_KEY").map(|key| ("authorization".into(), format!("Bearer {key}")));
-        Some(Self {
-            listener: Listener::new("OPENLINEAGE_URL", &set("OPENLINEAGE_URL")?, key.into_iter().collect()),
-            namespace: set("OPENLINEAGE_NAMESPACE").unwrap_or_else(|| "lengthwise".into()),
-        })
+    pub fn new() -> Result<Option<Self>> {
+        let Some(url) = address("OPENLINEAGE_URL")? else { return Ok(None) };
+        let key = header("OPENLINEAGE_API_KEY", |key| format!("Bearer {key}"))?;
+        let headers = key.map(|key| (AUTHORIZATION, key)).into_iter().collect();
+        let namespace = variable("OPENLINEAGE_NAMESPACE")?.unwrap_or_else(|| "lengthwise".into());
+        Ok(Some(Self { listener: Listener::new("OPENLINEAGE_URL", url, headers), namespace }))
     }
 
     /// That a run has begun.

@@ -17,8 +17,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
+use crate::environment::variable;
 use crate::error::chain;
 use crate::hash::{Digest, hex};
 use crate::run::{Run, Step};
@@ -44,13 +46,16 @@ pub struct Watch {
 
 impl Watch {
     /// As the environment says.
-    pub fn new() -> Self {
-        Self {
-            metrics: set("LENGTHWISE_METRICS").map(PathBuf::from),
-            lineage: Lineage::new(),
-            telemetry: Telemetry::new(),
+    ///
+    /// # Errors
+    /// A variable has a value that can't be used.
+    pub fn new() -> Result<Self> {
+        Ok(Self {
+            metrics: variable("LENGTHWISE_METRICS")?.map(PathBuf::from),
+            lineage: Lineage::new()?,
+            telemetry: Telemetry::new()?,
             told: 0,
-        }
+        })
     }
 
     /// Tells of a run while `work` does it.
@@ -106,7 +111,7 @@ impl Watch {
 
 /// Writes the Prometheus file of a run that is refused before it begins.
 pub fn refused(conf_file: &str, error: &Error) {
-    let Some(path) = set("LENGTHWISE_METRICS") else { return };
+    let Ok(Some(path)) = variable("LENGTHWISE_METRICS") else { return };
     let text = prometheus(conf_file, &gauges(&[], 0.0, Some(Some(error))));
     if let Err(error) = rewrite(path.as_ref(), text) {
         tracing::warn!("cannot write the metrics to {path}: {error}");
@@ -117,11 +122,6 @@ pub fn refused(conf_file: &str, error: &Error) {
 fn rewrite(path: &Path, text: String) -> std::io::Result<()> {
     let beside = path.with_extension(format!("{}.tmp", std::process::id()));
     std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, path))
-}
-
-/// A variable of the environment.
-fn set(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// Something that is measured of a run.
@@ -239,24 +239,22 @@ struct Listener {
     /// The variable that names it.
     variable: &'static str,
     url: String,
-    headers: Vec<(String, String)>,
+    headers: HeaderMap,
     client: reqwest::Client,
     /// Whether it was said that nobody listens.
     deaf: bool,
 }
 
 impl Listener {
-    fn new(variable: &'static str, url: &str, headers: Vec<(String, String)>) -> Self {
-        let url = url.trim_end_matches('/').to_owned();
+    fn new(variable: &'static str, url: String, headers: Vec<(HeaderName, HeaderValue)>) -> Self {
+        let headers = headers.into_iter().collect();
         Self { variable, url, headers, client: reqwest::Client::new(), deaf: false }
     }
 
     async fn send(&mut self, path: &str, what: &Value) {
-        let mut request = self.client.post(format!("{}{path}", self.url)).timeout(PATIENCE);
-        request = request.header("content-type", "application/json").body(what.to_string());
-        for (name, value) in &self.headers {
-            request = request.header(name, value);
-        }
+        let request = self.client.post(format!("{}{path}", self.url)).timeout(PATIENCE);
+        let request = request.header("content-type", "application/json").headers(self.headers.clone());
+        let request = request.body(what.to_string());
         let heard = request.send().await.and_then(reqwest::Response::error_for_status);
         if let Err(error) = heard
             && !std::mem::replace(&mut self.deaf, true)

@@ -4,9 +4,10 @@
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{Gauge, Listener, hex, id, set, span};
-use crate::Error;
+use super::{Gauge, Listener, hex, id, span};
+use crate::environment::{address, headers, variable};
 use crate::run::{Run, Step};
+use crate::{Error, Result};
 
 /// Where they go.
 pub struct Telemetry {
@@ -17,23 +18,20 @@ pub struct Telemetry {
 
 impl Telemetry {
     /// As `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_EXPORTER_OTLP_HEADERS` and `OTEL_SERVICE_NAME` say.
-    pub fn new() -> Option<Self> {
-        let headers = set("OTEL_EXPORTER_OTLP_HEADERS").unwrap_or_default();
-        let headers = headers.split(',').filter_map(|header| header.split_once('='));
-        let headers =
-            headers.map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned())).collect();
-        let name = set("OTEL_SERVICE_NAME").unwrap_or_else(|| "lengthwise".into());
-        Some(Self {
+    pub fn new() -> Result<Option<Self>> {
+        let Some(url) = address("OTEL_EXPORTER_OTLP_ENDPOINT")? else { return Ok(None) };
+        let name = variable("OTEL_SERVICE_NAME")?.unwrap_or_else(|| "lengthwise".into());
+        Ok(Some(Self {
             listener: Listener::new(
                 "OTEL_EXPORTER_OTLP_ENDPOINT",
-                &set("OTEL_EXPORTER_OTLP_ENDPOINT")?,
-                headers,
+                url,
+                headers("OTEL_EXPORTER_OTLP_HEADERS")?,
             ),
             resource: json!({ "attributes": [
                 attribute("service.name", &name),
                 attribute("service.version", env!("CARGO_PKG_VERSION")),
             ] }),
-        })
+        }))
     }
 
     /// A span of each stage.

@@ -2,6 +2,8 @@
 //!
 //! Credentials come from the environment, as the clouds' SDKs take them, and reach no file and no log.
 
+mod local;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -13,13 +15,15 @@ use object_store::RetryConfig;
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
-use object_store::path::Path;
+use object_store::path::{Path, PathPart};
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutPayload};
 use url::Url;
 
 use crate::conf::secret;
+use crate::environment;
 use crate::hash::Digest;
 use crate::{Error, Result};
+use local::Local;
 
 /// A folder or an object in an object store.
 #[derive(Clone, Debug)]
@@ -43,10 +47,17 @@ impl Location {
         format!("{}{}", self.base, self.path)
     }
 
-    /// What lies at `relative` below this folder.
+    /// What lies at `relative` below this folder, by names as they are: `ü`, `%` and `#` are characters like any other.
     pub fn join(&self, relative: &str) -> Self {
-        let path = relative.split('/').filter(|part| !part.is_empty()).fold(self.path.clone(), Path::join);
-        Self { store: self.store.clone(), path, base: self.base.clone() }
+        let parts = relative.split('/').filter(|part| !part.is_empty());
+        // `..` is no name
+        let named = parts.map(|part| PathPart::parse(part).unwrap_or_else(|_| part.into()));
+        Self { path: named.fold(self.path.clone(), Path::join), ..self.clone() }
+    }
+
+    /// The folder that this is in.
+    pub fn parent(&self) -> Self {
+        Self { path: self.path.parent().unwrap_or_default(), ..self.clone() }
     }
 
     /// The URL of the store itself, the name DataFusion knows it by.
@@ -126,16 +137,8 @@ impl Location {
         listed.map_err(self.failed("list"))
     }
 
-    /// Copies the object inside its store; a hard link where the store is local.
+    /// Copies the object inside its store; a hard link where the store is local, and can.
     pub async fn copy_to(&self, to: &Location) -> Result<()> {
-        // a link over itself would leave its other name behind
-        if self.base == "/"
-            && let (Ok(from), Ok(there)) = (self.store.head(&self.path).await, to.store.head(&to.path).await)
-            && from.e_tag.is_some()
-            && from.e_tag == there.e_tag
-        {
-            return Ok(());
-        }
         self.store.copy(&self.path, &to.path).await.map_err(self.failed("copy"))
     }
 
@@ -219,12 +222,19 @@ impl Stores {
             return Ok(Location { store: store.clone(), path, base });
         }
         let url = if base == "/" { "file:///" } else { &base };
-        let failed = |source| Error::Storage { doing: "open", url: text.to_owned(), source };
         let url = Url::parse(url).map_err(|e| unusable(text, e))?;
+        // object_store puts it into an address as it is
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.@:[]$".contains(c);
+        if !url.authority().chars().all(is_plain) {
+            return Err(unusable(text, "no bucket has such a name"));
+        }
+        if ["http", "https"].contains(&url.scheme()) {
+            return Err(unusable(text, "it is a web page and no storage: download what is there"));
+        }
         if ObjectStoreScheme::parse(&url).is_err() {
             return Err(unusable(text, "no such storage is known"));
         }
-        let store = store_of(&url).map_err(failed)?;
+        let store = store_of(&url)?;
         opened.insert(base.clone(), store.clone());
         Ok(Location { store, path, base })
     }
@@ -263,24 +273,29 @@ impl Stores {
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A store with the settings of the environment, as `object_store::parse_url_opts` takes them, and more patience.
-fn store_of(url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
+fn store_of(url: &Url) -> Result<Arc<dyn ObjectStore>> {
     let retry = RetryConfig { retry_timeout: PATIENCE, max_retries: 1000, ..RetryConfig::default() };
     macro_rules! build {
         ($builder:ty, $cloud:literal) => {{
-            let settings = std::env::vars().filter(|(key, _)| key.starts_with($cloud));
             let begun = <$builder>::new().with_url(url.as_str()).with_retry(retry);
-            let set = settings.fold(begun, |builder, (key, value)| match key.to_ascii_lowercase().parse() {
-                Ok(key) => builder.with_config(key, value),
-                Err(_) => builder,
-            });
-            Arc::new(set.build()?)
+            let settings = environment::settings($cloud, |name| name.parse().ok())?;
+            let build = |without: Option<&str>| {
+                let set = settings.iter().filter(|(name, ..)| Some(name.as_str()) != without);
+                set.fold(begun.clone(), |to, (_, key, value)| to.with_config(*key, value)).build()
+            };
+            // what the library says may have the values in it
+            Arc::new(build(None).map_err(|_| {
+                let culprits = settings.iter().map(|(name, ..)| name.as_str());
+                environment::refused(url.scheme(), culprits.filter(|name| build(Some(name)).is_ok()))
+            })?)
         }};
     }
-    Ok(match ObjectStoreScheme::parse(url)?.0 {
+    Ok(match ObjectStoreScheme::parse(url).map_err(|e| unusable(url.as_str(), e))?.0 {
+        ObjectStoreScheme::Local => Arc::new(Local::default()),
         ObjectStoreScheme::AmazonS3 => build!(AmazonS3Builder, "AWS_"),
         ObjectStoreScheme::GoogleCloudStorage => build!(GoogleCloudStorageBuilder, "GOOGLE_"),
         ObjectStoreScheme::MicrosoftAzure => build!(MicrosoftAzureBuilder, "AZURE_"),
-        _ => Arc::from(object_store::parse_url(url)?.0),
+        _ => Arc::from(object_store::parse_url(url).map_err(|e| unusable(url.as_str(), e))?.0),
     })
 }
 

@@ -1,24 +1,29 @@
-//! SQL functions whose results are the same on every machine: what DataFusion takes from the platform's math
-//! library comes from pure-Rust `libm` here, under the same names.
+//! What every session computes with, so that results are the same on every machine: what DataFusion takes from the
+//! platform's math library comes from pure-Rust `libm` here, under the same names, and arithmetic is [`exact`].
+
+pub mod exact;
 
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, Float64Array};
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array};
 use arrow::compute::{binary, unary};
-use arrow::datatypes::DataType::{Binary, FixedSizeBinary, Float64, Int64};
+use arrow::datatypes::DataType::{self, Binary, FixedSizeBinary, Float64, Int64};
 use arrow::datatypes::{Float64Type, Int64Type};
 use datafusion::common::{ScalarValue, exec_err};
 use datafusion::error::Result;
+use datafusion::functions_nested::range::{gen_series_udf, range_udf};
 use datafusion::logical_expr::expr_fn::SimpleScalarUDF;
 use datafusion::logical_expr::{
-    ColumnarValue, ScalarFunctionImplementation, ScalarUDF, Signature, TypeSignature, Volatility,
+    ColumnarValue, ScalarFunctionArgs, ScalarFunctionImplementation, ScalarUDF, ScalarUDFImpl, Signature,
+    TypeSignature, Volatility,
 };
 use datafusion::prelude::SessionContext;
 
 use crate::hash::unit_hash;
 
-/// Makes the functions known to a session; those of the same name are replaced.
+/// Makes the functions known to a session, once; those of the same name are replaced.
 pub fn register(session: &SessionContext) {
+    exact::install(session);
     let unary_functions: [(&str, fn(f64) -> f64); 4] =
         [("exp", libm::exp), ("ln", libm::log), ("log2", libm::log2), ("log10", libm::log10)];
     for (name, function) in unary_functions {
@@ -29,6 +34,54 @@ pub fn register(session: &SessionContext) {
     }
     session.register_udf(power());
     session.register_udf(sql_unit_hash());
+    for inner in [range_udf(), gen_series_udf()] {
+        session.register_udf(ScalarUDF::new_from_impl(Counted { inner }));
+    }
+}
+
+/// The most numbers that `range` makes of a batch of rows: a gigabyte.
+const MOST_NUMBERS: u128 = 1 << 27;
+
+/// `range` or `generate_series`, as a list: all of its numbers are in memory at once.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Counted {
+    inner: Arc<ScalarUDF>,
+}
+
+impl ScalarUDFImpl for Counted {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn signature(&self) -> &Signature {
+        self.inner.signature()
+    }
+
+    fn return_type(&self, arg_types: &[DataType]) -> Result<DataType> {
+        self.inner.return_type(arg_types)
+    }
+
+    fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
+        let arrays = ColumnarValue::values_to_arrays(&args.args)?;
+        let numbers: Vec<&Int64Array> = arrays.iter().filter_map(|array| array.as_primitive_opt()).collect();
+        let rows = numbers.first().filter(|_| numbers.len() == arrays.len()).map_or(0, |array| array.len());
+        let count = |row: usize| {
+            let value = |i: usize| numbers.get(i).map(|array| array.value(row));
+            let (start, stop) = if numbers.len() == 1 { (Some(0), value(0)) } else { (value(0), value(1)) };
+            let step = value(2).unwrap_or(1);
+            let length = stop.unwrap_or(0).abs_diff(start.unwrap_or(0)).checked_div(step.unsigned_abs());
+            let forth = (stop >= start) == (step >= 0);
+            if forth { length.unwrap_or(0) as u128 + 1 } else { 0 }
+        };
+        let whole = |row: &usize| numbers.iter().all(|array| array.is_valid(*row));
+        if (0..rows).filter(whole).map(count).sum::<u128>() > MOST_NUMBERS {
+            return Err(exact::NoNumber::beyond(
+                format!("`{}` makes more than {MOST_NUMBERS} numbers at a time", self.name()),
+                "take a larger step, as in range(0, tokens, $max_span)",
+            ));
+        }
+        self.inner.invoke_with_args(args)
+    }
 }
 
 /// `power(x, y)`, also `pow`.

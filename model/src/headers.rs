@@ -1,0 +1,496 @@
+//! The headers of a Parquet file, walked through before the Parquet library reads them.
+//!
+//! The library passes over what it does not know a value at a time, and some values have no bytes there: seven bytes of
+//! a header say that there are two billion booleans, and a header of three kilobytes can say so for minutes. It makes room
+//! for as many children of a column as are said, and goes down into them as deep as they are said to lie, too. So a header
+//! is read on only where each of its values has a byte at least, and its columns are a tree of some depth.
+//!
+//! The library takes what it knows for what it should be, whatever the file says that it is. A walk that went by what the
+//! file says would lose its way; so here it is known, too, and what is said to be something else is refused.
+
+use parquet::errors::ParquetError;
+
+/// What a field is.
+#[derive(Clone, Copy)]
+enum Is {
+    Bool,
+    Byte,
+    I16,
+    I32,
+    I64,
+    Double,
+    Binary,
+    List(&'static Is),
+    Struct(Fields),
+    /// [`COLUMN`]'s.
+    Column,
+}
+
+/// The fields of a struct, by their ids.
+type Fields = &'static [(i16, Is)];
+
+use Is::*;
+
+/// A page's.
+const PAGE: Fields = &[
+    (1, I32),
+    (2, I32),
+    (3, I32),
+    (4, I32),
+    (5, Struct(&[(1, I32), (2, I32), (3, I32), (4, I32), (5, STATISTICS)])),
+    (6, NOTHING),
+    (7, Struct(&[(1, I32), (2, I32), (3, Bool)])),
+    (8, Struct(&[(1, I32), (2, I32), (3, I32), (4, I32), (5, I32), (6, I32), (7, Bool), (8, STATISTICS)])),
+];
+
+/// The fields of [`PAGE`] that say what kind of page it is, and how many bytes follow its header.
+const PAGE_KIND: usize = 1;
+const PAGE_BYTES: usize = 3;
+
+/// A page that the library takes for none, and reads what is in it for the next one's header.
+const INDEX_PAGE: i64 = 1;
+
+/// The file's.
+const FILE: Fields = &[
+    (1, I32),
+    (2, List(&Column)),
+    (3, I64),
+    (4, List(&ROW_GROUP)),
+    (5, List(&KEY_VALUE)),
+    (6, Binary),
+    (7, List(&Struct(&[(1, NOTHING), (2, NOTHING)]))),
+    (8, Struct(&[(1, ALGORITHM), (2, ALGORITHM)])),
+    (9, Binary),
+];
+
+/// A column's name and type, or a group's of columns.
+const COLUMN: Fields = &[
+    (1, I32),
+    (2, I32),
+    (3, I32),
+    (4, Binary),
+    (5, I32),
+    (6, I32),
+    (7, I32),
+    (8, I32),
+    (9, I32),
+    (10, LOGICAL_TYPE),
+];
+
+/// The field of [`COLUMN`] that says how many of those after it are in it.
+const COLUMN_CHILDREN: usize = 5;
+
+const LOGICAL_TYPE: Is = Struct(&[
+    (1, NOTHING),
+    (2, NOTHING),
+    (3, NOTHING),
+    (4, NOTHING),
+    (5, Struct(&[(1, I32), (2, I32)])),
+    (6, NOTHING),
+    (7, Struct(&[(1, Bool), (2, TIME_UNIT)])),
+    (8, Struct(&[(1, Bool), (2, TIME_UNIT)])),
+    (10, Struct(&[(1, Byte), (2, Bool)])),
+    (11, NOTHING),
+    (12, NOTHING),
+    (13, NOTHING),
+    (14, NOTHING),
+    (15, NOTHING),
+    (16, Struct(&[(1, Byte)])),
+    (17, Struct(&[(1, Binary)])),
+    (18, Struct(&[(1, Binary), (2, I32)])),
+]);
+
+const TIME_UNIT: Is = Struct(&[(1, NOTHING), (2, NOTHING), (3, NOTHING)]);
+
+const ROW_GROUP: Is = Struct(&[
+    (1, List(&CHUNK)),
+    (2, I64),
+    (3, I64),
+    (4, List(&Struct(&[(1, I32), (2, Bool), (3, Bool)]))),
+    (5, I64),
+    (6, I64),
+    (7, I16),
+]);
+
+/// A column's part of a row group.
+const CHUNK: Is = Struct(&[
+    (1, Binary),
+    (2, I64),
+    (3, CHUNK_METADATA),
+    (4, I64),
+    (5, I32),
+    (6, I64),
+    (7, I32),
+    (8, Struct(&[(1, NOTHING), (2, Struct(&[(1, List(&Binary)), (2, Binary)]))])),
+    (9, Binary),
+]);
+
+const CHUNK_METADATA: Is = Struct(&[
+    (1, I32),
+    (2, List(&I32)),
+    (3, List(&Binary)),
+    (4, I32),
+    (5, I64),
+    (6, I64),
+    (7, I64),
+    (8, List(&KEY_VALUE)),
+    (9, I64),
+    (10, I64),
+    (11, I64),
+    (12, STATISTICS),
+    (13, List(&Struct(&[(1, I32), (2, I32), (3, I32)]))),
+    (14, I64),
+    (15, I32),
+    (16, Struct(&[(1, I64), (2, List(&I64)), (3, List(&I64))])),
+    (17, Struct(&[(1, BOX), (2, List(&I32))])),
+]);
+
+const STATISTICS: Is =
+    Struct(&[(1, Binary), (2, Binary), (3, I64), (4, I64), (5, Binary), (6, Binary), (7, Bool), (8, Bool)]);
+
+const KEY_VALUE: Is = Struct(&[(1, Binary), (2, Binary)]);
+
+const ALGORITHM: Is = Struct(&[(1, Binary), (2, Binary), (3, Bool)]);
+
+const BOX: Is = Struct(&[
+    (1, Double),
+    (2, Double),
+    (3, Double),
+    (4, Double),
+    (5, Double),
+    (6, Double),
+    (7, Double),
+    (8, Double),
+]);
+
+const NOTHING: Is = Struct(&[]);
+
+/// So deep may values lie in each other: the library's own bound for those that it passes over.
+const DEPTH: usize = 64;
+
+/// So deep may columns lie in each other.
+const COLUMN_DEPTH: usize = 64;
+
+/// The types of Thrift's compact protocol.
+mod wire {
+    pub const TRUE: u8 = 1;
+    pub const FALSE: u8 = 2;
+    pub const BYTE: u8 = 3;
+    pub const I16: u8 = 4;
+    pub const I32: u8 = 5;
+    pub const I64: u8 = 6;
+    pub const DOUBLE: u8 = 7;
+    pub const BINARY: u8 = 8;
+    pub const LIST: u8 = 9;
+    pub const SET: u8 = 10;
+    pub const MAP: u8 = 11;
+    pub const STRUCT: u8 = 12;
+    pub const UUID: u8 = 13;
+}
+
+/// Walks through what a file's footer holds, without its last eight bytes.
+///
+/// # Errors
+/// The library must not read it.
+pub fn footer(bytes: &[u8]) -> Result<(), ParquetError> {
+    let mut walk = Walk { rest: bytes, children: vec![] };
+    walk.fields(Some(FILE), DEPTH)?;
+    // how many columns are yet to come in each group that is open
+    let mut open: Vec<i64> = vec![];
+    let mut said = 0;
+    for children in walk.children {
+        while open.pop_if(|left| *left == 0).is_some() {}
+        if let Some(left) = open.last_mut() {
+            *left -= 1;
+        }
+        if children > 0 {
+            open.push(children);
+        }
+        said += children.max(0);
+        if open.len() > COLUMN_DEPTH || said > bytes.len() as i64 {
+            return Err(damaged("its columns are too many, or lie too deep"));
+        }
+    }
+    Ok(())
+}
+
+/// Walks through the headers of a column's pages.
+///
+/// # Errors
+/// The library must not read them.
+pub fn pages(mut bytes: &[u8]) -> Result<(), ParquetError> {
+    while !bytes.is_empty() {
+        let mut walk = Walk { rest: bytes, children: vec![] };
+        let numbers = walk.fields(Some(PAGE), DEPTH)?;
+        let size = usize::try_from(numbers[PAGE_BYTES] as i32).ok();
+        let after = size.and_then(|size| walk.rest.get(size..));
+        if numbers[PAGE_KIND] == INDEX_PAGE {
+            return Err(damaged("a page of an index is among its pages"));
+        }
+        bytes = after.ok_or_else(|| damaged("a page has fewer bytes than its header says"))?;
+    }
+    Ok(())
+}
+
+fn damaged(what: &str) -> ParquetError {
+    ParquetError::General(what.to_owned())
+}
+
+/// Goes on as the library does, byte for byte.
+struct Walk<'a> {
+    rest: &'a [u8],
+    /// Of each column, in order.
+    children: Vec<i64>,
+}
+
+impl Walk<'_> {
+    fn skip(&mut self, bytes: u64) -> Result<(), ParquetError> {
+        let rest = usize::try_from(bytes).ok().and_then(|bytes| self.rest.get(bytes..));
+        self.rest = rest.ok_or_else(|| damaged("a header ends before its values do"))?;
+        Ok(())
+    }
+
+    fn byte(&mut self) -> Result<u8, ParquetError> {
+        let first = self.rest.first().copied().unwrap_or_default();
+        self.skip(1)?;
+        Ok(first)
+    }
+
+    /// A number of seven bits a byte.
+    fn number(&mut self) -> Result<u64, ParquetError> {
+        let (mut number, mut shift) = (0, 0u32);
+        loop {
+            let byte = self.byte()?;
+            number |= u64::from(byte & 0x7F).wrapping_shl(shift);
+            if byte & 0x80 == 0 {
+                return Ok(number);
+            }
+            shift = shift.wrapping_add(7);
+        }
+    }
+
+    /// One whose lowest bit is its sign.
+    fn signed(&mut self) -> Result<i64, ParquetError> {
+        let number = self.number()?;
+        Ok((number >> 1) as i64 ^ -((number & 1) as i64))
+    }
+
+    /// How many values a list or a map has.
+    fn count(&mut self) -> Result<u64, ParquetError> {
+        let count = self.number()?;
+        if i32::try_from(count).is_err() { Err(damaged("a list of a header has no end")) } else { Ok(count) }
+    }
+
+    /// Walks through a struct's fields; returns those numbers of them whose ids are indices here.
+    fn fields(&mut self, known: Option<Fields>, depth: usize) -> Result<[i64; 8], ParquetError> {
+        let mut numbers = [0; 8];
+        let mut last = 0i16;
+        loop {
+            let header = self.byte()?;
+            let (delta, kind) = (header >> 4, header & 0x0F);
+            if kind == 0 {
+                break;
+            }
+            last = match delta {
+                0 => self.signed()? as i16,
+                // where nothing is known of the fields, their ids count for nothing
+                _ if known.is_none() => 0,
+                delta => last
+                    .checked_add(i16::from(delta))
+                    .ok_or_else(|| damaged("a header has too many fields"))?,
+            };
+            let is = known.and_then(|fields| fields.iter().find(|(id, _)| *id == last)).map(|(_, is)| *is);
+            let number = self.value(kind, is, depth)?;
+            if let Some(place) = usize::try_from(last).ok().and_then(|id| numbers.get_mut(id)) {
+                *place = number;
+            }
+        }
+        Ok(numbers)
+    }
+
+    /// Walks through a value that the file says is of a kind; returns it if it is a number.
+    fn value(&mut self, kind: u8, is: Option<Is>, depth: usize) -> Result<i64, ParquetError> {
+        let as_known = match is {
+            None => true,
+            Some(Bool) => matches!(kind, wire::TRUE | wire::FALSE),
+            Some(Byte) => kind == wire::BYTE,
+            Some(I16) => kind == wire::I16,
+            Some(I32) => kind == wire::I32,
+            Some(I64) => kind == wire::I64,
+            Some(Double) => kind == wire::DOUBLE,
+            Some(Binary) => kind == wire::BINARY,
+            Some(List(_)) => kind == wire::LIST,
+            Some(Struct(_) | Column) => kind == wire::STRUCT,
+        };
+        if !as_known {
+            return Err(damaged("a field of a header is of another type"));
+        }
+        let Some(depth) = depth.checked_sub(1) else { return Err(damaged("a header's values lie too deep")) };
+        match kind {
+            wire::TRUE | wire::FALSE => {}
+            wire::BYTE => self.skip(1)?,
+            wire::I16 | wire::I32 | wire::I64 => return self.signed(),
+            wire::DOUBLE => self.skip(8)?,
+            wire::UUID => self.skip(16)?,
+            wire::BINARY => {
+                let length = self.number()?;
+                self.skip(length)?;
+            }
+            wire::LIST | wire::SET => {
+                let header = self.byte()?;
+                let count = if header >> 4 == 15 { self.count()? } else { u64::from(header >> 4) };
+                let of = match is {
+                    Some(List(of)) => Some(*of),
+                    _ => None,
+                };
+                self.values(header & 0x0F, of, count, depth)?;
+            }
+            wire::MAP => {
+                let count = self.count()?;
+                if count > 0 {
+                    let kinds = self.byte()?;
+                    for _ in 0..count {
+                        self.values(kinds >> 4, None, 1, depth)?;
+                        self.values(kinds & 0x0F, None, 1, depth)?;
+                    }
+                }
+            }
+            wire::STRUCT => match is {
+                Some(Column) => {
+                    let numbers = self.fields(Some(COLUMN), depth)?;
+                    self.children.push(i64::from(numbers[COLUMN_CHILDREN] as i32));
+                }
+                Some(Struct(fields)) => drop(self.fields(Some(fields), depth)?),
+                _ => drop(self.fields(None, depth)?),
+            },
+            _ => return Err(damaged("a field of a header is of no type")),
+        }
+        Ok(0)
+    }
+
+    /// Walks through the values of a list. A boolean has no byte here, as the library has it.
+    fn values(&mut self, kind: u8, is: Option<Is>, count: u64, depth: usize) -> Result<(), ParquetError> {
+        if count > 0 && matches!(kind, wire::TRUE | wire::FALSE) {
+            return Err(damaged("a header has a list of booleans"));
+        }
+        for _ in 0..count {
+            self.value(kind, is, depth)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataset::Dataset;
+    use crate::dataset::tests::{folder, packed};
+    use std::time::{Duration, Instant};
+
+    /// A field that no header has, the last there can be.
+    const UNKNOWN: u8 = 0xF0;
+
+    /// A list of so many values of a kind.
+    fn list(kind: u8, mut count: u32) -> Vec<u8> {
+        let mut bytes = vec![0xF0 | kind];
+        while count >= 0x80 {
+            bytes.push(count as u8 | 0x80);
+            count >>= 7;
+        }
+        bytes.push(count as u8);
+        bytes
+    }
+
+    /// A field with a list of as many lists of values without bytes as fit into so many bytes, and its kind.
+    fn endless(room: usize, kind: u8) -> Vec<u8> {
+        let of = |count: usize| {
+            let inner = list(kind, i32::MAX as u32).repeat(count);
+            [vec![UNKNOWN | wire::LIST], list(wire::LIST, count as u32), inner].concat()
+        };
+        of((0..).take_while(|count| of(*count).len() <= room).last().unwrap_or_default())
+    }
+
+    async fn read(bytes: Vec<u8>) -> crate::Result<usize> {
+        let folder = folder(&[("train-00000-of-00001.parquet", bytes)]).await;
+        let mut dataset = Dataset::open(&folder, 1000).await?;
+        Ok(dataset.sequence(0).await?.ids.len())
+    }
+
+    /// A packed file of three kilobytes.
+    fn file() -> Vec<u8> {
+        let ids: Vec<i32> = (0..400).map(|i| i * 7919 % 1000).collect();
+        packed(&[(ids, 3, vec![("a", 0, 400)])])
+    }
+
+    #[tokio::test]
+    async fn a_page_whose_header_has_no_end_is_refused_at_once() {
+        let whole = file();
+        assert_eq!(read(whole.clone()).await.unwrap(), 400);
+        for kind in [wire::TRUE, wire::FALSE, wire::DOUBLE, wire::UUID] {
+            // in place of the first column's pages
+            let mut lying = whole.clone();
+            let evil = endless(1000, kind);
+            lying[4..4 + evil.len()].copy_from_slice(&evil);
+            let started = Instant::now();
+            let error = read(lying).await.unwrap_err().to_string();
+            assert!(error.contains("header"), "{error}");
+            assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_footer_that_has_no_end_is_refused_at_once() {
+        let whole = file();
+        let end = whole.len() - 8;
+        let length = u32::from_le_bytes(whole[end..end + 4].try_into().unwrap()) as usize;
+        let footer = &whole[end - length..end];
+        assert_eq!(footer[length - 1], 0, "the end of the struct");
+        let with = |more: &[u8]| {
+            let footer = [&footer[..length - 1], more, &[0]].concat();
+            let size = (footer.len() as u32).to_le_bytes();
+            [&whole[..end - length], &footer, &size, b"PAR1"].concat()
+        };
+        // a field that is not known, of a kind that is read over
+        assert_eq!(read(with(&[UNKNOWN | wire::I32, 5])).await.unwrap(), 400);
+        let map = [vec![UNKNOWN | wire::MAP], list(0, i32::MAX as u32)[1..].to_vec(), vec![0x11]].concat();
+        let row_groups = [vec![0x08 | 1, 8], list(wire::STRUCT, i32::MAX as u32)].concat();
+        for evil in [endless(2000, wire::TRUE), map, row_groups] {
+            let started = Instant::now();
+            let error = read(with(&evil)).await.unwrap_err().to_string();
+            assert!(error.contains("header"), "{error}");
+            assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        }
+    }
+
+    #[test]
+    fn columns_that_lie_too_deep_or_are_too_many_are_refused() {
+        // a required group of so many children, without a name
+        let group = |children: u32| {
+            let mut bytes = vec![0x35, 0, 0x18, 0, 0x15];
+            bytes.extend(&list(0, 2 * children)[1..]);
+            bytes.push(0);
+            bytes
+        };
+        let footer_of = |groups: Vec<Vec<u8>>| {
+            [vec![0x29], list(wire::STRUCT, groups.len() as u32), groups.concat(), vec![0]].concat()
+        };
+        footer(&footer_of(vec![group(1), group(0)])).unwrap();
+        footer(&footer_of([vec![group(1); 60], vec![group(0)]].concat())).unwrap();
+        for groups in [[vec![group(1); 500], vec![group(0)]].concat(), vec![group(1 << 30)]] {
+            let error = footer(&footer_of(groups)).unwrap_err().to_string();
+            assert!(error.contains("its columns are too many"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_said_to_be_of_another_type_hides_nothing() {
+        // the library takes the first field for a number, and reads on in the text
+        let text = endless(500, wire::TRUE);
+        let hidden = [vec![0x18], list(0, text.len() as u32)[1..].to_vec(), text, vec![0]].concat();
+        let error = pages(&hidden).unwrap_err().to_string();
+        assert!(error.contains("of another type"), "{error}");
+        // the fields of a page without values, as it is written
+        pages(&[0x15, 0, 0x15, 0, 0x15, 0, 0x2C, 0x15, 0, 0x15, 0, 0x15, 6, 0x15, 6, 0, 0]).unwrap();
+        assert!(pages(&[0x15, 2, 0x15, 0, 0x15, 0, 0]).unwrap_err().to_string().contains("index"));
+    }
+}

@@ -1,0 +1,222 @@
+//! Variables of the environment as people set them: white space around a value is none of it, an empty one is not set, and
+//! what can't be used is refused by its name. No value is shown: it may be a secret.
+//!
+//! object_store panics at some values and prints others, so they are looked at before it has them.
+
+use std::ffi::OsString;
+
+use reqwest::header::{HeaderName, HeaderValue};
+use url::Url;
+
+use crate::{Error, Result};
+
+/// The value of a variable, if it is set.
+pub fn variable(name: &str) -> Result<Option<String>> {
+    std::env::var_os(name).map_or(Ok(None), |value| text(name, value))
+}
+
+/// The value of a variable that is a web address, without the slash at its end.
+pub fn address(name: &str) -> Result<Option<String>> {
+    variable(name)?.map(|value| web(name, &value)).transpose()
+}
+
+/// What `of` makes of the value of a variable, for the head of a request.
+pub fn header(name: &str, of: impl Fn(&str) -> String) -> Result<Option<HeaderValue>> {
+    let header = |value: String| HeaderValue::from_str(&of(&value)).map_err(|_| wrong(name, UNPRINTABLE));
+    variable(name)?.map(header).transpose()
+}
+
+/// The headers of a variable that lists them, `NAME=VALUE,…`.
+pub fn headers(name: &str) -> Result<Vec<(HeaderName, HeaderValue)>> {
+    let all = variable(name)?.unwrap_or_default();
+    let headers = all.split(',').map(str::trim).filter(|header| !header.is_empty()).map(|header| {
+        let (key, value) = header.split_once('=')?;
+        Some((key.trim().parse().ok()?, value.trim().parse().ok()?))
+    });
+    headers.collect::<Option<_>>().ok_or_else(|| wrong(name, "it is no list of headers, NAME=VALUE,…"))
+}
+
+fn text(name: &str, value: OsString) -> Result<Option<String>> {
+    let value = value.into_string().map_err(|_| wrong(name, "it is not UTF-8"))?;
+    Ok(Some(value.trim().to_owned()).filter(|value| !value.is_empty()))
+}
+
+fn web(name: &str, value: &str) -> Result<String> {
+    let is_web = |url: &Url| ["http", "https"].contains(&url.scheme()) && url.has_host();
+    match Url::parse(value) {
+        // a line break within it, the URL's parser leaves out
+        Ok(url) if is_web(&url) && !value.contains(char::is_control) => {
+            Ok(url.as_str().trim_end_matches('/').to_owned())
+        }
+        _ => Err(wrong(name, "it is no address that begins with http:// or https://")),
+    }
+}
+
+/// A web address that holds no secret: the library tells it wherever a request fails.
+fn open_web(name: &str, value: &str) -> Result<String> {
+    let has_secret =
+        |url: Url| !url.username().is_empty() || url.password().is_some() || url.query().is_some();
+    match Url::parse(value).is_ok_and(has_secret) {
+        true => Err(wrong(name, "there is a user, a password or a query in the address")),
+        false => web(name, value),
+    }
+}
+
+fn printable(name: &str, value: String) -> Result<String> {
+    match value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        true => Ok(value),
+        false => Err(wrong(name, UNPRINTABLE)),
+    }
+}
+
+const UNPRINTABLE: &str = "it has a line break in it, or a character that is not ASCII";
+
+fn wrong(name: &str, why: &str) -> Error {
+    let help = "set it right, or not at all; its value is not shown, for it may be a secret";
+    Error::usage(format!("the variable {name} of the environment can't be used: {why}"), help)
+}
+
+/// A setting of a cloud: the variable's name, the library's key, and the value.
+pub type Setting<K> = (String, K, String);
+
+/// The settings of a cloud, whose variables begin with `prefix`; `key` knows those that there are, by names in lower case.
+pub fn settings<K>(prefix: &str, key: impl Fn(&str) -> Option<K>) -> Result<Vec<Setting<K>>> {
+    let mut settings = vec![];
+    for (name, value) in std::env::vars_os() {
+        let Some(name) = name.to_str().filter(|name| name.starts_with(prefix)) else { continue };
+        let Some(key) = key(&name.to_ascii_lowercase()) else { continue };
+        let Some(value) = text(name, value)? else { continue };
+        settings.push((name.to_owned(), key, usable(name, value)?));
+    }
+    // the order of the environment is nobody's
+    settings.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+    Ok(settings)
+}
+
+/// What the library takes without a panic.
+fn usable(name: &str, value: String) -> Result<String> {
+    let is = |signs: &[&str]| signs.iter().any(|sign| name.contains(sign));
+    if name == "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE" {
+        // what is in it goes into the head of a request; one that can't be read now may be there later
+        if let Ok(token) = std::fs::read_to_string(&value) {
+            printable(name, token)?;
+        }
+        Ok(value)
+    } else if is(&[
+        "_FILE",
+        "_PATH",
+        "_CERTIFICATE",
+        "GOOGLE_SERVICE_ACCOUNT",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+    ]) {
+        // paths, and texts of many lines
+        if !is(&["_KEY", "_CERTIFICATE"]) && value.starts_with('{') {
+            return Err(wrong(
+                name,
+                "it is the path of a key's file; GOOGLE_SERVICE_ACCOUNT_KEY takes the key itself",
+            ));
+        }
+        Ok(value)
+    } else if is(&["FULL_URI"]) {
+        web(name, &value)
+    } else if is(&["ENDPOINT", "_URL", "AUTHORITY_HOST"]) && !is(&["_USE_"]) {
+        open_web(name, &value)
+    } else if is(&["RELATIVE_URI"]) && value.starts_with('/') {
+        Ok(web(name, &format!("http://x{value}"))?["http://x".len()..].to_owned())
+    } else if is(&["REGION", "TENANT_ID", "AUTHORITY_ID", "ACCOUNT_NAME", "RELATIVE_URI", "WORKLOAD_HOST"]) {
+        // a part of an address
+        match value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
+            true => Ok(value),
+            false => Err(wrong(name, "it has characters that such a name has not")),
+        }
+    } else {
+        printable(name, value)
+    }
+}
+
+/// That a cloud's settings don't hold together; `culprits` are those without any one of which they do.
+pub fn refused<'a>(scheme: &str, culprits: impl Iterator<Item = &'a str>) -> Error {
+    let culprits: Vec<_> = culprits.collect();
+    if !culprits.is_empty() {
+        let why = "its value is none, or lacks another variable's that belongs to it, or is one too many";
+        return wrong(&culprits.join(" or "), why);
+    }
+    let message = format!("the environment lacks what {scheme}:// needs, or it does not hold together");
+    Error::usage(message, crate::error::variables(scheme).unwrap_or("the README lists the variables"))
+}
+
+/// What the names of variables with secrets in them contain.
+const SECRET: [&str; 8] =
+    ["KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL", "SERVICE_ACCOUNT", "HEADERS", "PROXY"];
+
+/// The text with the name of the variable wherever the value of one that may be a secret stands in it: stores tell tokens in
+/// their answers.
+pub fn hide(text: String) -> String {
+    let secrets = std::env::vars_os().filter_map(|(name, value)| {
+        let (name, value) = (name.into_string().ok()?, value.into_string().ok()?);
+        let value = value.trim().to_owned();
+        // what is shorter is no secret, and may be a part of any word
+        let secret = value.len() >= 8 && SECRET.iter().any(|sign| name.to_ascii_uppercase().contains(sign));
+        secret.then_some((name, value))
+    });
+    secrets.fold(text, |text, (name, value)| match text.contains(&value) {
+        true => text.replace(&value, &format!("${name}")),
+        false => text,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use super::*;
+
+    #[test]
+    fn what_the_library_would_panic_at_is_refused_by_name_and_nothing_of_it_is_told() {
+        for (name, value) in [
+            ("AWS_ENDPOINT", "planted-secret:9000"),
+            ("AWS_ENDPOINT", "http://planted-secret\nx"),
+            ("AWS_ENDPOINT", "s3://planted-secret"),
+            ("AWS_ENDPOINT", "http://u:planted-secret@127.0.0.1:9000"),
+            ("AWS_ENDPOINT_URL_S3", "http://planted-secret@127.0.0.1:9000"),
+            ("AWS_ENDPOINT", "http://127.0.0.1:9000/?token=planted-secret"),
+            ("AWS_METADATA_ENDPOINT", "http://"),
+            ("AWS_REGION", "planted secret"),
+            ("AWS_REGION", "planted/secret"),
+            ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "planted secret"),
+            ("AWS_ACCESS_KEY_ID", "planted-\nsecret"),
+            ("AWS_SESSION_TOKEN", "planted-\u{e9}-secret"),
+            ("AZURE_STORAGE_ACCOUNT_NAME", "planted\nsecret"),
+            ("AZURE_STORAGE_ACCOUNT_NAME", "planted.secret/x"),
+            ("AZURE_STORAGE_ENDPOINT", "planted.secret"),
+            ("AZURE_STORAGE_TOKEN", "planted\u{7f}secret"),
+            ("AZURE_TENANT_ID", "planted secret"),
+            ("GOOGLE_BASE_URL", "planted.secret"),
+            ("GOOGLE_SERVICE_ACCOUNT", "{\"private_key\": \"planted-secret\"}"),
+            ("GOOGLE_APPLICATION_CREDENTIALS", "{planted-secret"),
+        ] {
+            let refused = usable(name, value.to_owned()).unwrap_err();
+            let said = refused.in_a_line();
+            assert!(refused.exit_code() == 2 && said.contains(name), "{said}");
+            assert!(!said.contains("planted") && !said.contains("secret:"), "{said}");
+        }
+        assert!(text("AWS_REGION", OsString::from_vec(b"eu\xff".to_vec())).is_err());
+    }
+
+    #[test]
+    fn white_space_around_a_value_is_none_of_it_and_an_empty_one_is_not_set() {
+        let set = |value: &str| text("X", value.into()).unwrap();
+        assert_eq!((set(""), set(" \n"), set("key\r\n")), (None, None, Some("key".into())));
+        for (name, value, used) in [
+            ("AWS_ENDPOINT", "http://[::1]:9000/", "http://[::1]:9000"),
+            ("AWS_ENDPOINT_URL", "https://storage.example.com/a b", "https://storage.example.com/a%20b"),
+            ("AWS_SECRET_ACCESS_KEY", "a+/b c=", "a+/b c="),
+            ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "/v2/a?b=c", "/v2/a?b=c"),
+            ("AZURE_USE_FABRIC_ENDPOINT", "true", "true"),
+            ("GOOGLE_SERVICE_ACCOUNT_KEY", "{\n}", "{\n}"),
+            ("GOOGLE_SERVICE_ACCOUNT", "/keys/\u{e9}.json", "/keys/\u{e9}.json"),
+        ] {
+            assert_eq!(usable(name, value.to_owned()).unwrap(), used, "{name}");
+        }
+    }
+}

@@ -1,0 +1,546 @@
+//! Which files a url names, and what lies there and is not read.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+
+use futures::{StreamExt, TryStreamExt, stream};
+use globset::{GlobBuilder, GlobMatcher};
+use object_store::path::Path;
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
+use serde::{Deserialize, Serialize};
+
+use super::files::{SourceFile, version};
+use super::local::{self, Found};
+use super::{Format, jsonl};
+use crate::store::whole;
+use crate::{Error, Result};
+
+/// How many files are looked at at a time.
+const LOOKS: usize = 32;
+
+/// What a url names.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// The files, sorted by path.
+    pub files: Vec<SourceFile>,
+    /// What looks like data, is where the url says, and is not read: why, and its url. Sorted.
+    pub unread: Vec<(Why, String)>,
+}
+
+/// Why something that looks like data is not read. The names are written to manifests, so they stay as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Why {
+    OtherFormat,
+    Compressed,
+    Deeper,
+    Empty,
+    NoFile,
+    DeadLink,
+    Loop,
+}
+
+impl Why {
+    /// For a person, after a number.
+    fn says(self) -> &'static str {
+        match self {
+            Why::OtherFormat => "whose names have none of the format's endings",
+            Why::Compressed => "compressed or put together in a way that is not read",
+            Why::Deeper => "in folders that the url's last `*` does not enter, as `**` would",
+            Why::Empty => "empty",
+            Why::NoFile => "no files: pipes, sockets or devices",
+            Why::DeadLink => "links to what isn't there",
+            Why::Loop => "links to a folder that they lie in",
+        }
+    }
+}
+
+/// All that is not read for one reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unread {
+    pub why: Why,
+    pub files: u64,
+    /// The first few.
+    pub first: Vec<String>,
+}
+
+impl Unread {
+    /// So many are named.
+    const FEW: usize = 3;
+
+    pub fn all(unread: &[(Why, String)]) -> Vec<Self> {
+        let mut all: BTreeMap<Why, Self> = BTreeMap::new();
+        for (why, url) in unread {
+            let of = all.entry(*why).or_insert(Self { why: *why, files: 0, first: vec![] });
+            of.files += 1;
+            if of.first.len() < Self::FEW {
+                of.first.push(url.clone());
+            }
+        }
+        all.into_values().collect()
+    }
+
+    /// All in a line, as in `3 files are not read: 2 compressed or put together in a way that is not read (…), 1 empty (…)`.
+    pub fn told(all: &[Self]) -> String {
+        let files: u64 = all.iter().map(|unread| unread.files).sum();
+        let each = all.iter().map(|Unread { why, files, first }| {
+            let more = if *files > first.len() as u64 { ", …" } else { "" };
+            let first = first.iter().map(|url| format!("`{url}`")).collect::<Vec<_>>().join(", ");
+            format!("{files} {} ({first}{more})", why.says())
+        });
+        let are = if files == 1 { "file is" } else { "files are" };
+        format!("{files} {are} not read: {}", each.collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// Lists the files of `url`. `path` is the part of the url inside the store.
+///
+/// - A file is taken as it is.
+/// - Of a folder, all files below it that have one of the format's endings (for text: all files).
+/// - Of a glob (`*`, `**`, `?`, `[…]`, `{a,b}`), the files that it matches; and of a folder that it matches, what a folder
+///   gives. Where its last part is of stars alone, they say how deep to go: `*` takes the files of a folder, `**` all below
+///   it, and of those the ones with one of the format's endings.
+///
+/// What is there under a name is meant by it, also where the name looks like a glob: `data/br[1]/*` is about the folder
+/// `br[1]`, if there is one.
+///
+/// Files and folders whose names start with `.` or, where they are tables, `_` are skipped, unless the url itself has a
+/// part that starts so (`data/_raw`, `data/.*`). So is what runs wrote to the outputs `own`, unless the url names one of
+/// their folders, or one in them.
+///
+/// # Errors
+/// Nothing is found, the glob is wrong, the store fails, a link leads nowhere, or a local name is one that can't be read.
+pub async fn list(
+    store: &dyn ObjectStore,
+    path: &Path,
+    url: &str,
+    format: Format,
+    own: &[Path],
+) -> Result<Listing> {
+    let base = url.strip_suffix(path.as_ref()).unwrap_or(url);
+    let is_local = url.starts_with('/');
+    let failed = |source| Error::Storage { doing: "list", url: url.to_owned(), source };
+    let names: Vec<&str> = path.as_ref().split('/').filter(|name| !name.is_empty()).collect();
+    let literal = literal(store, &names, is_local).await.map_err(failed)?;
+
+    if literal == names.len() && !names.is_empty() {
+        let is_file = match is_local {
+            true => match local::look(&on_disk(path.as_ref()))? {
+                Some(Found::File) => true,
+                Some(Found::Folder) | None => false,
+                Some(Found::Not(Why::DeadLink)) => return Err(dead_link(url)),
+                Some(Found::Not(_)) => {
+                    let help = "name files or folders; write what a pipe gives to a file first";
+                    return Err(Error::usage(format!("`{url}` is a pipe, a socket or a device"), help));
+                }
+                Some(Found::Misnamed(why)) => return Err(misnamed(url, why)),
+            },
+            false => match store.head(path).await {
+                Ok(_) => true,
+                Err(object_store::Error::NotFound { .. }) => false,
+                Err(source) => return Err(failed(source)),
+            },
+        };
+        if is_file {
+            let files = vec![source_file(store, base, path.clone(), None).await?];
+            return Ok(Listing { files, unread: vec![] });
+        }
+    }
+    let pattern = Pattern::new(&names, literal, url, format, own)?;
+    let mut scan = if is_local {
+        let mut scan = Scan::new(&pattern, base);
+        let folder = on_disk(&pattern.folder);
+        if folder.is_dir() {
+            let enters = |path: &str| pattern.skips(path).is_none();
+            local::walk(&folder, &pattern.folder, &enters, &mut |path, found| scan.see(path, found))?;
+        }
+        scan
+    } else {
+        let listed = whole(async || {
+            let mut scan = Scan::new(&pattern, base);
+            let mut listed = store.list(Some(&pattern.path()));
+            while let Some(meta) = listed.try_next().await? {
+                scan.listed(meta);
+            }
+            Ok(scan)
+        });
+        listed.await.map_err(failed)?
+    };
+    scan.forget_markers();
+    let found = stream::iter(std::mem::take(&mut scan.files));
+    let files: Vec<SourceFile> =
+        found.map(|(path, meta)| source_file(store, base, path, meta)).buffered(LOOKS).try_collect().await?;
+    let (empty, mut files): (Vec<_>, Vec<_>) =
+        files.into_iter().partition(|file| file.size == 0 && may_be_empty(format, &file.path));
+    scan.unread.extend(empty.into_iter().map(|file| (Why::Empty, file.url)));
+    scan.unread.sort();
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    if files.is_empty() {
+        return Err(scan.nothing(url));
+    }
+    if scan.passed > 0 {
+        let first = scan.other.unwrap_or_default();
+        tracing::debug!(
+            "{url}: {} names are passed over that begin with `.` or `_`, or are no data's; the first is `{base}{first}`",
+            scan.passed
+        );
+    }
+    Ok(Listing { files, unread: scan.unread })
+}
+
+/// Where a path of the local store is on this machine.
+fn on_disk(path: &str) -> PathBuf {
+    std::path::Path::new("/").join(path)
+}
+
+fn dead_link(url: &str) -> Error {
+    Error::usage(
+        format!("`{url}` is a link to what isn't there"),
+        "bring back what it leads to, or remove the link",
+    )
+}
+
+fn misnamed(url: &str, why: &str) -> Error {
+    Error::usage(format!("`{url}` cannot be read: its name {why}"), "rename it")
+}
+
+/// How many of a path's names, from the first on, are names and no globs: those that look like none, and those of what is
+/// there.
+async fn literal(store: &dyn ObjectStore, names: &[&str], is_local: bool) -> object_store::Result<usize> {
+    for (i, name) in names.iter().enumerate() {
+        if !name.contains(['*', '?', '[', '{']) {
+            continue;
+        }
+        let path = names[..=i].join("/");
+        let is_there = if is_local {
+            on_disk(&path).symlink_metadata().is_ok()
+        } else {
+            let path = Path::parse(&path)?;
+            match store.head(&path).await {
+                Ok(_) => true,
+                Err(object_store::Error::NotFound { .. }) => {
+                    store.list(Some(&path)).try_next().await?.is_some()
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        if !is_there {
+            return Ok(i);
+        }
+    }
+    Ok(names.len())
+}
+
+/// A file with its version: the e_tag that it was listed with, or that it has when it is asked for, or else the digest of
+/// its content. A local file is always asked for: what the store says of it then is what it says when it is opened.
+async fn source_file(
+    store: &dyn ObjectStore,
+    base: &str,
+    path: Path,
+    listed: Option<ObjectMeta>,
+) -> Result<SourceFile> {
+    let url = format!("{base}{path}");
+    let failed = |source| Error::Storage { doing: "look at", url: url.clone(), source };
+    let meta = match listed.filter(|meta| meta.e_tag.is_some()) {
+        Some(meta) => meta,
+        None => store.head(&path).await.map_err(failed)?,
+    };
+    let version = match version(&meta) {
+        Some(version) => version,
+        None => {
+            let mut hasher = blake3::Hasher::new();
+            let mut bytes = store.get(&path).await.map_err(failed)?.into_stream();
+            while let Some(some) = bytes.try_next().await.map_err(failed)? {
+                hasher.update(&some);
+            }
+            SourceFile::version_of(hasher.finalize())
+        }
+    };
+    Ok(SourceFile { size: meta.size, url, version, path })
+}
+
+/// Which of the files below a folder a url means.
+struct Pattern<'a> {
+    /// Everything before the first part with a glob.
+    folder: String,
+    /// What paths are like from there on.
+    glob: Option<GlobMatcher>,
+    /// Whether the glob says what files are called, and not only how deep they lie.
+    names_files: bool,
+    format: Format,
+    /// Which of `.` and `_` names below the folder may start with.
+    hidden: Vec<char>,
+    /// What the names of files that are no data start with.
+    private: &'static [char],
+    own: Vec<&'a str>,
+}
+
+/// What a pattern says to a path.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Verdict {
+    Read,
+    /// It looks like data.
+    Unread(Why),
+    /// It doesn't.
+    NoData,
+    Hidden,
+    Own,
+    /// The glob doesn't match it.
+    Outside,
+}
+
+impl<'a> Pattern<'a> {
+    /// A pattern of a path's names, of which the first `literal` are those of a folder.
+    fn new(names: &[&str], literal: usize, url: &str, format: Format, own: &'a [Path]) -> Result<Self> {
+        let (folders, rest) = names.split_at(literal);
+        let folder = folders.join("/");
+        let glob = (!rest.is_empty())
+            .then(|| GlobBuilder::new(&rest.join("/")).literal_separator(true).build())
+            .transpose()
+            .map_err(|error| {
+                Error::usage(
+                    format!("`{url}` is not a glob: {}", error.kind()),
+                    "`*` matches within a name, `**` across folders, `{a,b}` either; `[*]` is a star itself",
+                )
+            })?;
+        // one that names a folder of a run means it
+        let is_named =
+            |own: &&str| below(&folder, own).is_some_and(|rest| !rest.is_empty() && is_of_runs(rest));
+        Ok(Self {
+            own: own.iter().map(Path::as_ref).filter(|own| !is_named(own)).collect(),
+            glob: glob.map(|glob| glob.compile_matcher()),
+            names_files: rest.last().is_some_and(|last| last.contains(|c| c != '*')),
+            format,
+            hidden: rest.iter().filter_map(|part| part.chars().next()).collect(),
+            // a table's writers leave `_SUCCESS` beside it; a text may well be `__init__.py`
+            private: if format == Format::Text { &['.'] } else { &['.', '_'] },
+            folder,
+        })
+    }
+
+    fn path(&self) -> Path {
+        // it is the beginning of one
+        Path::parse(&self.folder).unwrap_or_default()
+    }
+
+    /// What is said to all that lies below a path, whatever it is.
+    fn skips(&self, path: &str) -> Option<Verdict> {
+        let is_hidden = |part: &str| part.starts_with(self.private) && !part.starts_with(&*self.hidden);
+        match () {
+            () if self.own.iter().any(|own| below(path, own).is_some_and(is_written_by_runs)) => {
+                Some(Verdict::Own)
+            }
+            () if self.rest(path).split('/').any(is_hidden) => Some(Verdict::Hidden),
+            () => None,
+        }
+    }
+
+    fn rest<'p>(&self, path: &'p str) -> &'p str {
+        below(path, &self.folder).unwrap_or(path)
+    }
+
+    fn verdict(&self, path: &str) -> Verdict {
+        if let Some(skipped) = self.skips(path) {
+            return skipped;
+        }
+        let rest = self.rest(path);
+        let name = rest.rsplit('/').next().unwrap_or(rest).to_lowercase();
+        let by_name = match looks_like_data(self.format, &name) {
+            _ if reads(self.format, &name) => Verdict::Read,
+            Some(why) => Verdict::Unread(why),
+            None => Verdict::NoData,
+        };
+        let Some(glob) = &self.glob else { return by_name };
+        match glob.is_match(rest) {
+            true if self.names_files => Verdict::Read,
+            true => by_name,
+            false if !rest.match_indices('/').any(|(end, _)| glob.is_match(&rest[..end])) => Verdict::Outside,
+            false if by_name == Verdict::Read && !self.names_files => Verdict::Unread(Why::Deeper),
+            false => by_name,
+        }
+    }
+}
+
+/// What follows the folder in a path that is the folder's or lies in it.
+/// Whether a path in an output lies in one of the folders that runs write to.
+fn is_of_runs(path: &str) -> bool {
+    let first = path.split('/').next().unwrap_or_default();
+    ["stages", "runs", "latest", "reproduced", "tokenizers", "tasks"].contains(&first)
+}
+
+/// Whether a path in an output is what runs write there: somebody else's files may lie in folders of the same names.
+fn is_written_by_runs(path: &str) -> bool {
+    let is_hex =
+        |text: &str, digits: usize| text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit());
+    let parts: Vec<&str> = path.split('/').collect();
+    match parts[..] {
+        ["stages", _, key, ..] => is_hex(key, 32),
+        ["runs", run, ..] => run.rsplit_once('-').is_some_and(|(_, key)| is_hex(key, 12)),
+        ["latest", file] => file.ends_with(".json"),
+        ["tokenizers", file] => file.strip_suffix(".json").is_some_and(|key| is_hex(key, 64)),
+        ["tasks", file] => file.strip_suffix(".json").is_some_and(|key| is_hex(key, 32)),
+        ["reproduced", .., _] => is_written_by_runs(&path["reproduced/".len()..]),
+        _ => false,
+    }
+}
+
+fn below<'p>(path: &'p str, folder: &str) -> Option<&'p str> {
+    let rest = path.strip_prefix(folder)?;
+    if folder.is_empty() || rest.is_empty() { Some(rest) } else { rest.strip_prefix('/') }
+}
+
+/// Whether a folder gives files of this name, in small letters.
+fn reads(format: Format, name: &str) -> bool {
+    let ends = |name: &str, endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
+    match format {
+        Format::Jsonl => ends(jsonl::uncompressed(name), &[".jsonl", ".ndjson", ".json"]),
+        Format::Parquet => ends(name, &[".parquet", ".parq", ".pq"]),
+        Format::Text => true,
+    }
+}
+
+/// Whether a file of no bytes is a sound one of no rows: plain lines have neither a head nor an end.
+fn may_be_empty(format: Format, path: &Path) -> bool {
+    let name = path.filename().unwrap_or_default().to_lowercase();
+    format == Format::Jsonl && jsonl::uncompressed(&name) == name
+}
+
+/// Endings of what people keep beside data: documents, programs, pictures, settings.
+const DOCUMENTS: [&str; 24] = [
+    "md", "rst", "html", "htm", "pdf", "bib", "tex", "py", "ipynb", "sh", "rs", "js", "css", "sql", "png",
+    "jpg", "jpeg", "gif", "svg", "yml", "yaml", "toml", "ini", "cfg",
+];
+
+/// … and names of such files that have none, in small letters.
+const PAPERS: [&str; 8] =
+    ["license", "licence", "copying", "notice", "readme", "authors", "makefile", "dockerfile"];
+
+/// Endings of compressed files and of archives.
+const COMPRESSED: [&str; 22] = [
+    "gz", "gzip", "tgz", "zst", "zstd", "xz", "txz", "lzma", "bz2", "tbz", "tbz2", "lz", "lz4", "lzo", "br",
+    "sz", "snappy", "z", "zip", "7z", "rar", "tar",
+];
+
+/// Endings of what is kept beside data, and says something of it.
+const BESIDE: [&str; 10] = ["md5", "sha1", "sha256", "sha512", "crc", "crc32", "sig", "asc", "idx", "index"];
+
+/// Why it is told that a folder's file is not read, by its name in small letters: `x.jsonl.xz`, `x.jsonl-00-of-10` and a
+/// `part-00000` without an ending look like data, a README and a checksum don't.
+fn looks_like_data(format: Format, name: &str) -> Option<Why> {
+    let ending = name.split_once('.').and_then(|(_, endings)| endings.rsplit('.').next());
+    match ending {
+        None => (!PAPERS.contains(&name)).then_some(Why::OtherFormat),
+        Some(last) if BESIDE.contains(&last) || DOCUMENTS.contains(&last) => None,
+        Some(last) if COMPRESSED.contains(&last) => {
+            let is_read = format == Format::Jsonl && jsonl::uncompressed(name) != name;
+            Some(if is_read { Why::OtherFormat } else { Why::Compressed })
+        }
+        // of a name that nobody knows, better a word too many than texts that are missed
+        Some(_) => Some(Why::OtherFormat),
+    }
+}
+
+/// What is found of a pattern.
+struct Scan<'p> {
+    pattern: &'p Pattern<'p>,
+    base: &'p str,
+    /// What is read, and what a listing said of it.
+    files: Vec<(Path, Option<ObjectMeta>)>,
+    unread: Vec<(Why, String)>,
+    /// Those that an object store has only as parts of paths.
+    folders: HashSet<String>,
+    /// How much is neither read nor told of …
+    passed: u64,
+    /// … and the first of it.
+    other: Option<String>,
+    /// Whether that is what runs wrote.
+    own: bool,
+}
+
+impl<'p> Scan<'p> {
+    fn new(pattern: &'p Pattern<'p>, base: &'p str) -> Self {
+        let (files, unread, folders) = (vec![], vec![], HashSet::new());
+        Self { pattern, base, files, unread, folders, passed: 0, other: None, own: false }
+    }
+
+    /// An object of a store.
+    fn listed(&mut self, meta: ObjectMeta) {
+        let path = meta.location.as_ref();
+        for (end, _) in path.rmatch_indices('/') {
+            // where one is known, so are those around it
+            if self.folders.contains(&path[..end]) {
+                break;
+            }
+            self.folders.insert(path[..end].to_owned());
+        }
+        match self.pattern.verdict(path) {
+            Verdict::Read => self.files.push((meta.location.clone(), Some(meta))),
+            verdict => self.leave(meta.location.as_ref(), verdict),
+        }
+    }
+
+    /// Something on this machine.
+    fn see(&mut self, path: &str, found: Found) -> Result<()> {
+        let url = format!("{}{path}", self.base);
+        match (found, self.pattern.verdict(path)) {
+            (Found::File, Verdict::Read) => match Path::parse(path) {
+                Ok(path) => self.files.push((path, None)),
+                Err(_) => return Err(misnamed(&url, "is none of an object")),
+            },
+            (Found::Misnamed(why), Verdict::Read) => return Err(misnamed(&url, why)),
+            (Found::Not(Why::DeadLink), Verdict::Read) => return Err(dead_link(&url)),
+            // what it would be is not to be seen from its name
+            (Found::Not(why @ (Why::DeadLink | Why::Loop)), Verdict::NoData)
+            | (Found::Not(why), Verdict::Read | Verdict::Unread(_)) => self.unread.push((why, url)),
+            (_, verdict) => self.leave(path, verdict),
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self, path: &str, verdict: Verdict) {
+        if let Verdict::Unread(why) = verdict {
+            self.unread.push((why, format!("{}{path}", self.base)));
+            return;
+        }
+        self.passed += 1;
+        self.own |= verdict == Verdict::Own;
+        if self.other.as_deref().is_none_or(|other| path < other) {
+            self.other = Some(path.to_owned());
+        }
+    }
+
+    /// Consoles and file systems over object stores write an empty object for a folder. Its path is the folder's, and
+    /// what is in the folder is listed by itself.
+    fn forget_markers(&mut self) {
+        let (folders, folder) = (&self.folders, &self.pattern.folder);
+        let is_folder = |path: &str| folders.contains(path) || path == folder;
+        let is_marker = |meta: &ObjectMeta| meta.size == 0 && is_folder(meta.location.as_ref());
+        self.files.retain(|(_, meta)| !meta.as_ref().is_some_and(is_marker));
+        let base = self.base;
+        self.unread.retain(|(_, url)| !folders.contains(url.strip_prefix(base).unwrap_or(url)));
+    }
+
+    /// The error where nothing is to be read.
+    fn nothing(self, url: &str) -> Error {
+        let Self { pattern, base, .. } = self;
+        let looked_for = match (&pattern.glob, pattern.format) {
+            (Some(_), _) if pattern.names_files => "files that match it",
+            (Some(_), Format::Text) => "files that match it",
+            (_, Format::Jsonl) => "files named *.jsonl, *.ndjson or *.json, plain or with .gz or .zst behind",
+            (_, Format::Parquet) => "files named *.parquet, *.parq or *.pq",
+            (None, Format::Text) => "files",
+        };
+        let found = match self.other {
+            _ if !self.unread.is_empty() => Unread::told(&Unread::all(&self.unread)),
+            Some(other) => format!("`{base}{other}` and what else is there does not count"),
+            None => format!("there is nothing below `{base}{}`", pattern.folder),
+        };
+        let own = if self.own { "; so is what runs wrote, unless the url names its folder" } else { "" };
+        Error::usage(
+            format!("`{url}` has no files"),
+            format!(
+                "looked for {looked_for}; {found} (names that start with `.`, or `_` where they are tables, are skipped{own})"
+            ),
+        )
+    }
+}
