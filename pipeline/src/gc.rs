@@ -18,6 +18,7 @@ use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStoreExt};
 use serde::Serialize;
 
+use crate::hash::is_hex;
 use crate::run::Stage;
 use crate::stage::Manifest;
 use crate::store::Location;
@@ -101,10 +102,6 @@ fn folder_of(path: &str) -> Option<String> {
 
 fn is_stage(name: &str) -> bool {
     Stage::value_variants().iter().any(|stage| stage.name() == name)
-}
-
-fn is_hex(text: &str, digits: usize) -> bool {
-    text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 fn below(output: &Location, objects: Vec<ObjectMeta>) -> Vec<(String, ObjectMeta)> {

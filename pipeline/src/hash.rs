@@ -178,6 +178,11 @@ pub fn unit_hash(tag: &str, seed: u64, doc_id: &[u8; 16], start: u64, copy: u32)
     u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("8 of 32 bytes"))
 }
 
+/// Whether a text is a number of so many hexadecimal digits, as keys and digests are in names.
+pub fn is_hex(text: &str, digits: usize) -> bool {
+    text.len() == digits && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 /// A doc_id as people and other software see it.
 pub fn hex(doc_id: &[u8]) -> String {
     doc_id.iter().map(|byte| format!("{byte:02x}")).collect()

@@ -71,7 +71,9 @@ pub async fn verify(
     for file in &manifest.files {
         check_file(folder, file, &mut verdict).await?;
     }
-    check_attempts(folder, &mut verdict).await?;
+    let attempts = publish::attempts(folder).await?;
+    let of_attempts: Vec<File> = attempts.into_iter().flat_map(|attempt| attempt.files).collect();
+    check_attempts(folder, &of_attempts, &mut verdict).await?;
     check_packed(folder, manifest, &mut verdict).await?;
     // what can't be read can't be asked
     if verdict.wrong.is_empty() {
@@ -80,7 +82,7 @@ pub async fn verify(
     if verdict.wrong.len() > before {
         withdraw(folder, &mut verdict).await?;
     }
-    check_strays(folder, manifest, &mut verdict).await?;
+    check_strays(folder, manifest, &of_attempts, &mut verdict).await?;
     accounts(&stages, manifest, &mut verdict);
     Ok(verdict)
 }
@@ -155,16 +157,16 @@ pub fn digest_of(bytes: Bytes) -> Result<(RowDigest, u64), parquet::errors::Parq
 }
 
 /// Report, cards and logs: each is what one of the attempts wrote.
-async fn check_attempts(folder: &Location, verdict: &mut Verdict) -> Result<()> {
-    let mut written: BTreeMap<String, Vec<Digest>> = BTreeMap::new();
-    for file in publish::attempts(folder).await?.into_iter().flat_map(|attempt| attempt.files) {
-        written.entry(file.name).or_default().push(file.blake3);
+async fn check_attempts(folder: &Location, of_attempts: &[File], verdict: &mut Verdict) -> Result<()> {
+    let mut written: BTreeMap<&str, Vec<Digest>> = BTreeMap::new();
+    for file in of_attempts {
+        written.entry(&file.name).or_default().push(file.blake3);
     }
     if !written.contains_key("report.html") {
         verdict.wrong.push(format!("{}: no attempt says what the report was", folder.join("attempts").url()));
     }
     for (name, digests) in written {
-        let at = folder.join(&name);
+        let at = folder.join(name);
         match at.head().await? {
             None => verdict.wrong.push(format!("{}: missing", at.url())),
             Some(_) if digests.contains(&at.digest().await?) => verdict.files += 1,
@@ -178,10 +180,14 @@ async fn check_attempts(folder: &Location, verdict: &mut Verdict) -> Result<()> 
 const READ_WHOLE: [&str; 4] = ["data/", "heldout/", "checkpoint/", "eval/"];
 
 /// Files that are none of the run's, where `load_dataset` or a trainer would read them all the same. They stay.
-async fn check_strays(folder: &Location, manifest: &RunManifest, verdict: &mut Verdict) -> Result<()> {
-    let of_attempts = publish::attempts(folder).await?.into_iter().flat_map(|attempt| attempt.files);
-    let own: BTreeSet<Path> = manifest.files.iter().map(|file| folder.join(&file.name).path).collect();
-    let own: BTreeSet<Path> = own.into_iter().chain(of_attempts.map(|f| folder.join(&f.name).path)).collect();
+async fn check_strays(
+    folder: &Location,
+    manifest: &RunManifest,
+    of_attempts: &[File],
+    verdict: &mut Verdict,
+) -> Result<()> {
+    let own = manifest.files.iter().chain(of_attempts);
+    let own: BTreeSet<Path> = own.map(|file| folder.join(&file.name).path).collect();
     let below: Vec<Path> = READ_WHOLE.iter().map(|name| folder.join(name).path).collect();
     for meta in folder.list().await? {
         let path = meta.location;
@@ -197,7 +203,7 @@ async fn check_strays(folder: &Location, manifest: &RunManifest, verdict: &mut V
     Ok(())
 }
 
-/// Asks the packed files which documents they have: of none more than was drawn, and together as much as was planned.
+/// Asks the packed files which documents they have: of none there is more than was drawn.
 async fn check_documents(
     folder: &Location,
     manifest: &RunManifest,

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::files::{SourceFile, version};
 use super::local::{self, Found};
 use super::{Format, jsonl};
+use crate::hash::is_hex;
 use crate::store::whole;
 use crate::{Error, Result};
 
@@ -370,8 +371,6 @@ fn is_of_runs(path: &str) -> bool {
 
 /// Whether a path in an output is what runs write there: somebody else's files may lie in folders of the same names.
 fn is_written_by_runs(path: &str) -> bool {
-    let is_hex =
-        |text: &str, digits: usize| text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit());
     let parts: Vec<&str> = path.split('/').collect();
     match parts[..] {
         ["stages", _, key, ..] => is_hex(key, 32),
