@@ -204,7 +204,7 @@ fn check_pages(metadata: &ParquetMetaData, range: Range<u64>, bytes: &Bytes) -> 
     }) else {
         return Ok(());
     };
-    headers::pages(bytes)?;
+    headers::pages(bytes.len() as u64, |range| Ok(bytes.slice(range.start as usize..range.end as usize)))?;
     let chunk = Arc::new(Chunk { start: range.start, bytes: bytes.clone() });
     // rows are wanted only where an index says where pages are
     let mut pages = SerializedPageReader::new(chunk, column, 0, None)?;
@@ -372,8 +372,11 @@ impl Sequence {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::headers::tests::{UNKNOWN, endless, list};
+    use crate::headers::wire;
     use arrow::array::{Int32Array, Int32Builder, ListBuilder, StringBuilder, StructBuilder};
     use arrow::datatypes::{Field, Fields};
+    use std::time::{Duration, Instant};
 
     /// A packed file: ids, label, and segments as (doc_id, start, end).
     pub(crate) fn packed(rows: &[(Vec<i32>, i32, Vec<(&str, i32, i32)>)]) -> Vec<u8> {
@@ -570,5 +573,57 @@ pub(crate) mod tests {
         ]);
         let error = read(bytes).await.unwrap_err().to_string();
         assert!(error.contains("column `input_ids` has to be a list of whole numbers"), "{error}");
+    }
+
+    async fn read(bytes: Vec<u8>) -> crate::Result<usize> {
+        let folder = folder(&[("train-00000-of-00001.parquet", bytes)]).await;
+        let mut dataset = Dataset::open(&folder, 1000).await?;
+        Ok(dataset.sequence(0).await?.ids.len())
+    }
+
+    /// A packed file of three kilobytes.
+    fn file() -> Vec<u8> {
+        let ids: Vec<i32> = (0..400).map(|i| i * 7919 % 1000).collect();
+        packed(&[(ids, 3, vec![("a", 0, 400)])])
+    }
+
+    #[tokio::test]
+    async fn a_page_whose_header_has_no_end_is_refused_at_once() {
+        let whole = file();
+        assert_eq!(read(whole.clone()).await.unwrap(), 400);
+        for kind in [wire::TRUE, wire::FALSE, wire::DOUBLE, wire::UUID] {
+            // in place of the first column's pages
+            let mut lying = whole.clone();
+            let evil = endless(1000, kind);
+            lying[4..4 + evil.len()].copy_from_slice(&evil);
+            let started = Instant::now();
+            let error = read(lying).await.unwrap_err().to_string();
+            assert!(error.contains("header"), "{error}");
+            assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_footer_that_has_no_end_is_refused_at_once() {
+        let whole = file();
+        let end = whole.len() - 8;
+        let length = u32::from_le_bytes(whole[end..end + 4].try_into().unwrap()) as usize;
+        let footer = &whole[end - length..end];
+        assert_eq!(footer[length - 1], 0, "the end of the struct");
+        let with = |more: &[u8]| {
+            let footer = [&footer[..length - 1], more, &[0]].concat();
+            let size = (footer.len() as u32).to_le_bytes();
+            [&whole[..end - length], &footer, &size, b"PAR1"].concat()
+        };
+        // a field that is not known, of a kind that is read over
+        assert_eq!(read(with(&[UNKNOWN | wire::I32, 5])).await.unwrap(), 400);
+        let map = [vec![UNKNOWN | wire::MAP], list(0, i32::MAX as u32)[1..].to_vec(), vec![0x11]].concat();
+        let row_groups = [vec![0x08 | 1, 8], list(wire::STRUCT, i32::MAX as u32)].concat();
+        for evil in [endless(2000, wire::TRUE), map, row_groups] {
+            let started = Instant::now();
+            let error = read(with(&evil)).await.unwrap_err().to_string();
+            assert!(error.contains("header"), "{error}");
+            assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        }
     }
 }

@@ -136,10 +136,8 @@ impl Side {
     }
 
     fn preview(&self) -> Preview {
-        let mixture = &self.manifest.conf.mixture;
-        let (domains, drawn) = (&self.manifest.summary.domains, &self.manifest.summary.drawn);
-        let long = mixture.long_tokens.0;
-        Preview::new(&mixture.recipe, mixture.budget.0, long, mixture.max_copies, domains, drawn)
+        let summary = &self.manifest.summary;
+        Preview::new(&self.manifest.conf.mixture, &summary.domains, &summary.drawn)
     }
 }
 

@@ -116,6 +116,9 @@ fn usable(name: &str, value: String) -> Result<String> {
                 "it is the path of a key's file; GOOGLE_SERVICE_ACCOUNT_KEY takes the key itself",
             ));
         }
+        if name.starts_with("GOOGLE_") && !is(&["_KEY"]) {
+            google_key(name, &value)?;
+        }
         Ok(value)
     } else if is(&["FULL_URI"]) {
         web(name, &value)
@@ -131,6 +134,16 @@ fn usable(name: &str, value: String) -> Result<String> {
         }
     } else {
         printable(name, value)
+    }
+}
+
+/// Whether a file holds a key of Google's; the library says no more than that it cannot start.
+fn google_key(name: &str, path: &str) -> Result<()> {
+    let key =
+        std::fs::read(path).map_err(|error| wrong(name, &format!("its file cannot be read: {error}")))?;
+    match serde_json::from_slice::<serde_json::Value>(&key) {
+        Ok(key) if key.is_object() => Ok(()),
+        _ => Err(wrong(name, "its file is no JSON object, as Google's keys are")),
     }
 }
 
@@ -201,6 +214,10 @@ mod tests {
             assert!(!said.contains("planted") && !said.contains("secret:"), "{said}");
         }
         assert!(text("AWS_REGION", OsString::from_vec(b"eu\xff".to_vec())).is_err());
+        for (path, why) in [("/planted-secret", "cannot be read"), ("Cargo.toml", "is no JSON object")] {
+            let said = usable("GOOGLE_APPLICATION_CREDENTIALS", path.into()).unwrap_err().in_a_line();
+            assert!(said.contains(why) && !said.contains("planted"), "{said}");
+        }
     }
 
     #[test]

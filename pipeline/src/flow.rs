@@ -10,7 +10,6 @@ use crate::publish::{self, Attempt, Build, RunManifest, StageKey, Summary};
 use crate::run::{Goal, Run, Stage};
 use crate::stage::{File, Published, Table};
 use crate::stages::domains::Domain;
-use crate::stages::mixture::Asked;
 use crate::stages::shuffle::Drawn;
 use crate::stages::tokenizer::Tokenizer;
 use crate::stages::tokens::Tokens;
@@ -372,17 +371,4 @@ pub async fn remember(run: &Run) -> Result<()> {
 /// Where [`remember`] writes.
 pub fn latest_of(run: &Run) -> Location {
     run.output.join("latest").join(&format!("{}.json", run.conf.run.name))
-}
-
-/// The preview of what a flow's mixture stage or recipe asks for.
-pub fn preview(run: &Run, domains: &[Domain], asked: &Asked) -> crate::preview::Preview {
-    let mixture = &run.conf.mixture;
-    crate::preview::Preview::new(
-        &mixture.recipe,
-        mixture.budget.0,
-        mixture.long_tokens.0,
-        mixture.max_copies,
-        domains,
-        asked,
-    )
 }

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use indicatif::HumanCount;
 use serde::Serialize;
 
+use crate::conf::Mixture;
 use crate::stages::domains::Domain;
 use crate::stages::mixture::{Asked, Repeated, Stratum, left_out, shortfalls};
 use crate::tables::LENGTH_BUCKET_NAMES;
@@ -97,14 +98,8 @@ fn sum_by_length<'a>(lists: impl Iterator<Item = &'a Vec<u64>>) -> Vec<u64> {
 }
 
 impl Preview {
-    pub fn new(
-        recipe: &str,
-        budget: u64,
-        long_tokens: u64,
-        max_copies: u32,
-        domains: &[Domain],
-        asked: &Asked,
-    ) -> Self {
+    pub fn new(mixture: &Mixture, domains: &[Domain], asked: &Asked) -> Self {
+        let budget = mixture.budget.0;
         let all: u64 = asked.strata.iter().flat_map(|s| &s.by_length).sum();
         let mut by_domain: BTreeMap<&str, Vec<&Stratum>> = BTreeMap::new();
         for stratum in &asked.strata {
@@ -130,15 +125,15 @@ impl Preview {
             }
         });
         Self {
-            recipe: recipe.to_owned(),
+            recipe: mixture.recipe.clone(),
             budget,
-            long_tokens,
+            long_tokens: mixture.long_tokens.0,
             domains: mixed.collect(),
             lengths_before: shares(&sum_by_length(domains.iter().map(|d| &d.tokens_by_length))),
             lengths_after: shares(&sum_by_length(asked.strata.iter().map(|s| &s.by_length))),
             most_copies: asked.most_copies.clone(),
-            shortfalls: shortfalls(asked, domains, budget, max_copies),
-            left_out: left_out(domains).into_iter().collect(),
+            shortfalls: shortfalls(asked, domains, budget, mixture.max_copies),
+            left_out: left_out(domains, &mixture.shares).into_iter().collect(),
         }
     }
 

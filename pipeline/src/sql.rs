@@ -179,23 +179,39 @@ pub fn git(root: &std::path::Path, arguments: &[&str]) -> Result<std::process::O
 /// The text of a file, without the mark that some editors put in front.
 ///
 /// # Errors
-/// It is not UTF-8.
+/// It is not UTF-8, or no text.
 fn text(path: &str, bytes: Vec<u8>) -> Result<String> {
-    let wide = bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) || bytes.contains(&0);
-    match String::from_utf8(bytes) {
-        Ok(text) if !wide => Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text)),
-        Err(e) if !wide => {
-            let line =
-                1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count();
-            Err(Error::usage(
-                format!("{path} is not UTF-8, from line {line} on"),
-                "save it as UTF-8; if its encoding is Latin-1, `iconv -f LATIN1 -t UTF-8` does it",
-            ))
-        }
-        _ => Err(Error::usage(
-            format!("{path} is UTF-16, and not UTF-8"),
+    let refused = |what: String, help: &str| Err(Error::usage(format!("{path} {what}"), help));
+    let line = |end: usize| 1 + bytes[..end].iter().filter(|byte| **byte == b'\n').count();
+    let is_utf16 = bytes.starts_with(&[0xff, 0xfe])
+        || bytes.starts_with(&[0xfe, 0xff])
+        // the other half of each letter of a plain text
+        || [0, 1].iter().any(|first| {
+            let half = bytes.iter().skip(*first).step_by(2);
+            bytes.len() > 1 && 2 * half.filter(|byte| **byte == 0).count() > bytes.len() / 2
+        });
+    if is_utf16 {
+        return refused(
+            "is UTF-16, and not UTF-8".into(),
             "save it as UTF-8; `iconv -f UTF-16 -t UTF-8` does it",
-        )),
+        );
+    }
+    if bytes.starts_with(&[0x1f, 0x8b]) || bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+        return refused(
+            "is compressed".into(),
+            "decompress it with `gzip -d` or `zstd -d`, and name the text",
+        );
+    }
+    if let Some(at) = bytes.iter().position(|byte| *byte == 0) {
+        let help = "is it a text, and whole? Write it anew, or take it from version control";
+        return refused(format!("has a byte of zero in line {}", line(at)), help);
+    }
+    match std::str::from_utf8(&bytes) {
+        Ok(text) => Ok(text.strip_prefix('\u{feff}').unwrap_or(text).to_owned()),
+        Err(error) => refused(
+            format!("is not UTF-8, from line {} on", line(error.valid_up_to())),
+            "save it as UTF-8; if its encoding is Latin-1, `iconv -f LATIN1 -t UTF-8` does it",
+        ),
     }
 }
 

@@ -264,6 +264,14 @@ fn a_recipe_of_another_encoding_is_read_or_refused_with_the_cure() {
         let said = run(file);
         assert!(said.code == 2 && said.err.contains(message) && said.err.contains("iconv"), "{said:?}");
     }
+    for (file, bytes, message) in [
+        ("zero.sql", [text.as_bytes(), b"--\0\n"].concat(), "zero.sql has a byte of zero in line 4"),
+        ("packed.sql", vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3], "packed.sql is compressed"),
+    ] {
+        bench.write(file, bytes);
+        let said = run(file);
+        assert!(said.code == 2 && said.err.contains(message), "{said:?}");
+    }
     // and so is a conf, here and in a commit
     bench.git(&["init", "-q"]);
     let conf = std::fs::read_to_string(bench.path("conf.toml")).unwrap();

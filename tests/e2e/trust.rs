@@ -352,6 +352,10 @@ fn a_domain_that_the_conf_s_shares_leave_out_is_said() {
     assert!(said.code == 0 && said.out.contains("gives no share to web"), "{said:?}");
     let said = bench.say(&[&["run", "conf.toml", "--until", "mixture"][..], &sets].concat());
     assert!(said.code == 0 && said.err.contains("gives no share to web"), "{said:?}");
+    // a share of 0 is no slip
+    let sets = ["--set", "mixture.shares={ book = 1, code = 1, web = 0 }", "--set", "mixture.budget=10K"];
+    let said = bench.say(&[&["preview", "conf.toml"][..], &sets].concat());
+    assert!(said.code == 0 && !said.out.contains("gives no share"), "{said:?}");
 }
 
 #[test]

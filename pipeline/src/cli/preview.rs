@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{ConfArguments, print, until_stopped};
-use crate::flow::{self, Flow};
+use crate::flow::Flow;
 use crate::preview::{Preview, against};
 use crate::run::{Goal, Run, Stage};
 use crate::stages::mixture::{Sums, check_budget, recipe, weaver};
@@ -55,7 +55,7 @@ pub async fn of(run: &Run) -> Result<Preview> {
         .await?
     {}
     let asked = sums.asked();
-    let mut preview = flow::preview(run, domains, &asked);
+    let mut preview = Preview::new(&run.conf.mixture, domains, &asked);
     if let Err(refused) = check_budget(run, &asked, domains) {
         preview.shortfalls.push(format!("`lengthwise run` will refuse this: {refused}"));
     }

@@ -41,14 +41,7 @@ const FILES_LISTED: usize = 20;
 /// which there are none when nothing was trained. What its evaluations gave is in the manifest.
 pub fn html(manifest: &RunManifest, attempt: &Attempt, metrics: &[Value]) -> String {
     let mixture = &manifest.conf.mixture;
-    let mut preview = Preview::new(
-        &mixture.recipe,
-        mixture.budget.0,
-        mixture.long_tokens.0,
-        mixture.max_copies,
-        &manifest.summary.domains,
-        &manifest.summary.drawn,
-    );
+    let mut preview = Preview::new(mixture, &manifest.summary.domains, &manifest.summary.drawn);
     // the largest first, in charts and in tables
     preview.domains.sort_by(|a, b| b.tokens.cmp(&a.tokens).then_with(|| a.domain.cmp(&b.domain)));
     let shown = preview.only(&preview.largest());

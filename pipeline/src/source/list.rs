@@ -39,6 +39,7 @@ pub enum Why {
     NoFile,
     DeadLink,
     Loop,
+    EmptyFolder,
 }
 
 impl Why {
@@ -52,6 +53,7 @@ impl Why {
             Why::NoFile => "no files: pipes, sockets or devices",
             Why::DeadLink => "links to what isn't there",
             Why::Loop => "links to a folder that they lie in",
+            Why::EmptyFolder => "folders with nothing to read in them",
         }
     }
 }
@@ -168,6 +170,7 @@ pub async fn list(
         listed.await.map_err(failed)?
     };
     scan.forget_markers();
+    scan.add_empty_folders();
     let found = stream::iter(std::mem::take(&mut scan.files));
     let files: Vec<SourceFile> =
         found.map(|(path, meta)| source_file(store, base, path, meta)).buffered(LOOKS).try_collect().await?;
@@ -362,7 +365,6 @@ impl<'a> Pattern<'a> {
     }
 }
 
-/// What follows the folder in a path that is the folder's or lies in it.
 /// Whether a path in an output lies in one of the folders that runs write to.
 fn is_of_runs(path: &str) -> bool {
     let first = path.split('/').next().unwrap_or_default();
@@ -383,6 +385,7 @@ fn is_written_by_runs(path: &str) -> bool {
     }
 }
 
+/// What follows the folder in a path that is the folder's or lies in it.
 fn below<'p>(path: &'p str, folder: &str) -> Option<&'p str> {
     let rest = path.strip_prefix(folder)?;
     if folder.is_empty() || rest.is_empty() { Some(rest) } else { rest.strip_prefix('/') }
@@ -392,7 +395,9 @@ fn below<'p>(path: &'p str, folder: &str) -> Option<&'p str> {
 fn reads(format: Format, name: &str) -> bool {
     let ends = |name: &str, endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     match format {
-        Format::Jsonl => ends(jsonl::uncompressed(name), &[".jsonl", ".ndjson", ".json"]),
+        Format::Jsonl => {
+            ends(jsonl::uncompressed(name), &[".jsonl", ".ndjson", ".json"]) && !DATASETS.contains(&name)
+        }
         Format::Parquet => ends(name, &[".parquet", ".parq", ".pq"]),
         Format::Text => true,
     }
@@ -414,6 +419,9 @@ const DOCUMENTS: [&str; 24] = [
 const PAPERS: [&str; 8] =
     ["license", "licence", "copying", "notice", "readme", "authors", "makefile", "dockerfile"];
 
+/// What Hugging Face's `datasets` keeps beside data, and reads as no row either.
+const DATASETS: [&str; 4] = ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"];
+
 /// Endings of compressed files and of archives.
 const COMPRESSED: [&str; 22] = [
     "gz", "gzip", "tgz", "zst", "zstd", "xz", "txz", "lzma", "bz2", "tbz", "tbz2", "lz", "lz4", "lzo", "br",
@@ -426,6 +434,9 @@ const BESIDE: [&str; 10] = ["md5", "sha1", "sha256", "sha512", "crc", "crc32", "
 /// Why it is told that a folder's file is not read, by its name in small letters: `x.jsonl.xz`, `x.jsonl-00-of-10` and a
 /// `part-00000` without an ending look like data, a README and a checksum don't.
 fn looks_like_data(format: Format, name: &str) -> Option<Why> {
+    if DATASETS.contains(&name) {
+        return None;
+    }
     let ending = name.split_once('.').and_then(|(_, endings)| endings.rsplit('.').next());
     match ending {
         None => (!PAPERS.contains(&name)).then_some(Why::OtherFormat),
@@ -446,7 +457,7 @@ struct Scan<'p> {
     /// What is read, and what a listing said of it.
     files: Vec<(Path, Option<ObjectMeta>)>,
     unread: Vec<(Why, String)>,
-    /// Those that an object store has only as parts of paths.
+    /// On this machine, or as parts of an object store's paths.
     folders: HashSet<String>,
     /// How much is neither read nor told of …
     passed: u64,
@@ -482,6 +493,10 @@ impl<'p> Scan<'p> {
     fn see(&mut self, path: &str, found: Found) -> Result<()> {
         let url = format!("{}{path}", self.base);
         match (found, self.pattern.verdict(path)) {
+            (Found::Folder, verdict) => match self.pattern.skips(path) {
+                Some(_) => self.leave(path, verdict),
+                None => drop(self.folders.insert(path.to_owned())),
+            },
             (Found::File, Verdict::Read) => match Path::parse(path) {
                 Ok(path) => self.files.push((path, None)),
                 Err(_) => return Err(misnamed(&url, "is none of an object")),
@@ -517,6 +532,23 @@ impl<'p> Scan<'p> {
         self.files.retain(|(_, meta)| !meta.as_ref().is_some_and(is_marker));
         let base = self.base;
         self.unread.retain(|(_, url)| !folders.contains(url.strip_prefix(base).unwrap_or(url)));
+    }
+
+    /// What a glob of files matches is meant to be read, and such a folder is none of the files that others are counted by.
+    fn add_empty_folders(&mut self) {
+        let pattern = self.pattern;
+        let Some(glob) = pattern.glob.as_ref().filter(|_| pattern.names_files) else { return };
+        let is_meant =
+            |folder: &&String| pattern.skips(folder).is_none() && glob.is_match(pattern.rest(folder));
+        let mut empty: HashSet<&str> = self.folders.iter().filter(is_meant).map(String::as_str).collect();
+        let unread = self.unread.iter().map(|(_, url)| url.strip_prefix(self.base).unwrap_or(url));
+        for path in self.files.iter().map(|(path, _)| path.as_ref()).chain(unread) {
+            for (end, _) in path.match_indices('/') {
+                empty.remove(&path[..end]);
+            }
+        }
+        let empty = empty.into_iter().map(|folder| (Why::EmptyFolder, format!("{}{folder}", self.base)));
+        self.unread.extend(empty.collect::<Vec<_>>());
     }
 
     /// The error where nothing is to be read.

@@ -54,8 +54,8 @@ fn misnamed(at: &Path) -> Option<&'static str> {
     }
 }
 
-/// Gives all that lies below a folder to `found`, by its path, which begins with `path`; folders only where they are not
-/// entered. `enters` says which are. Links are followed.
+/// Gives all that lies below a folder to `found`, by its path, which begins with `path`, folders before what is in them.
+/// `enters` says which of them are entered. Links are followed.
 pub(super) fn walk(
     folder: &Path,
     path: &str,
@@ -86,7 +86,12 @@ impl Walk<'_> {
             let name = at.file_name().unwrap_or_default().to_string_lossy();
             let path = if path.is_empty() { name.into_owned() } else { format!("{path}/{name}") };
             match look(&at)? {
-                Some(Found::Folder) if (self.enters)(&path) => self.folder(&at, &path)?,
+                Some(Found::Folder) => {
+                    (self.found)(&path, Found::Folder)?;
+                    if (self.enters)(&path) {
+                        self.folder(&at, &path)?;
+                    }
+                }
                 Some(found) => (self.found)(&path, found)?,
                 // it has gone meanwhile
                 None => {}

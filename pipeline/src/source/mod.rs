@@ -16,6 +16,9 @@
 
 mod column;
 mod files;
+// one walk for packed files and for sources; the model crate, whose it is, is not in every build of this one
+#[path = "../../../model/src/headers.rs"]
+mod headers;
 mod jsonl;
 mod list;
 mod local;

@@ -11,16 +11,19 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parquet::basic::{LogicalType, Type};
-use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
+use parquet::column::page::{Page, PageMetadata, PageReader};
+use parquet::column::reader::ColumnReaderImpl;
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::errors::ParquetError;
+use parquet::file::FOOTER_SIZE;
+use parquet::file::metadata::FooterTail;
 use parquet::file::reader::{ChunkReader, FileReader, Length};
 use parquet::file::serialized_reader::SerializedFileReader;
 
 use super::files::SourceFile;
 use super::read::{PART_BYTES, PART_ROWS, Pieces, Rows};
 use super::stored::{RandomAccess, own};
-use super::{Cell, Column, Each, Reject, Spec};
+use super::{Cell, Column, Each, Reject, Spec, headers};
 use crate::error::Doing;
 use crate::{Error, Result};
 
@@ -70,7 +73,15 @@ impl std::fmt::Debug for Table {
 pub(super) fn read(bytes: RandomAccess, spec: &Spec, pieces: &mut Pieces<'_>) -> Result<u64> {
     let file = pieces.file.clone();
     let access = Access(Arc::new(bytes));
-    let reader = guarded(&file, "its footer", || SerializedFileReader::new(access.clone()))?;
+    let reader = guarded(&file, "its footer", || {
+        let short = || ParquetError::EOF("it is too short for a Parquet file".into());
+        let end = access.len().checked_sub(FOOTER_SIZE as u64).ok_or_else(short)?;
+        let tail = FooterTail::try_from(access.get_bytes(end, FOOTER_SIZE)?.as_ref())?;
+        let length = tail.metadata_length();
+        let start = end.checked_sub(length as u64).ok_or_else(short)?;
+        headers::footer(&access.get_bytes(start, length)?)?;
+        SerializedFileReader::new(access.clone())
+    })?;
     let text = find_column(&reader, &file, &spec.text, "text")?;
     let domain = spec.domain_column().map(|path| find_column(&reader, &file, path, "domain")).transpose()?;
     let table = Arc::new(Table { reader, access, text, domain });
@@ -223,11 +234,14 @@ struct Texts {
 impl Texts {
     fn open(table: &Table, group: usize, leaf: usize, start: u64) -> parquet::errors::Result<Self> {
         let defined = table.reader.metadata().file_metadata().schema_descr().column(leaf).max_def_level();
-        let ColumnReader::ByteArrayColumnReader(mut reader) =
-            table.reader.get_row_group(group)?.get_column_reader(leaf)?
-        else {
-            return Err(ParquetError::General("the column changed its type".into()));
-        };
+        let group = table.reader.get_row_group(group)?;
+        let (begin, size) = group.metadata().column(leaf).byte_range();
+        headers::pages(size, |range| {
+            table.access.get_bytes(begin + range.start, (range.end - range.start) as usize)
+        })?;
+        let column = table.reader.metadata().file_metadata().schema_descr().column(leaf);
+        let pages = Box::new(Pages(group.get_column_page_reader(leaf)?));
+        let mut reader = ColumnReaderImpl::new(column, pages);
         let skipped = reader.skip_records(start as usize)?;
         expect(start, skipped)?;
         Ok(Self {
@@ -255,6 +269,39 @@ impl Texts {
         }
         self.value = self.values.next().unwrap_or_default();
         std::str::from_utf8(self.value.data()).map(Cell::Text).map_err(Reject::not_utf8)
+    }
+}
+
+/// A column's pages, without a dictionary that has fewer bytes than it says values: the library makes room for as many as
+/// are said, up to 64 GiB, before it looks.
+struct Pages(Box<dyn PageReader>);
+
+impl PageReader for Pages {
+    fn get_next_page(&mut self) -> parquet::errors::Result<Option<Page>> {
+        let page = self.0.get_next_page()?;
+        if let Some(Page::DictionaryPage { buf, num_values, .. }) = &page
+            && *num_values as usize > buf.len()
+        {
+            let message = format!("a dictionary of {num_values} values has {} bytes", buf.len());
+            return Err(ParquetError::General(message));
+        }
+        Ok(page)
+    }
+
+    fn peek_next_page(&mut self) -> parquet::errors::Result<Option<PageMetadata>> {
+        self.0.peek_next_page()
+    }
+
+    fn skip_next_page(&mut self) -> parquet::errors::Result<()> {
+        self.0.skip_next_page()
+    }
+}
+
+impl Iterator for Pages {
+    type Item = parquet::errors::Result<Page>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.get_next_page().transpose()
     }
 }
 

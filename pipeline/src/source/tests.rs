@@ -766,8 +766,16 @@ mod listing {
             "part-00000",
             "q.zip",
         ];
-        let no_data =
-            ["README.md", "LICENSE", "a.jsonl.md5", "a.txt", "_SUCCESS", ".r.jsonl", "_s/t.jsonl.xz"];
+        let no_data = [
+            "README.md",
+            "LICENSE",
+            "dataset_infos.json",
+            "a.jsonl.md5",
+            "a.txt",
+            "_SUCCESS",
+            ".r.jsonl",
+            "_s/t.jsonl.xz",
+        ];
         put_all(&store, &[&read[..], &left, &no_data].concat()).await;
         put(&store, "u.jsonl", "").await;
         let listing = all_of(&store, "", Format::Jsonl, &[]).await.unwrap();
@@ -841,6 +849,7 @@ mod listing {
             "b.jsonl/c/d.jsonl.gz",
             "e/f.jsonl",
             "e/g.csv",
+            "h.jsonl/_SUCCESS",
         ];
         for path in paths {
             put_all(&store, &[&format!("in/{path}")]).await;
@@ -852,7 +861,7 @@ mod listing {
             (
                 "in/*.jsonl",
                 vec!["in/a.jsonl", "in/b.jsonl/c/d.jsonl.gz", "in/b.jsonl/part-0.json"],
-                "0 files are not read: ",
+                "1 file is not read: 1 folders with nothing to read in them (`in/h.jsonl`)",
             ),
             (
                 "in/*",
@@ -1124,11 +1133,13 @@ mod tables_of_parquet {
     use super::*;
     use ::parquet::arrow::ArrowWriter;
     use ::parquet::file::properties::WriterProperties;
+    use ::parquet::file::reader::{FileReader, SerializedFileReader};
     use arrow::array::{
         Array, ArrayRef, BinaryArray, Int64Array, ListArray, NullArray, RecordBatch, StringArray,
         StringViewArray, StructArray,
     };
     use arrow::datatypes::{DataType, Field, Int32Type};
+    use std::time::{Duration, Instant};
 
     /// Columns text, meta.set, n and l, in row groups of `group` rows.
     fn table(texts: ArrayRef, domains: Vec<Option<&str>>, group: usize) -> Vec<u8> {
@@ -1331,5 +1342,51 @@ mod tables_of_parquet {
             let words = words(scan(&store, "a.parquet", &spec(Format::Parquet)).await);
             assert!(words.contains("`mem://a.parquet`"), "{words}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_header_that_has_no_end_is_refused_at_once() {
+        use super::headers::{tests::*, wire};
+        let texts: Vec<String> = (0..900).map(|i| format!("{i} is a text that no other row has")).collect();
+        let whole = table(Arc::new(StringArray::from(texts)), vec![Some("d"); 900], 900);
+        let read = async |bytes: Vec<u8>| {
+            let store = memory();
+            put(&store, "a.parquet", bytes).await;
+            let started = Instant::now();
+            let read = scan(&store, "a.parquet", &spec(Format::Parquet)).await.map(|(rows, _)| rows.len());
+            assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+            read
+        };
+        assert_eq!(read(whole.clone()).await.unwrap(), 900);
+        let reader = SerializedFileReader::new(::bytes::Bytes::from(whole.clone())).unwrap();
+        let columns = reader.metadata().row_group(0).columns().to_vec();
+        let text = columns.iter().find(|column| column.column_path().string() == "text").unwrap();
+        let at = text.byte_range().0 as usize;
+        let end = whole.len() - 8;
+        let length = u32::from_le_bytes(whole[end..end + 4].try_into().unwrap()) as usize;
+        for kind in [wire::TRUE, wire::DOUBLE] {
+            // in place of the column's pages
+            let mut lying = whole.clone();
+            let evil = endless(1000, kind);
+            lying[at..at + evil.len()].copy_from_slice(&evil);
+            let error = words(read(lying).await);
+            assert!(error.contains("row group 0: ") && error.contains("header"), "{error}");
+            // behind the footer's fields
+            let field =
+                [vec![UNKNOWN | wire::LIST], list(wire::LIST, 1), list(kind, i32::MAX as u32)].concat();
+            let footer = [&whole[end - length..end - 1], &field, &[0]].concat();
+            let size = (footer.len() as u32).to_le_bytes();
+            let error = words(read([&whole[..end - length], &footer, &size, b"PAR1"].concat()).await);
+            assert!(error.contains("its footer: ") && error.contains("header"), "{error}");
+        }
+        // the domains' dictionary: Thrift's fields of a page's header have the one of dictionaries, and in it how many
+        // values there are, twice the number
+        let domain = columns.iter().find(|column| column.column_path().string() == "meta.set").unwrap();
+        let at = domain.byte_range().0 as usize;
+        let header = whole[at..].windows(3).position(|bytes| bytes == [0x4C, 0x15, 2]).unwrap();
+        let mut lying = whole.clone();
+        lying[at + header + 2] = 126;
+        let error = words(read(lying).await);
+        assert!(error.contains("a dictionary of 63 values has 5 bytes"), "{error}");
     }
 }

@@ -27,7 +27,7 @@ use tokio::time::{Instant, timeout_at};
 use super::catalog::register_documents;
 use super::domains::{self, Domain};
 use super::expected::Spans;
-use crate::conf::{Param, Shortfall};
+use crate::conf::{Param, Shares, Shortfall};
 use crate::engine::{TableWriter, query, scan};
 use crate::hash::hex;
 use crate::progress::Bar;
@@ -634,7 +634,7 @@ pub fn check_budget(run: &Run, asked: &Asked, domains: &[Domain]) -> Result<()> 
         let help = "`lengthwise sql CONF \"select reason, count(*) from rejects group by reason\"` says why rows were rejected; a large `mixture.holdout` may have taken the rest";
         return Err(Error::data("the sources have no document to draw from", help));
     }
-    if let Some(line) = left_out(domains) {
+    if let Some(line) = left_out(domains, &mixture.shares) {
         tracing::warn!("{line}");
     }
     let short = shortfalls(asked, domains, mixture.budget.0, mixture.max_copies);
@@ -673,9 +673,11 @@ fn listed<'a>(domains: impl Iterator<Item = &'a Domain>) -> String {
     names[..names.len().min(MOST_DOMAINS)].join(", ") + &more
 }
 
-/// What no target share names, in a line: it is easily forgotten, or misspelt.
-pub fn left_out(domains: &[Domain]) -> Option<String> {
-    let mut out: Vec<&Domain> = domains.iter().filter(|d| d.target == 0.0 && d.tokens > 0).collect();
+/// What no target share names, in a line: it is easily forgotten, or misspelt. A share of 0 is a word, too.
+pub fn left_out(domains: &[Domain], shares: &Shares) -> Option<String> {
+    let named = shares.targets()?;
+    let is_out = |d: &&Domain| d.tokens > 0 && !named.contains_key(&d.domain);
+    let mut out: Vec<&Domain> = domains.iter().filter(is_out).collect();
     out.sort_by(|a, b| b.tokens.cmp(&a.tokens).then_with(|| a.domain.cmp(&b.domain)));
     (!out.is_empty()).then(|| {
         format!(

@@ -203,6 +203,16 @@ async fn pack_file(
     let name = format!("{}-{file:05}-of-{:05}.parquet", packing.split, packing.files);
     let rows = sequences.len() as u64;
     let groups = packing.sequences_per_row_group;
+    for group in sequences.chunks(groups) {
+        let segments = group.iter().flat_map(|sequence| &sequence.segments);
+        let (domains, doc_ids) = segments.fold((0, 0), |(domains, doc_ids), (domain, doc_id, ..)| {
+            (domains + domain.len(), doc_ids + doc_id.len())
+        });
+        if domains.max(doc_ids) > i32::MAX as usize {
+            let help = "lower `pack.sequences_per_row_group`, or leave very short documents out";
+            return Err(Error::data("the names of a row group's documents take more than 2 GiB", help));
+        }
+    }
     let write = move || -> Result<(Vec<u8>, RowDigest), parquet::errors::ParquetError> {
         let options =
             ArrowWriterOptions::new().with_properties(properties(groups)).with_skip_arrow_metadata(true);
