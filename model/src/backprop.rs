@@ -8,13 +8,11 @@ use crate::Result;
 use crate::attention::Kernel;
 use crate::comm::Comm;
 use crate::config::Config;
+use crate::dataset::NO_TARGET;
 use crate::llama::{self, Layer, Loss, Post, Pre, wide};
 use crate::ring::{self, Sharding};
 use crate::rope::Rope;
 use crate::shards::Shards;
-
-/// A position without loss.
-pub const NO_TARGET: i32 = -100;
 
 /// The logits of so many rows are computed at a time: 65 MB of them for LLaMA's vocabulary.
 pub const LOGIT_ROWS: usize = 512;

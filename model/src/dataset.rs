@@ -24,8 +24,10 @@ use parquet::file::metadata::{FooterTail, ParquetMetaData, ParquetMetaDataReader
 use parquet::file::reader::{ChunkReader, Length};
 use parquet::file::serialized_reader::SerializedPageReader;
 
-use crate::backprop::NO_TARGET;
 use crate::{Error, Location, Result, headers};
+
+/// A position without loss.
+pub const NO_TARGET: i32 = -100;
 
 /// A training example.
 #[derive(Clone, Debug, PartialEq)]

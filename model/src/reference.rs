@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
 
-use crate::backprop::NO_TARGET;
 use crate::config::Config;
+use crate::dataset::NO_TARGET;
 use crate::rope::frequencies;
 use crate::shards::Unit;
 

@@ -10,11 +10,12 @@ use serde_json::{Map, json};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::{Sender, channel};
 
-use crate::backprop::{Machine, NO_TARGET, Rows};
+use crate::backprop::{Machine, Rows};
 use crate::checkpoint::{self, Checkpoint, fresh};
 use crate::comm::{self, Comm, PATIENCE, Place, threads};
 use crate::conf::{Precision, Shape, TrainConf};
 use crate::config::Config;
+use crate::dataset::NO_TARGET;
 use crate::dataset::{Dataset, Sequence};
 use crate::metrics::{self, POSITIONS, Step, range_of};
 use crate::optim::{AdamW, norm, rate, total};

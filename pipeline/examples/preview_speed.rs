@@ -17,10 +17,11 @@ use datafusion::logical_expr::{LogicalPlanBuilder, cast, lit};
 use datafusion::physical_plan::{displayable, execute_stream};
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, col};
 use futures::TryStreamExt;
-use lengthwise::engine::query;
-use lengthwise::recipe::Recipe;
+use lengthwise::algorithms::spans::Weaver;
+use lengthwise::algorithms::strata::Sums;
 use lengthwise::sql::StageSql;
-use lengthwise::stages::mixture::{Sums, Weaver};
+use lengthwise::sql::engine::query;
+use lengthwise::sql::recipe::Recipe;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -35,7 +36,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     options.execution.split_file_groups_by_statistics = true;
     options.optimizer.prefer_existing_sort = true;
     let session = SessionContext::new_with_config(config);
-    lengthwise::functions::register(&session);
+    lengthwise::sql::functions::register(&session);
     let schema = Schema::new(vec![
         Field::new("doc_id", DataType::FixedSizeBinary(16), false),
         Field::new("domain", DataType::Utf8, false),

@@ -5,7 +5,7 @@
 use std::io::BufRead;
 use std::time::Instant;
 
-use lengthwise::tokenizer::Tokenizer;
+use lengthwise::algorithms::tokenizer::Tokenizer;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--check").collect();

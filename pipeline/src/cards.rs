@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
+use crate::directory::RunManifest;
 use crate::preview::NAMED;
-use crate::publish::RunManifest;
 use crate::stages::domains::Domain;
 
 /// Cards of a run's directory, by file name.

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use similar::TextDiff;
 
+use crate::directory::{self, RunManifest};
 use crate::preview::Preview;
-use crate::publish::{self, RunManifest};
-use crate::store::{Location, json_lines};
+use crate::storage::{Location, json_lines};
 use crate::tables::LENGTH_BUCKET_NAMES;
 use crate::{Error, Result};
 
@@ -123,7 +123,7 @@ impl LossRow {
 impl Side {
     /// Reads the directory of a run.
     pub async fn read(name: String, folder: &Location) -> Result<Self> {
-        let manifest = publish::read(folder).await?;
+        let manifest = directory::read(folder).await?;
         let metrics = lines(&folder.join("checkpoint/metrics.jsonl")).await?;
         let losses = losses_of(&folder.join("eval/loss/cases.jsonl")).await?;
         Ok(Self { name, manifest, losses, metrics })

@@ -1,11 +1,12 @@
 //! The one error type of this crate, and the exit code each kind of failure ends with.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 
 use miette::{Diagnostic, NamedSource, SourceSpan};
 use thiserror::Error;
 
-use crate::environment::hide;
+use crate::storage::secret::hide;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -66,7 +67,7 @@ pub enum Error {
     /// Asked for something of a stage that has not been computed.
     #[error("stage {stage} has not been computed for this conf")]
     #[diagnostic(help("`lengthwise run CONF --until {stage}` computes it"))]
-    Absent { stage: &'static str, key: String, ingredients: crate::stage::Ingredients },
+    Absent { stage: &'static str, key: String, ingredients: BTreeMap<String, serde_json::Value> },
 
     /// Two digests that should be equal are not.
     #[error("{0}")]
@@ -84,7 +85,7 @@ pub enum Error {
 
     /// A tokenizer that can't be used.
     #[error(transparent)]
-    Tokenizer(#[from] crate::tokenizer::TokenizerError),
+    Tokenizer(#[from] crate::algorithms::tokenizer::TokenizerError),
 
     /// The model can't be trained or asked.
     #[cfg(feature = "train")]

@@ -19,10 +19,11 @@ use object_store::{ObjectMeta, ObjectStoreExt};
 use serde::Serialize;
 
 use crate::hash::is_hex;
-use crate::run::Stage;
-use crate::stage::Manifest;
-use crate::store::Location;
-use crate::{Error, Result, seal};
+use crate::output::Manifest;
+use crate::stage::Stage;
+use crate::storage::Location;
+use crate::storage::sealed;
+use crate::{Error, Result};
 
 /// An object that nobody needs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -139,7 +140,7 @@ async fn of_folder(
         // one that can't be read names who knows what
         let Some(bytes) = at.get().await? else { return Ok(vec![]) };
         let manifest: Manifest =
-            seal::open(&bytes).map_err(|message| Error::Corrupt { url: at.url(), message })?;
+            sealed::open(&bytes).map_err(|message| Error::Corrupt { url: at.url(), message })?;
         let files = manifest.tables.into_values().flat_map(|table| table.files);
         named = files.map(|file| format!("{folder}/{}", file.name)).collect();
         named.insert(own.clone());
@@ -159,8 +160,8 @@ async fn of_folder(
 mod tests {
     use super::*;
     use crate::hash::{Digest, RowDigest};
-    use crate::stage::{File, Table};
-    use crate::store::Stores;
+    use crate::output::{File, Table};
+    use crate::storage::Stores;
     use proptest::prelude::*;
 
     const DONE: &str = "d0e0d0e0d0e0d0e0d0e0d0e0d0e0d0e0";
@@ -196,7 +197,11 @@ mod tests {
                 .await
                 .unwrap();
         }
-        output.join(&format!("stages/tokens/{DONE}/manifest.json")).put(seal::seal(&manifest)).await.unwrap();
+        output
+            .join(&format!("stages/tokens/{DONE}/manifest.json"))
+            .put(sealed::seal(&manifest))
+            .await
+            .unwrap();
         output
             .join(&format!("stages/train/{DEAD}/checkpoints/step-5/manifest.json"))
             .put("{}")

@@ -1,42 +1,44 @@
 //! lengthwise: from documents to packed sequences of a chosen length mixture.
 //!
+//! Arrows point down only: a module uses those below it.
+//!
 //! ```text
-//! conf ─▶ run ─▶ flow ─▶ stages ─▶ publish ─▶ report
-//!                         │ a stage is found by the hash of its ingredients, or computed (run, stage)
-//!                         │ SQL stages run on the embedded engine (engine, sql, recipe)
-//!                         │ sources are read and tokenised a part at a time (source, tokenizer)
-//!                         └ everything is in object storage (store)
+//! cli            one file a command: arguments in, printing out
+//! dataflow       the one function that goes through the stages in order; directory, report: what is published of it
+//! stages         plan: a stage's inputs, key, tasks, accounts, checks; one file a stage
+//! run            a run's conf, goal, clock; where a stage's output is found or computed
+//! executor       who performs tasks: here, or Ballista's executors
+//! tasks          work, on any machine: tokenize, distinct, a pass of the draw, scatter, pack
+//! algorithms     no I/O: the tokenizer, cuts of budgets, the planner of sequences, sums over strata
+//! source · sql   rows of the sources' files; engine, statements, functions, recipes
+//! output         how a stage's output is begun, found and published; stage, tables: what there is
+//! storage        locations, stores, secrets, checksummed JSON; hash: digests
 //! ```
 
+pub mod algorithms;
 mod cards;
 pub mod cli;
-#[cfg(feature = "cluster")]
-pub mod cluster;
 pub mod compare;
 pub mod conf;
-pub mod engine;
-mod environment;
+pub mod dataflow;
+pub mod directory;
 pub mod error;
-pub mod flow;
-pub mod functions;
+pub mod executor;
 pub mod gc;
 pub mod hash;
+pub mod output;
 pub mod preview;
 pub mod progress;
-pub mod publish;
-pub mod recipe;
 pub mod report;
 pub mod run;
-mod seal;
 pub mod source;
-pub mod sources;
 pub mod sql;
 pub mod stage;
 pub mod stages;
-pub mod store;
+mod stop;
+pub mod storage;
 pub mod tables;
-pub mod task;
-pub mod tokenizer;
+pub mod tasks;
 pub mod verify;
 mod watch;
 

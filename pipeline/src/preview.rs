@@ -6,9 +6,10 @@ use std::fmt::Write;
 use indicatif::HumanCount;
 use serde::Serialize;
 
+use crate::algorithms::strata::{Asked, Repeated, Stratum};
 use crate::conf::Mixture;
 use crate::stages::domains::Domain;
-use crate::stages::mixture::{Asked, Repeated, Stratum, left_out, shortfalls};
+use crate::stages::mixture::{left_out, shortfalls};
 use crate::tables::LENGTH_BUCKET_NAMES;
 
 /// A mixture beside the corpus it is made of.

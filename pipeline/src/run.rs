@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -12,57 +12,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::conf::Conf;
-use crate::engine::{Engine, query};
-use crate::progress::{Bar, Progress};
+use crate::executor::Executor;
+#[cfg(feature = "cluster")]
+use crate::executor::ballista::Cluster;
+use crate::output::{self, Draft, Ingredients, Manifest, Output, Published};
+use crate::progress::Progress;
+use crate::sql::engine::{Engine, query};
 use crate::sql::{Files, StageSql};
-use crate::stage::{self, Draft, Ingredients, Manifest, Output, Published};
-use crate::store::{Location, Stores};
-use crate::task::{Task, Worker};
+use crate::stage::Stage;
+use crate::stop::check_stop;
+use crate::storage::{Location, Stores};
+use crate::tasks::Worker;
 use crate::{Error, Result};
-
-/// The stages, in the order data flows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Stage {
-    /// Trains the tokenizer, where the conf asks for it.
-    Tokenizer,
-    /// Documents, their ids and the rejected rows, a part at a time.
-    #[value(alias = "documents")]
-    Tokens,
-    /// One row a distinct document; what is held out.
-    Catalog,
-    /// One row a domain, and the target shares.
-    Domains,
-    /// The recipe's result.
-    Mixture,
-    /// Whole copies, to the token.
-    Draw,
-    /// The place of each in the dataset.
-    Shuffle,
-    /// The packed sequences.
-    Pack,
-    /// The trained checkpoint.
-    Train,
-    /// What it makes of long texts.
-    Eval,
-}
-
-impl Stage {
-    pub fn name(self) -> &'static str {
-        match self {
-            Stage::Tokenizer => "tokenizer",
-            Stage::Tokens => "tokens",
-            Stage::Catalog => "catalog",
-            Stage::Domains => "domains",
-            Stage::Mixture => "mixture",
-            Stage::Draw => "draw",
-            Stage::Shuffle => "shuffle",
-            Stage::Pack => "pack",
-            Stage::Train => "train",
-            Stage::Eval => "eval",
-        }
-    }
-}
 
 /// What to do about a stage whose output isn't there.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -101,11 +62,7 @@ pub struct Run {
     /// What is no source, though it may be among them: the output, and that of the run which is reproduced.
     pub outputs: Vec<Location>,
     pub engine: Arc<Engine>,
-    /// What does tasks in this process …
-    pub worker: Worker,
-    /// … or else a cluster.
-    #[cfg(feature = "cluster")]
-    cluster: Option<crate::cluster::Cluster>,
+    pub executor: Executor,
     pub progress: Progress,
     /// Set by SIGTERM and SIGINT; hot loops look at it.
     pub stop: Arc<AtomicBool>,
@@ -154,9 +111,11 @@ impl Run {
         })?;
         let engine = Arc::new(engine);
         let stop: Arc<AtomicBool> = Arc::default();
-        let worker = Worker::new(stores.clone(), conf.engine.spill.as_deref(), engine.clone(), stop.clone());
-        #[cfg(feature = "cluster")]
-        let cluster = conf.engine.url.as_deref().map(|url| crate::cluster::Cluster::new(url, &output, &stop));
+        let executor = Executor {
+            here: Worker::new(stores.clone(), conf.engine.spill.as_deref(), engine.clone(), stop.clone()),
+            #[cfg(feature = "cluster")]
+            cluster: conf.engine.url.as_deref().map(|url| Cluster::new(url, &output, &stop)),
+        };
         #[cfg(not(feature = "cluster"))]
         if conf.engine.url.is_some() {
             let help = "build with the feature `cluster`, or leave the key out";
@@ -172,9 +131,7 @@ impl Run {
             outputs: vec![output.clone()],
             output,
             engine,
-            worker,
-            #[cfg(feature = "cluster")]
-            cluster,
+            executor,
             progress: Progress::stderr(),
             stop,
             training: AtomicBool::new(false),
@@ -200,29 +157,6 @@ impl Run {
     /// How long it has taken so far.
     pub fn seconds(&self) -> f64 {
         self.clock.elapsed().as_secs_f64()
-    }
-
-    /// How many tasks there should be under way: as many as have a place to be done.
-    pub fn tasks_at_a_time(&self) -> usize {
-        #[cfg(feature = "cluster")]
-        if self.cluster.is_some() {
-            return crate::cluster::TASKS_AT_A_TIME;
-        }
-        self.engine.partitions
-    }
-
-    /// Whether tasks are done elsewhere: what they need has to be in storage.
-    pub fn is_remote(&self) -> bool {
-        self.conf.engine.url.is_some()
-    }
-
-    /// Does a task, or has the cluster do it.
-    pub async fn perform(&self, task: Task, bar: &Bar) -> Result<Output> {
-        #[cfg(feature = "cluster")]
-        if let Some(cluster) = &self.cluster {
-            return cluster.perform(&task).await;
-        }
-        task.perform(&self.worker, bar).await
     }
 
     /// A stage's SQL file.
@@ -287,7 +221,7 @@ impl Run {
         if !checks.is_empty() {
             ingredients.insert("checks".into(), serde_json::json!(checks));
         }
-        let key = stage::key(stage.name(), ingredients);
+        let key = output::key(stage.name(), ingredients);
         let folder = self.output.join("stages").join(stage.name()).join(&key);
         Ok((key, folder))
     }
@@ -335,7 +269,7 @@ pub async fn obtain(
 ) -> Result<Published> {
     let started = Instant::now();
     let again = matches!(goal, Goal::Compute { from: Some(from) } if stage >= from);
-    let found = stage::find(&folder).await?;
+    let found = output::find(&folder).await?;
     let (manifest, cached) = match (found, goal) {
         (Some(manifest), _) if !again => (manifest, true),
         (_, Goal::Look) => return Err(Error::Absent { stage: stage.name(), key, ingredients }),
@@ -345,7 +279,7 @@ pub async fn obtain(
             let draft = Draft::begin(folder.clone(), again).await?;
             let Output { tables, counts, notes } = compute(&draft).await?;
             let manifest = Manifest { stage: stage.name().into(), key, ingredients, tables, counts, notes };
-            stage::publish(&folder, &manifest).await?;
+            output::publish(&folder, &manifest).await?;
             (manifest, false)
         }
     };
@@ -365,14 +299,10 @@ pub fn machine_memory(root: &Path) -> Option<u64> {
     limits.chain([kilobytes << 10]).min()
 }
 
-/// Ends a computation at the next good place.
-pub fn check_stop(stop: &AtomicBool) -> Result<()> {
-    if stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
-}
-
-/// Ingredients as a list of names and values.
-pub fn ingredients<const N: usize>(list: [(&str, Value); N]) -> Ingredients {
-    list.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+/// A stage's ingredients: its version, and a list of names and values.
+pub fn ingredients<const N: usize>(stage: Stage, list: [(&str, Value); N]) -> Ingredients {
+    let version = ("version", stage.about().version.into());
+    list.into_iter().chain([version]).map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 #[cfg(test)]

@@ -92,6 +92,9 @@ pub fn mixture() -> SchemaRef {
     ])
 }
 
+/// One copy: `copies` are multiples of 2⁻³².
+pub const ONE: u64 = 1 << 32;
+
 /// One row a copy of a span that was drawn; sorted by `doc_id, start, copy`. `tokens` is the document's length.
 pub fn drawn() -> SchemaRef {
     schema(&[

@@ -11,11 +11,11 @@ use object_store::path::Path;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde::Serialize;
 
-use crate::engine::{Engine, stream};
+use crate::directory::{self, RunManifest, output_of, stage_of};
 use crate::hash::{Digest, RowDigest};
-use crate::publish::{self, RunManifest, output_of, stage_of};
-use crate::stage::{File, Manifest, Table};
-use crate::store::Location;
+use crate::output::{File, Manifest, Table};
+use crate::sql::engine::{Engine, stream};
+use crate::storage::Location;
 use crate::{Error, Result, tables};
 
 /// What was checked and what was wrong.
@@ -71,7 +71,7 @@ pub async fn verify(
     for file in &manifest.files {
         check_file(folder, file, &mut verdict).await?;
     }
-    let attempts = publish::attempts(folder).await?;
+    let attempts = directory::attempts(folder).await?;
     let of_attempts: Vec<File> = attempts.into_iter().flat_map(|attempt| attempt.files).collect();
     check_attempts(folder, &of_attempts, &mut verdict).await?;
     check_packed(folder, manifest, &mut verdict).await?;
@@ -274,7 +274,7 @@ async fn too_much(session: &SessionContext, bos: u8, eos: u8) -> Result<Vec<Stri
     let mut rows = stream(session, doing, &sql).await?;
     let (mut wrong, mut more) = (vec![], 0);
     while let Some(batch) = rows.next().await {
-        let batch = batch.map_err(|e| crate::engine::query(doing, e))?;
+        let batch = batch.map_err(|e| crate::sql::engine::query(doing, e))?;
         let text = |column: usize, row: usize| {
             arrow::util::display::array_value_to_string(batch.column(column), row).unwrap_or_default()
         };

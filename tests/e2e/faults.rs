@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use bytes::Bytes;
 use futures::stream::{BoxStream, StreamExt};
 use lengthwise::conf::Conf;
-use lengthwise::flow::Flow;
+use lengthwise::dataflow::Flow;
 use lengthwise::run::{Goal, Run};
 use lengthwise::sql::Files;
 use object_store::local::LocalFileSystem;

@@ -1,7 +1,7 @@
 //! The recipe check: whatever the SQL is, it is refused, or it has a key.
 #![no_main]
 
-use lengthwise::recipe::Recipe;
+use lengthwise::sql::recipe::Recipe;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

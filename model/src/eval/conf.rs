@@ -2,12 +2,20 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::needle::{ANSWER, NEEDLE, PROMPT, QUESTION};
 use super::retrieval::Task;
 use crate::amount::Count;
 use crate::conf::Precision;
 use crate::device::Name;
 use crate::{Error, Result};
+
+/// The authors' own.
+pub const NEEDLE: &str =
+    "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n";
+pub const QUESTION: &str = "What is the best thing to do in San Francisco?";
+pub const ANSWER: &str = "eat a sandwich and sit in Dolores Park on a sunny day.";
+
+/// The authors' for a base model.
+pub const PROMPT: &str = "<|im_start|> This is a very long story book: <book> {context} </book>.\n Based on the content of the book, Question: {question}\nAnswer:";
 
 /// `[eval]`: which evaluations a run ends with.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

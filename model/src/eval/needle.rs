@@ -13,15 +13,6 @@ use super::{Subject, Text};
 use crate::decoder::alike;
 use crate::{Error, Result};
 
-/// The authors' own.
-pub const NEEDLE: &str =
-    "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n";
-pub const QUESTION: &str = "What is the best thing to do in San Francisco?";
-pub const ANSWER: &str = "eat a sandwich and sit in Dolores Park on a sunny day.";
-
-/// The authors' for a base model.
-pub const PROMPT: &str = "<|im_start|> This is a very long story book: <book> {context} </book>.\n Based on the content of the book, Question: {question}\nAnswer:";
-
 /// So many tokens of a length are for what stands around the context, and for the reply.
 const BUFFER: usize = 200;
 
@@ -153,6 +144,7 @@ pub fn score(reply: &str, answer: &str) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eval::conf::{ANSWER, PROMPT};
     use crate::eval::tests::words;
 
     /// What the authors' visualize.py gives for replies of these kinds.

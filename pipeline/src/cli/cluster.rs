@@ -8,10 +8,10 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::{Signals, stores};
-use crate::cluster::{Place, execute, schedule};
 use crate::conf::{MIN_MEMORY, Size};
-use crate::engine::Engine;
+use crate::executor::ballista::{Place, execute, schedule};
 use crate::run::machine_memory;
+use crate::sql::engine::Engine;
 use crate::{Error, Result};
 
 /// An executor that is told to stop has so long for its tasks to end; Kubernetes kills it after 30 seconds.

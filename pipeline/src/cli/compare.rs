@@ -4,10 +4,11 @@ use clap::Args;
 
 use super::{ConfArguments, print, run_folder, write};
 use crate::compare::{Comparison, Side, compare};
-use crate::flow::Flow;
+use crate::dataflow::Flow;
 use crate::report::{comparison, slide};
-use crate::run::{Goal, Stage};
-use crate::store::Location;
+use crate::run::Goal;
+use crate::stage::Stage;
+use crate::storage::Location;
 use crate::{Error, Result};
 
 #[derive(Args)]

@@ -13,14 +13,14 @@ use serde_json::{Value, json};
 use super::{ConfArguments, print, run_folder, stores, until_told, write};
 use crate::compare::{LossRow, loss_rows, losses_of};
 use crate::conf::{Conf, Count};
-use crate::flow::Flow;
+use crate::dataflow::Flow;
+use crate::directory;
+use crate::output::Published;
 use crate::progress::Progress;
-use crate::publish;
 use crate::report;
 use crate::run::{Goal, Run};
-use crate::stage::Published;
 use crate::stages::eval::{self, Around, Model};
-use crate::store::{Location, Stores};
+use crate::storage::{Location, Stores};
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -205,8 +205,8 @@ async fn target(arguments: &EvalArguments, stores: &Stores) -> Result<Target> {
         let conf = EvalConf::default();
         return Ok(Target { checkpoint: folder, heldout: None, output, conf, train: None });
     }
-    let manifest = publish::read(&folder).await?;
-    let output = publish::output_of(&folder);
+    let manifest = directory::read(&folder).await?;
+    let output = directory::output_of(&folder);
     let has = |part: &str| manifest.files.iter().any(|file| file.name.starts_with(part));
     if !has("checkpoint/") {
         let message = format!("{} trained nothing: there is no model to evaluate", folder.url());
@@ -224,7 +224,7 @@ fn tables(conf: &Conf) -> Result<(EvalConf, Option<TrainConf>)> {
 
 async fn of_conf(run: &Run) -> Result<Target> {
     let mut flow = Flow::default();
-    flow.go(run, Some(crate::run::Stage::Train)).await?;
+    flow.go(run, Some(crate::stage::Stage::Train)).await?;
     let trained = flow.trained.ok_or_else(|| {
         Error::usage("the conf has no [train] table: there is no model to evaluate", "name a checkpoint")
     })?;

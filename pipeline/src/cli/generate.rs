@@ -6,8 +6,8 @@ use lengthwise_model::device::Name;
 use lengthwise_model::generate::{Choice, GenerateJob, generate};
 
 use super::{out, run_folder};
+use crate::algorithms::tokenizer::Tokenizer;
 use crate::error::Doing;
-use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
 #[derive(Args)]

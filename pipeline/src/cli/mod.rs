@@ -30,7 +30,7 @@ use crate::conf::Conf;
 use crate::error::Doing;
 use crate::run::{Goal, Run};
 use crate::sql::{Files, git};
-use crate::store::Stores;
+use crate::storage::Stores;
 use crate::{Error, Result};
 
 /// Make a language model's context long by engineering its data: exact document lengths, SQL mixture recipes,
@@ -303,7 +303,7 @@ fn write(path: &std::path::Path, bytes: impl AsRef<[u8]>) -> Result<()> {
 }
 
 /// The directory of a run, by URL or path.
-fn run_folder(url: &str) -> Result<crate::store::Location> {
+fn run_folder(url: &str) -> Result<crate::storage::Location> {
     if url.ends_with(".toml") {
         let help = "`lengthwise run CONF` prints the directory as its last line";
         return Err(Error::usage(format!("{url} is a conf, and the directory of a run is wanted"), help));

@@ -6,9 +6,10 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{ConfArguments, print};
-use crate::flow::{Flow, latest_of};
-use crate::run::{Goal, Run, Stage};
-use crate::stage::Ingredients;
+use crate::dataflow::{Flow, latest_of};
+use crate::output::Ingredients;
+use crate::run::{Goal, Run};
+use crate::stage::Stage;
 use crate::{Error, Result};
 
 #[derive(Args)]

@@ -4,11 +4,13 @@ use clap::Args;
 use serde_json::json;
 
 use super::{ConfArguments, print, until_stopped};
-use crate::flow::Flow;
+use crate::algorithms::strata::Sums;
+use crate::dataflow::Flow;
 use crate::preview::{Preview, against};
-use crate::run::{Goal, Run, Stage};
-use crate::stages::mixture::{Sums, check_budget, recipe, weaver};
-use crate::{Result, flow::remember};
+use crate::run::{Goal, Run};
+use crate::stage::Stage;
+use crate::stages::mixture::{check_budget, recipe, weaver};
+use crate::{Result, dataflow::remember};
 
 #[derive(Args)]
 pub struct PreviewArguments {

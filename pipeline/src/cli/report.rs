@@ -3,8 +3,8 @@
 use clap::Args;
 
 use super::run_folder;
-use crate::publish;
-use crate::store::json_lines;
+use crate::directory;
+use crate::storage::json_lines;
 use crate::{Result, report};
 
 #[derive(Args)]
@@ -18,8 +18,8 @@ pub struct ReportArguments {
 
 pub async fn main(arguments: ReportArguments) -> Result<()> {
     let folder = run_folder(&arguments.run)?;
-    let manifest = publish::read(&folder).await?;
-    let attempts = publish::attempts(&folder).await?.into_iter();
+    let manifest = directory::read(&folder).await?;
+    let attempts = directory::attempts(&folder).await?.into_iter();
     // the attempt that did the most work tells the most
     let longest = attempts.max_by(|a, b| a.seconds.total_cmp(&b.seconds));
     let attempt = longest.unwrap_or_default();

@@ -6,12 +6,13 @@ use clap::Args;
 use serde_json::json;
 
 use super::{print, run, run_folder};
+use crate::directory::{self, Build, RunManifest, output_of};
 use crate::hash::Digest;
-use crate::publish::{self, Build, RunManifest, output_of};
-use crate::run::{Goal, Run, Stage};
+use crate::output::File;
+use crate::run::{Goal, Run};
 use crate::sql::Files;
-use crate::stage::File;
-use crate::store::Location;
+use crate::stage::Stage;
+use crate::storage::Location;
 use crate::verify::digest_of;
 use crate::{Error, Result};
 
@@ -29,7 +30,7 @@ pub struct ReproduceArguments {
 
 pub async fn main(arguments: ReproduceArguments) -> Result<()> {
     let folder = run_folder(&arguments.run)?;
-    let manifest = publish::read(&folder).await?;
+    let manifest = directory::read(&folder).await?;
     let build = manifest.build.differences(&Build::this());
     for difference in &build {
         tracing::warn!("{difference}");
@@ -190,7 +191,7 @@ async fn go(again: &Run) -> Result<(Location, RunManifest)> {
         unreachable!("the run goes to its end");
     };
     let folder = run_folder(&url)?;
-    let manifest = publish::read(&folder).await?;
+    let manifest = directory::read(&folder).await?;
     Ok((folder, manifest))
 }
 

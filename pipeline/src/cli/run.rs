@@ -13,8 +13,9 @@ use lengthwise_model::comm::Place;
 use serde_json::json;
 
 use super::{ConfArguments, print, until_stopped};
-use crate::flow::{Flow, checked, mended, remember};
-use crate::run::{Goal, Run, Stage};
+use crate::dataflow::{Flow, checked, mended, remember};
+use crate::run::{Goal, Run};
+use crate::stage::Stage;
 use crate::watch::{Watch, refused, summary};
 use crate::{Error, Result};
 

@@ -10,10 +10,10 @@ use clap::Args;
 use futures::TryStreamExt;
 
 use super::{ConfArguments, out, print};
-use crate::engine::query;
-use crate::flow::Flow;
-use crate::recipe::plan_query;
+use crate::dataflow::Flow;
 use crate::run::{Goal, Run};
+use crate::sql::engine::query;
+use crate::sql::recipe::plan_query;
 use crate::{Error, Result, tables};
 
 #[derive(Args)]

@@ -5,8 +5,8 @@ use clap::Args;
 use super::compare::OutputArguments;
 use super::{ConfArguments, run, run_folder};
 use crate::compare::Side;
-use crate::recipe::Recipe;
 use crate::run::{Goal, Run};
+use crate::sql::recipe::Recipe;
 use crate::stages::mixture;
 use crate::{Error, Result};
 

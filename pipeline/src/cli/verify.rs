@@ -4,8 +4,8 @@ use clap::Args;
 use indicatif::HumanCount;
 
 use super::{print, run_folder};
-use crate::engine::Engine;
-use crate::{Result, publish, verify};
+use crate::sql::engine::Engine;
+use crate::{Result, directory, verify};
 
 #[derive(Args)]
 pub struct VerifyArguments {
@@ -18,7 +18,7 @@ pub struct VerifyArguments {
 
 pub async fn main(arguments: VerifyArguments) -> Result<()> {
     let folder = run_folder(&arguments.run)?;
-    let manifest = publish::read(&folder).await?;
+    let manifest = directory::read(&folder).await?;
     let conf = &manifest.conf.engine;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let engine = Engine::new(conf.partitions.unwrap_or(cores), conf.memory.0, None)?;

@@ -1,8 +1,8 @@
 //! `${VAR}` and `${VAR:-default}` in the conf's urls.
 
-use super::secret;
 use super::tree::{Node, Tree, Value};
 use crate::Result;
+use crate::storage::secret;
 
 /// The keys whose values are urls or paths. Nothing is expanded anywhere else: a recipe's parameter that
 /// contains `${` is text.

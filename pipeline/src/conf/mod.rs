@@ -14,7 +14,6 @@ mod amount;
 mod check;
 mod expand;
 mod read;
-pub(crate) mod secret;
 mod shares;
 #[cfg(test)]
 mod tests;

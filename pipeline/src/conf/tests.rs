@@ -658,8 +658,8 @@ fn credentials_are_told_from_ordinary_urls() {
         "s3//key:secret@bucket/x",
         "s3:key:secret@bucket/x",
     ] {
-        assert!(secret::in_url(url), "{url}");
-        let masked = secret::mask(&format!("url=\"{url}\" # what"));
+        assert!(crate::storage::secret::in_url(url), "{url}");
+        let masked = crate::storage::secret::mask(&format!("url=\"{url}\" # what"));
         assert!(masked.starts_with("url=\"") && masked.ends_with("**\" # what"), "{masked}");
     }
     for url in [
@@ -674,8 +674,8 @@ fn credentials_are_told_from_ordinary_urls() {
         "a//b:c@d",
         "s3:bucket/x",
     ] {
-        assert!(!secret::in_url(url), "{url}");
-        assert_eq!(secret::mask(url), url);
+        assert!(!crate::storage::secret::in_url(url), "{url}");
+        assert_eq!(crate::storage::secret::mask(url), url);
     }
 }
 
@@ -1418,8 +1418,8 @@ proptest! {
     fn a_float_comes_back_from_a_manifest_to_the_last_bit(bits in any::<u64>()) {
         let value = f64::from_bits(bits);
         prop_assume!(value.is_finite());
-        let sealed = crate::seal::seal(&serde_json::json!({ "params": { "x": value } }));
-        let opened: serde_json::Value = crate::seal::open(&sealed).unwrap();
+        let sealed = crate::storage::sealed::seal(&serde_json::json!({ "params": { "x": value } }));
+        let opened: serde_json::Value = crate::storage::sealed::open(&sealed).unwrap();
         let param: Param = serde_json::from_value(opened["params"]["x"].clone()).unwrap();
         let Param::Float(back) = param else { panic!("{param:?}") };
         prop_assert_eq!(back.to_bits(), bits);

@@ -20,9 +20,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::algorithms::strata::Stratum;
+use crate::directory::{Attempt, RunManifest};
 use crate::preview::{Mixed, NAMED, Preview};
-use crate::publish::{Attempt, RunManifest};
-use crate::stages::mixture::Stratum;
 use crate::stages::shuffle::Placed;
 use crate::tables::LENGTH_BUCKET_NAMES;
 use charts::{Axis, curve, legend, sparkline};

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::text::{count, number, percent, points};
+use crate::algorithms::strata::Asked;
 use crate::conf::Param;
+use crate::directory::{RunManifest, Summary};
 use crate::preview::Preview;
-use crate::publish::{RunManifest, Summary};
-use crate::stages::mixture::Asked;
 
 /// A domain's share is flagged where it is farther than this from its target: 0.2 points.
 pub const FAR: f64 = 0.002;

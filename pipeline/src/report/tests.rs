@@ -1,12 +1,13 @@
 use serde_json::json;
 
 use super::*;
+use crate::algorithms::strata::{Asked, Repeated, Stratum};
 use crate::conf::Conf;
+use crate::directory::{Build, Summary};
 use crate::hash::Digest;
-use crate::publish::{Build, Input, Summary};
+use crate::output::Input;
 use crate::run::Step;
 use crate::stages::domains::Domain;
-use crate::stages::mixture::{Asked, Repeated, Stratum};
 use crate::stages::shuffle::{Placed, Planned};
 
 const MARKUP: &str = "<b>ook & 'son\"";

@@ -11,7 +11,8 @@ use memchr::{memchr, memchr_iter};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::read::{Pieces, Rows};
+use super::files::SourceFile;
+use super::part::{Pieces, Rows};
 use super::stored::{READ_BYTES, Stored, own};
 use super::{Cell, Column, Each, Outcome, Reason, Reject, Spec};
 use crate::{Error, Result};
@@ -291,13 +292,13 @@ impl Cutting {
             return Ok(());
         }
         let (rows, bytes) = (next_line - lines.first_line, lines.data.len() as u64);
-        pieces.push(Rows::Lines(lines), rows, bytes)
+        pieces.push(lines, rows, bytes)
     }
 }
 
-impl Lines {
-    /// Gives each line's number and outcome to `f`; blank lines are no rows.
-    pub fn rows(&self, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()> {
+impl Rows for Lines {
+    /// Blank lines are no rows.
+    fn each(&self, _: &SourceFile, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()> {
         let mut unescaped = Unescaped::default();
         let mut dropped = self.dropped.iter().peekable();
         let mut start = 0;

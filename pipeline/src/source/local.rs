@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::list::Why;
+use super::unread::Why;
 use crate::Result;
 use crate::error::Doing;
 

@@ -23,16 +23,20 @@ mod jsonl;
 mod list;
 mod local;
 mod parquet;
+mod part;
 mod read;
 mod stored;
 #[cfg(test)]
 mod tests;
 mod text;
+mod unread;
 
 pub use column::Column;
 pub use files::{BUNDLE_FILE_BYTES, SourceFile, Unit, units};
-pub use list::{Listing, Unread, Why, list};
-pub use read::{FileSummary, PART_BYTES, Part, Parts, Reader};
+pub use list::{Listing, list};
+pub use part::{PART_BYTES, Part};
+pub use read::{FileSummary, Parts, Reader};
+pub use unread::{Unread, Why};
 
 use globset::GlobMatcher;
 

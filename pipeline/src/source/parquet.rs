@@ -21,7 +21,7 @@ use parquet::file::reader::{ChunkReader, FileReader, Length};
 use parquet::file::serialized_reader::SerializedFileReader;
 
 use super::files::SourceFile;
-use super::read::{PART_BYTES, PART_ROWS, Pieces, Rows};
+use super::part::{PART_BYTES, PART_ROWS, Pieces, Rows};
 use super::stored::{RandomAccess, own};
 use super::{Cell, Column, Each, Reject, Spec, headers};
 use crate::error::Doing;
@@ -109,7 +109,7 @@ pub(super) fn read(bytes: RandomAccess, spec: &Spec, pieces: &mut Pieces<'_>) ->
             let (start, stop) = (bound(range), bound(range + 1));
             if start < stop {
                 let range = Range { table: table.clone(), group: index, before, start, stop, batch };
-                pieces.push(Rows::Table(range), stop - start, bytes / ranges)?;
+                pieces.push(range, stop - start, bytes / ranges)?;
             }
         }
         before = rows.saturating_add(before);
@@ -163,9 +163,8 @@ fn find_column(
     ))
 }
 
-impl Range {
-    /// Gives each row's number and outcome to `f`.
-    pub fn rows(&self, file: &SourceFile, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()> {
+impl Rows for Range {
+    fn each(&self, file: &SourceFile, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()> {
         let table = &*self.table;
         let place = format!("row group {}", self.group);
         let mut text = guarded(file, &place, || Values::open(table, self.group, table.text, self.start))?;

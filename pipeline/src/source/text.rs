@@ -2,9 +2,10 @@
 
 use std::io::Read;
 
-use super::read::{Pieces, Rows};
+use super::files::SourceFile;
+use super::part::{Pieces, Rows};
 use super::stored::{Stored, own};
-use super::{Cell, Outcome, Reject, Spec};
+use super::{Cell, Each, Outcome, Reject, Spec};
 use crate::{Error, Result};
 
 /// The bytes of a text file. One that is longer than the limit is represented by its size.
@@ -25,12 +26,18 @@ pub(super) fn read(stored: &mut Stored, spec: &Spec, pieces: &mut Pieces<'_>) ->
             .map_err(|error| own(error).unwrap_or_else(|source| Error::Io { doing: doing(), source }))?;
     }
     let held = bytes.len() as u64;
-    pieces.push(Rows::Text(Text { bytes, size }), 1, held)?;
+    pieces.push(Text { bytes, size }, 1, held)?;
     Ok(1)
 }
 
+impl Rows for Text {
+    fn each(&self, _: &SourceFile, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()> {
+        f(1, self.row(spec, domain))
+    }
+}
+
 impl Text {
-    pub fn row<'a>(&'a self, spec: &Spec, domain: Cell<'a>) -> Outcome<'a> {
+    fn row<'a>(&'a self, spec: &Spec, domain: Cell<'a>) -> Outcome<'a> {
         if self.size > spec.max_document_bytes {
             return Err(Reject::too_long("the file", self.size, spec.max_document_bytes));
         }

@@ -3,35 +3,26 @@
 //! Documents are made distinct in buckets, each a range of doc_id and a task: it looks at the documents of all units, and
 //! sorts those of its range.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::AsArray;
-use arrow::datatypes::{Int64Type, Schema, SchemaRef};
-use datafusion::catalog::streaming::StreamingTable;
-use datafusion::common::ScalarValue;
-use datafusion::common::runtime::SpawnedTask;
-use datafusion::error::DataFusionError;
-use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
-use datafusion::physical_plan::streaming::PartitionStream;
-use datafusion::prelude::{SessionContext, col, lit};
+use arrow::datatypes::{Int64Type, Schema};
+use datafusion::prelude::SessionContext;
 use futures::{StreamExt, TryStreamExt};
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::places;
 use super::tokens::Tokens;
-use crate::engine::{FILES_AT_A_TIME, query, scan, scan_all, write_table};
-use crate::progress::Bar;
-use crate::run::{Run, Stage, ingredients};
+use crate::output::{Draft, Output, Published, Table};
+use crate::run::{Run, ingredients};
 use crate::sql::StageSql;
-use crate::stage::{Draft, File, Output, Published, Table};
-use crate::store::Location;
-use crate::task::{Task, Worker};
-use crate::{Error, Result, seal, tables};
-
-const VERSION: u32 = 3;
+use crate::sql::engine::{query, scan, write_table};
+use crate::sql::functions::hashes;
+use crate::stage::Stage;
+use crate::storage::Location;
+use crate::storage::sealed;
+use crate::tasks::Task;
+use crate::tasks::distinct::{Distinct, Documents};
+use crate::{Error, Result, tables};
 
 /// A bucket has about so many documents: what a core sorts in five minutes, while every bucket more is another look at the
 /// documents of all units.
@@ -44,13 +35,15 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
     // millionths, so that the limit is exact integer arithmetic in SQL
     let millionths = (run.conf.mixture.holdout * 1e6).round() as i64;
     // parts are where ids lie: what later stages read is found by them
-    let mut list = ingredients([
-        ("version", json!(VERSION)),
-        ("documents", json!(tokens.digest("documents"))),
-        ("parts", json!(tokens.parts_digest())),
-        ("sql", json!(catalog_sql.key)),
-        ("holdout", json!(millionths)),
-    ]);
+    let mut list = ingredients(
+        Stage::Catalog,
+        [
+            ("documents", json!(tokens.digest("documents"))),
+            ("parts", json!(tokens.parts_digest())),
+            ("sql", json!(catalog_sql.key)),
+            ("holdout", json!(millionths)),
+        ],
+    );
     if millionths > 0 {
         list.insert("heldout_sql".into(), json!(heldout_sql.key));
         list.insert("seed".into(), json!(run.conf.run.seed));
@@ -73,7 +66,7 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
             .await?;
         run.check(Stage::Catalog, &session).await?;
         if millionths > 0 {
-            places::register(&session);
+            hashes::register(&session);
             let place = (millionths as i128 * i64::MAX as i128 / 1_000_000) as i64;
             let parameters =
                 [("seed", run.conf.run.seed as i64), ("place", place), ("millionths", millionths)];
@@ -96,7 +89,7 @@ async fn distinct(run: &Run, tokens: &Tokens, sql: &StageSql, draft: &Draft) -> 
     let units = draft.folder.join("jobs/documents.json");
     let tables = tokens.tables("documents").into_iter();
     let tables = tables.map(|(folder, table)| (folder.url(), table.clone())).collect();
-    units.put(seal::seal(&Documents { units: tables })).await?;
+    units.put(sealed::seal(&Documents { units: tables })).await?;
     let of = documents.div_ceil(BUCKET_DOCUMENTS).max(1);
     let buckets = (0..of).map(|bucket| {
         let distinct = Distinct {
@@ -110,8 +103,8 @@ async fn distinct(run: &Run, tokens: &Tokens, sql: &StageSql, draft: &Draft) -> 
         async move {
             run.check_stop()?;
             let job = format!("bucket-{bucket:05}-of-{of:05}");
-            let output = draft.job(&job, run.perform(Task::Distinct(distinct), &bar)).await?;
-            if run.is_remote() {
+            let output = draft.job(&job, run.executor.perform(Task::Distinct(distinct), &bar)).await?;
+            if run.executor.is_remote() {
                 let rows = output.tables["catalog"].rows;
                 bar.add(rows, rows, 0, 0);
             }
@@ -119,102 +112,13 @@ async fn distinct(run: &Run, tokens: &Tokens, sql: &StageSql, draft: &Draft) -> 
         }
     });
     // in the order of their documents
-    let buckets = futures::stream::iter(buckets).buffered(run.tasks_at_a_time());
+    let buckets = futures::stream::iter(buckets).buffered(run.executor.tasks_at_a_time());
     let mut buckets = std::pin::pin!(buckets);
     let mut output = Output::default();
     while let Some(bucket) = buckets.try_next().await? {
         output.merge(bucket);
     }
     Ok(output)
-}
-
-/// Where the documents of all units are.
-#[derive(Serialize, Deserialize)]
-struct Documents {
-    units: Vec<(String, Table)>,
-}
-
-/// A task of the catalog: the distinct documents whose ids begin in one of `of` equal ranges.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Distinct {
-    bucket: u64,
-    of: u64,
-    /// The URL of [`Documents`]: for many tasks they are too many to be in each.
-    documents: String,
-    sql: String,
-    folder: String,
-}
-
-impl Distinct {
-    pub async fn perform(self, worker: &Worker, bar: &Bar) -> Result<Output> {
-        let documents = worker.stores.open(&self.documents)?;
-        let listed = seal::open(&documents.read().await?);
-        let Documents { units } =
-            listed.map_err(|message| Error::Corrupt { url: documents.url(), message })?;
-        let engine = worker.engine.share((self.of as usize).min(worker.engine.partitions));
-        let mut files = vec![vec![]; engine.partitions];
-        for (i, (url, table)) in units.into_iter().enumerate() {
-            let folder = worker.stores.open(&url)?;
-            let own = table.files.into_iter().map(|file| (folder.clone(), file));
-            files[i % engine.partitions].extend(own);
-        }
-        let at_a_time = (FILES_AT_A_TIME / engine.partitions).max(2);
-        let partitions = files.into_iter().map(|files| {
-            Arc::new(Units { schema: tables::documents(), files, at_a_time }) as Arc<dyn PartitionStream>
-        });
-
-        let failed = |e| query("cannot compute the catalog", e);
-        let session = engine.session();
-        let all = StreamingTable::try_new(tables::documents(), partitions.collect()).map_err(failed)?;
-        let mut own = session.read_table(Arc::new(all)).map_err(failed)?;
-        if self.bucket > 0 {
-            own = own.filter(col("doc_id").gt_eq(lit(self.first(self.bucket)))).map_err(failed)?;
-        }
-        if self.bucket + 1 < self.of {
-            own = own.filter(col("doc_id").lt(lit(self.first(self.bucket + 1)))).map_err(failed)?;
-        }
-        session.register_table("documents", own.into_view()).map_err(failed)?;
-        let sql = StageSql::parse("sql/stages/catalog.sql", &self.sql)?;
-        let rows = sql.plan(&session, &BTreeMap::new()).await?.execute_stream().await.map_err(failed)?;
-        let name = match self.of {
-            1 => "catalog".to_owned(),
-            _ => format!("catalog-{:05}", self.bucket),
-        };
-        let folder = worker.stores.open(&self.folder)?;
-        let rows = bar.watch(rows);
-        // as a task, which others go on beside; it ends with whoever waits for it
-        let written =
-            SpawnedTask::spawn(async move { write_table(&folder, &name, tables::catalog(), rows).await });
-        let mut output = Output::default();
-        output.table("catalog", written.join().await.expect("a query does not panic")?);
-        Ok(output)
-    }
-
-    /// The least id of a bucket.
-    fn first(&self, bucket: u64) -> ScalarValue {
-        let first = (u128::MAX / self.of as u128 + 1) * bucket as u128;
-        ScalarValue::FixedSizeBinary(16, Some(first.to_be_bytes().to_vec()))
-    }
-}
-
-/// The documents of some units: many small files, which DataFusion would open one after the other.
-#[derive(Debug)]
-struct Units {
-    schema: SchemaRef,
-    files: Vec<(Location, File)>,
-    at_a_time: usize,
-}
-
-impl PartitionStream for Units {
-    fn schema(&self) -> &SchemaRef {
-        &self.schema
-    }
-
-    fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let rows =
-            scan_all(self.files.clone(), self.at_a_time).map_err(|e| DataFusionError::External(Box::new(e)));
-        Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), rows))
-    }
 }
 
 /// Registers `documents`, as a recipe sees it: the catalog without what is held out and without places.
@@ -258,9 +162,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::engine::{Engine, TableWriter};
     use crate::progress::Progress;
-    use crate::store::Stores;
+    use crate::sql::engine::{Engine, TableWriter};
+    use crate::storage::Stores;
+    use crate::tasks::Worker;
 
     /// A document, of whose ids the first and the last may be anything, and where it lies.
     fn documents(rows: &[([u8; 16], i64)]) -> RecordBatch {
@@ -301,7 +206,7 @@ mod tests {
             units.push((folder.url(), writer.finish().await.unwrap()));
         }
         let listed = folder.join("documents.json");
-        listed.put(seal::seal(&Documents { units })).await.unwrap();
+        listed.put(sealed::seal(&Documents { units })).await.unwrap();
 
         ids.sort_unstable();
         ids.dedup();
@@ -335,7 +240,7 @@ mod tests {
     /// Which of some documents (domain, text, tokens) heldout.sql holds out, by their places.
     async fn heldout(documents: &[(usize, u8, i64)], millionths: i64, seed: i64) -> Vec<usize> {
         let session = Engine::new(2, 64 << 20, None).unwrap().merging_session();
-        places::register(&session);
+        hashes::register(&session);
         let ids = |of: &dyn Fn(usize) -> [u8; 16]| -> ArrayRef {
             let ids = (0..documents.len()).map(of);
             Arc::new(FixedSizeBinaryArray::try_from_iter(ids).unwrap())

@@ -9,13 +9,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::catalog::register_documents;
-use crate::engine::{query, scan, write_table};
-use crate::run::{Run, Stage, ingredients};
-use crate::stage::{Output, Published};
+use crate::output::{Output, Published};
+use crate::run::{Run, ingredients};
+use crate::sql::engine::{query, scan, write_table};
+use crate::stage::Stage;
 use crate::{Result, tables};
 use futures::TryStreamExt;
-
-const VERSION: u32 = 1;
 
 /// Tables `domains` and `shares`.
 pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {
@@ -24,15 +23,17 @@ pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {
     let long_tokens = run.conf.mixture.long_tokens.0 as i64;
     let named = run.conf.mixture.shares.targets();
     // the corpus's shares are those of the catalog, a conf's are in `shares`
-    let list = ingredients([
-        ("version", json!(VERSION)),
-        ("catalog", catalog.digest("catalog")),
-        ("heldout", catalog.digest("heldout")),
-        ("sql", json!(domains_sql.key)),
-        ("shares_sql", json!(shares_sql.key)),
-        ("long_tokens", json!(long_tokens)),
-        ("shares", json!(named)),
-    ]);
+    let list = ingredients(
+        Stage::Domains,
+        [
+            ("catalog", catalog.digest("catalog")),
+            ("heldout", catalog.digest("heldout")),
+            ("sql", json!(domains_sql.key)),
+            ("shares_sql", json!(shares_sql.key)),
+            ("long_tokens", json!(long_tokens)),
+            ("shares", json!(named)),
+        ],
+    );
     run.obtain(Stage::Domains, list, async |draft| {
         let bar = run.progress.stage("domains", 0);
         let session = run.engine.session();

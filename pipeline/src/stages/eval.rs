@@ -17,16 +17,16 @@ use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
 use crate::hash::{Digest, RowDigest};
+use crate::output::{self, Draft, File, Output, Published, Table};
 use crate::progress::Progress;
-use crate::run::{self, Goal, Run, Stage, check_stop, ingredients};
+use crate::run::{self, Goal, Run, ingredients};
 use crate::source::{self, Format, Unread};
-use crate::stage::{self, Draft, File, Output, Published, Table};
+use crate::stage::Stage;
 use crate::stages::tokenizer::Tokenizer;
 use crate::stages::train::identity;
-use crate::store::{Location, Stores};
+use crate::stop::check_stop;
+use crate::storage::{Location, Stores};
 use crate::{Error, Result};
-
-const VERSION: u32 = 3;
 
 /// Documents are read in jobs of about so many tokens.
 const JOB_TOKENS: usize = 1 << 18;
@@ -259,16 +259,18 @@ pub async fn obtain(
         }
         digests.insert("heldout", json!(all.iter().collect::<Vec<_>>()));
     }
-    let list = ingredients([
-        ("version", json!(VERSION)),
-        ("checkpoint", model.identity.clone()),
-        ("tokenizer", json!(Digest::of(&model.tokenizer))),
-        ("settings", json!(settings)),
-        ("files", json!(digests)),
-        ("precision", json!(model.precision)),
-        ("rope", json!([model.rope_theta, model.rope_scaling])),
-    ]);
-    let key = stage::key(Stage::Eval.name(), &list);
+    let list = ingredients(
+        Stage::Eval,
+        [
+            ("checkpoint", model.identity.clone()),
+            ("tokenizer", json!(Digest::of(&model.tokenizer))),
+            ("settings", json!(settings)),
+            ("files", json!(digests)),
+            ("precision", json!(model.precision)),
+            ("rope", json!([model.rope_theta, model.rope_scaling])),
+        ],
+    );
+    let key = output::key(Stage::Eval.name(), &list);
     let at = model.output.join("stages").join(Stage::Eval.name()).join(&key);
     run::obtain(Stage::Eval, goal, around.stop, (key, at), list, async |draft| {
         let cases = ask(around, model, evaluation, &files, draft).await?;

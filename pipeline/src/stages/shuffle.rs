@@ -4,193 +4,29 @@
 //! fitted into sequences ([`Mode::BestFit`]). Then a scatter: each part's ids are read once, and what was drawn of them
 //! is written as one file, in the order of the output files, so that packing an output file reads one range a part.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanBuilder, FixedSizeBinaryBuilder, Int32Array, Int32Builder, Int64Array,
-    Int64Builder, RecordBatch, StringBuilder,
+    ArrayRef, AsArray, BooleanBuilder, FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch,
+    StringBuilder,
 };
-use arrow::datatypes::{Int32Type, Int64Type};
+use arrow::datatypes::Int64Type;
 use futures::{Stream, StreamExt, TryStreamExt};
 use hashbrown::{HashMap, HashSet};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::places;
 use super::tokens::Tokens;
-use crate::conf::Mode;
-use crate::engine::{TableWriter, put_file, query, scan, stream};
-use crate::hash::RowDigest;
-use crate::run::{Run, Stage, ingredients};
-use crate::stage::{Output, Published, Table};
-use crate::store::Location;
-use crate::task::{Task, Worker};
+use crate::algorithms::sequences::{Fragment, Layout, Planner, Sequence};
+use crate::output::{Output, Published, Table};
+use crate::run::{Run, ingredients};
+use crate::sql::engine::{TableWriter, query, stream};
+use crate::sql::functions::hashes;
+use crate::stage::Stage;
+use crate::storage::Location;
+use crate::tasks::Task;
+use crate::tasks::scatter::{Scatter, Wanted};
 use crate::{Error, Result, tables};
-
-pub const VERSION: u32 = 1;
-
-/// How sequences are laid out.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Layout {
-    pub sequence_tokens: usize,
-    pub sequences_per_file: usize,
-    pub mode: Mode,
-    /// Whether a token goes before, and after, every document.
-    pub bos: bool,
-    pub eos: bool,
-}
-
-/// A run of ids in the packed dataset: BOS if any, tokens `[start, stop)` of a document, EOS if any.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Fragment {
-    pub doc_id: [u8; 16],
-    pub domain: Arc<str>,
-    pub part: i64,
-    pub start: i64,
-    pub stop: i64,
-    pub bos: bool,
-    pub eos: bool,
-}
-
-impl Fragment {
-    /// How many ids it fills.
-    pub fn ids(&self) -> usize {
-        (self.stop - self.start) as usize + self.bos as usize + self.eos as usize
-    }
-
-    /// Cuts off the first `ids` ids.
-    fn take(&mut self, ids: usize) -> Fragment {
-        let mut head = self.clone();
-        if ids >= self.ids() {
-            (self.start, self.bos, self.eos) = (self.stop, false, false);
-            return head;
-        }
-        if ids == 0 {
-            head = Fragment { stop: self.start, bos: false, eos: false, ..head };
-            return head;
-        }
-        // fewer than all ids, so EOS stays behind, and BOS goes first
-        head.eos = false;
-        head.stop = self.start + (ids - self.bos as usize) as i64;
-        (self.start, self.bos) = (head.stop, false);
-        head
-    }
-}
-
-/// A sequence being planned: fragments that tile it from the left, and the fragment whose one id follows it.
-#[derive(Debug, PartialEq)]
-pub struct Sequence {
-    pub fragments: Vec<Fragment>,
-    pub label: Option<Fragment>,
-}
-
-/// Lays fragments out in sequences, in the order they come.
-pub struct Planner {
-    layout: Layout,
-    /// concat: the sequence being filled; best fit: the window being gathered.
-    open: Vec<Fragment>,
-    open_ids: usize,
-    /// concat: a full sequence that waits for the id after it.
-    full: Option<Vec<Fragment>>,
-    /// Sequences that are ready.
-    ready: VecDeque<Sequence>,
-}
-
-/// Best fit works on so many sequences' worth of fragments at a time: enough to fill them well, little enough to
-/// keep the order of training.
-const WINDOW_SEQUENCES: usize = 256;
-const WINDOW_FRAGMENTS: usize = 65_536;
-
-impl Planner {
-    pub fn new(layout: Layout) -> Self {
-        Self { layout, open: vec![], open_ids: 0, full: None, ready: VecDeque::new() }
-    }
-
-    /// Adds the next fragment of the training order.
-    pub fn push(&mut self, mut fragment: Fragment) {
-        if fragment.ids() == 0 {
-            return;
-        }
-        let size = self.layout.sequence_tokens;
-        if self.layout.mode == Mode::BestFit {
-            // only what is longer than a sequence is cut; the pieces know the id that follows them
-            while fragment.ids() > size {
-                let head = fragment.take(size);
-                self.ready
-                    .push_back(Sequence { fragments: vec![head], label: Some(fragment.clone().take(1)) });
-            }
-            self.open_ids += fragment.ids();
-            self.open.push(fragment);
-            if self.open_ids >= WINDOW_SEQUENCES * size || self.open.len() >= WINDOW_FRAGMENTS {
-                self.fit();
-            }
-            return;
-        }
-        while fragment.ids() > 0 {
-            if let Some(fragments) = self.full.take() {
-                self.ready.push_back(Sequence { fragments, label: Some(fragment.clone().take(1)) });
-            }
-            let head = fragment.take(size - self.open_ids);
-            self.open_ids += head.ids();
-            self.open.push(head);
-            if self.open_ids == size {
-                self.full = Some(std::mem::take(&mut self.open));
-                self.open_ids = 0;
-            }
-        }
-    }
-
-    /// Says that no fragment follows; returns what did not fill a sequence.
-    pub fn finish(&mut self) -> Vec<Fragment> {
-        if self.layout.mode == Mode::BestFit {
-            self.fit();
-            return vec![];
-        }
-        if let Some(fragments) = self.full.take() {
-            let label = self.open.first().map(|fragment| fragment.clone().take(1));
-            self.ready.push_back(Sequence { fragments, label });
-        }
-        self.open_ids = 0;
-        std::mem::take(&mut self.open)
-    }
-
-    /// The next sequence that is ready.
-    pub fn pop(&mut self) -> Option<Sequence> {
-        self.ready.pop_front()
-    }
-
-    /// Best-fit decreasing over the window: the longest fragment first, each into the fullest sequence it fits.
-    fn fit(&mut self) {
-        let window = std::mem::take(&mut self.open);
-        self.open_ids = 0;
-        let mut by_length: Vec<usize> = (0..window.len()).collect();
-        by_length.sort_by_key(|i| (std::cmp::Reverse(window[*i].ids()), *i));
-        let mut sequences: Vec<Vec<usize>> = vec![];
-        let mut rooms: std::collections::BTreeSet<(usize, usize)> = Default::default();
-        for i in by_length {
-            let ids = window[i].ids();
-            let fits = rooms.range((ids, 0)..).next().copied();
-            let (room, sequence) = fits.unwrap_or_else(|| {
-                sequences.push(vec![]);
-                (self.layout.sequence_tokens, sequences.len() - 1)
-            });
-            rooms.remove(&(room, sequence));
-            sequences[sequence].push(i);
-            if room > ids {
-                rooms.insert((room - ids, sequence));
-            }
-        }
-        // back to the order of training: by the fragment that came first
-        sequences.iter_mut().for_each(|sequence| sequence.sort_unstable());
-        sequences.sort_unstable();
-        let mut window: Vec<Option<Fragment>> = window.into_iter().map(Some).collect();
-        for sequence in sequences {
-            let fragments = sequence.into_iter().map(|i| window[i].take().expect("placed once")).collect();
-            self.ready.push_back(Sequence { fragments, label: None });
-        }
-    }
-}
 
 /// What became of the tokens of a domain.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
@@ -357,121 +193,6 @@ impl PlanRows {
     }
 }
 
-/// What to copy out of one part: tokens `[start, stop)` of documents, in the order of the output.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub struct Wanted {
-    pub part: i64,
-    pub pieces: Vec<([u8; 16], i64, i64)>,
-    /// For each output file that takes something: its number, where its tokens begin, how many they are.
-    pub ranges: Vec<(i32, i64, i64)>,
-}
-
-impl Wanted {
-    /// Groups a plan that is sorted by `part, file, at` into parts. Calls `each` with every part that is complete.
-    pub async fn gather(
-        mut plan: impl Stream<Item = Result<RecordBatch>> + Unpin,
-        mut each: impl AsyncFnMut(Wanted) -> Result<()>,
-    ) -> Result<()> {
-        let mut wanted: Option<Wanted> = None;
-        while let Some(batch) = plan.next().await {
-            let batch = batch?;
-            let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
-            let files = batch.column(1).as_primitive::<Int32Type>();
-            let ids = batch.column(2).as_fixed_size_binary();
-            for row in 0..batch.num_rows() {
-                let (part, file) = (numbers(0).value(row), files.value(row));
-                let (start, stop) = (numbers(3).value(row), numbers(4).value(row));
-                if let Some(done) = wanted.take_if(|wanted| wanted.part != part) {
-                    each(done).await?;
-                }
-                let wanted = wanted.get_or_insert_with(|| Wanted { part, ..Default::default() });
-                wanted.pieces.push((ids.value(row).try_into().expect("16 bytes"), start, stop));
-                match wanted.ranges.last_mut() {
-                    Some(range) if range.0 == file => range.2 += stop - start,
-                    last => {
-                        let begin = last.map_or(0, |range| range.1 + range.2);
-                        wanted.ranges.push((file, begin, stop - start));
-                    }
-                }
-            }
-        }
-        match wanted {
-            Some(wanted) => each(wanted).await,
-            None => Ok(()),
-        }
-    }
-
-    /// Copies the wanted tokens out of a part's table of ids (`doc_id, chunk, ids`), as little-endian numbers of
-    /// two bytes, or four where the ids need them.
-    pub fn copy(&self, batches: impl Iterator<Item = Result<RecordBatch>>) -> Result<Vec<u8>> {
-        let mut places: HashMap<[u8; 16], Vec<(i64, i64, usize)>> = HashMap::new();
-        let mut tokens = 0;
-        for (doc_id, start, stop) in &self.pieces {
-            places.entry(*doc_id).or_default().push((*start, *stop, tokens));
-            tokens += (stop - start) as usize;
-        }
-        let (mut out, mut copied) = (Vec::new(), 0);
-        for batch in batches {
-            let batch = batch?;
-            let ids = batch.column(0).as_fixed_size_binary();
-            let chunks = batch.column(1).as_primitive::<Int32Type>();
-            let lists = batch.column(2).as_list::<i32>();
-            let values = lists.values().to_data();
-            let bytes = values.buffers()[0].as_slice();
-            let width = values.data_type().primitive_width().unwrap_or(2);
-            let shift = values.offset();
-            out.resize(tokens * width, 0);
-            for row in 0..batch.num_rows() {
-                let Some(places) = places.get(ids.value(row)) else { continue };
-                let first = chunks.value(row) as i64 * tables::CHUNK_IDS as i64;
-                let (from, to) =
-                    (lists.value_offsets()[row] as usize, lists.value_offsets()[row + 1] as usize);
-                let last = first + (to - from) as i64;
-                for (start, stop, at) in places {
-                    let (low, high) = ((*start).max(first), (*stop).min(last));
-                    if low >= high {
-                        continue;
-                    }
-                    let length = (high - low) as usize * width;
-                    let source = (shift + from + (low - first) as usize) * width;
-                    let target = (at + (low - start) as usize) * width;
-                    out[target..target + length].copy_from_slice(&bytes[source..source + length]);
-                    copied += (high - low) as usize;
-                }
-            }
-        }
-        if copied != tokens {
-            let message = format!("part {:016x} gave {copied} tokens of {tokens}", self.part);
-            return Err(Error::Unbalanced { stage: "shuffle", message });
-        }
-        Ok(out)
-    }
-
-    /// The name of the file of ids.
-    pub fn name(&self) -> String {
-        format!("ids-{:016x}", self.part)
-    }
-
-    fn ranges_batch(&self) -> RecordBatch {
-        let files = Int32Array::from_iter_values(self.ranges.iter().map(|r| r.0));
-        let parts = Int64Array::from_iter_values(self.ranges.iter().map(|_| self.part));
-        let begins = Int64Array::from_iter_values(self.ranges.iter().map(|r| r.1));
-        let counts = Int64Array::from_iter_values(self.ranges.iter().map(|r| r.2));
-        let columns: Vec<ArrayRef> =
-            vec![Arc::new(files), Arc::new(parts), Arc::new(begins), Arc::new(counts)];
-        RecordBatch::try_new(tables::ranges(), columns).expect("columns as the table has them")
-    }
-
-    /// Names a job that copies just this.
-    pub fn job(&self) -> String {
-        let mut hasher = blake3::Hasher::new();
-        for (doc_id, start, stop) in &self.pieces {
-            hasher.update(doc_id).update(&start.to_le_bytes()).update(&stop.to_le_bytes());
-        }
-        format!("{}-{}", self.name(), &hasher.finalize().to_hex()[..16])
-    }
-}
-
 /// Tables `plan`, `ids` (raw numbers, a file a part) and `ranges`; its notes are what was planned, as [`Planned`].
 pub async fn obtain(
     run: &Run,
@@ -483,17 +204,19 @@ pub async fn obtain(
     let sql = run.stage_sql("shuffle")?;
     let seed = run.conf.run.seed as i64;
     // a part's number is a hash of its unit's key, so that `parts` says which ids lie there, and of which encoding
-    let list = ingredients([
-        ("version", json!(VERSION)),
-        ("drawn", drawn.digest()),
-        ("parts", json!(tokens.parts_digest())),
-        ("sql", json!(sql.key)),
-        ("seed", json!(seed)),
-        ("layout", json!(layout)),
-    ]);
+    let list = ingredients(
+        Stage::Shuffle,
+        [
+            ("drawn", drawn.digest()),
+            ("parts", json!(tokens.parts_digest())),
+            ("sql", json!(sql.key)),
+            ("seed", json!(seed)),
+            ("layout", json!(layout)),
+        ],
+    );
     run.obtain(Stage::Shuffle, list, async |draft| {
         let session = run.engine.merging_session();
-        places::register(&session);
+        hashes::register(&session);
         let table = catalog.table("catalog");
         run.engine
             .register(&session, "catalog", tables::catalog(), &[(&catalog.folder, &table)], &["doc_id"])
@@ -530,7 +253,7 @@ pub async fn obtain(
         let mut jobs = futures::stream::FuturesUnordered::new();
         Wanted::gather(rows, async |wanted| {
             ranges.write(wanted.ranges_batch()).await?;
-            if jobs.len() >= run.tasks_at_a_time()
+            if jobs.len() >= run.executor.tasks_at_a_time()
                 && let Some(done) = jobs.next().await
             {
                 output.merge(done?);
@@ -541,7 +264,7 @@ pub async fn obtain(
             jobs.push(async move {
                 let (pieces, job) = (wanted.pieces.len() as u64, wanted.job());
                 let task = Scatter { wanted, from: from.url(), ids, folder: draft.folder.url() };
-                let done = draft.job(&job, run.perform(Task::Scatter(task), &bar)).await;
+                let done = draft.job(&job, run.executor.perform(Task::Scatter(task), &bar)).await;
                 bar.add(pieces, 0, 0, 0);
                 done
             });
@@ -574,32 +297,6 @@ impl Drawn {
     }
 }
 
-/// A task of the scatter: a part's wanted ids in, one file out.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Scatter {
-    wanted: Wanted,
-    /// Where the part's table of ids is, and what it is.
-    from: String,
-    ids: Table,
-    folder: String,
-}
-
-impl Scatter {
-    pub async fn perform(self, worker: &Worker) -> Result<Output> {
-        let Self { wanted, from, ids, folder } = self;
-        let name = format!("{}.bin", wanted.name());
-        let count = wanted.pieces.iter().map(|piece| (piece.2 - piece.1) as u64).sum();
-        let batches: Vec<_> = scan(worker.stores.open(&from)?, ids, None).collect().await;
-        let copying = tokio::task::spawn_blocking(move || wanted.copy(batches.into_iter()));
-        let copied = copying.await.expect("copying does not panic")?;
-        let file = put_file(&worker.stores.open(&folder)?, &name, copied, count).await?;
-        let first = u128::from_le_bytes(file.blake3.0[..16].try_into().expect("16 of 32 bytes"));
-        let mut output = Output::default();
-        output.table("ids", Table { rows: count, digest: RowDigest(first), files: vec![file] });
-        Ok(output)
-    }
-}
-
 /// The accounts of the plan: what was drawn is packed or dropped.
 pub fn check(planned: &Planned, drawn: u64) -> Result<()> {
     let placed: u64 = planned.domains.iter().map(|d| d.packed + d.dropped).sum();
@@ -608,98 +305,4 @@ pub fn check(planned: &Planned, drawn: u64) -> Result<()> {
         return Err(Error::Unbalanced { stage: "shuffle", message });
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn layout(mode: Mode, bos: bool, eos: bool) -> Layout {
-        Layout { sequence_tokens: 16, sequences_per_file: 3, mode, bos, eos }
-    }
-
-    fn fragments(lengths: &[(i64, i64)], layout: Layout) -> Vec<Fragment> {
-        let fragment = |(i, (start, length)): (usize, &(i64, i64))| Fragment {
-            doc_id: [i as u8; 16],
-            domain: "d".into(),
-            part: 0,
-            start: *start,
-            stop: start + length,
-            bos: layout.bos && *start == 0,
-            eos: layout.eos,
-        };
-        lengths.iter().enumerate().map(fragment).collect()
-    }
-
-    /// Every id as (document, position; -1 for BOS, -2 for EOS).
-    fn ids(fragment: &Fragment) -> Vec<(u8, i64)> {
-        let mut ids = vec![];
-        ids.extend(fragment.bos.then_some(-1));
-        ids.extend(fragment.start..fragment.stop);
-        ids.extend(fragment.eos.then_some(-2));
-        ids.into_iter().map(|at| (fragment.doc_id[0], at)).collect()
-    }
-
-    fn planned(input: &[Fragment], layout: Layout) -> (Vec<Sequence>, Vec<Fragment>) {
-        let mut planner = Planner::new(layout);
-        let mut sequences = vec![];
-        for fragment in input {
-            planner.push(fragment.clone());
-            sequences.extend(std::iter::from_fn(|| planner.pop()));
-        }
-        let rest = planner.finish();
-        sequences.extend(std::iter::from_fn(|| planner.pop()));
-        (sequences, rest)
-    }
-
-    proptest! {
-        #[test]
-        fn concat_lays_all_ids_end_to_end_and_labels_with_the_next(
-            lengths in prop::collection::vec((0i64..2, 1i64..60), 0..40), bos: bool, eos: bool,
-        ) {
-            let layout = layout(Mode::Concat, bos, eos);
-            let input = fragments(&lengths, layout);
-            let stream: Vec<_> = input.iter().flat_map(ids).collect();
-            let (sequences, rest) = planned(&input, layout);
-            let out: Vec<_> = sequences.iter().flat_map(|s| &s.fragments).chain(&rest).flat_map(ids).collect();
-            prop_assert_eq!(&out, &stream);
-            prop_assert_eq!(sequences.len(), stream.len() / 16);
-            for (i, sequence) in sequences.iter().enumerate() {
-                prop_assert_eq!(sequence.fragments.iter().map(Fragment::ids).sum::<usize>(), 16);
-                let label = sequence.label.as_ref().map(ids);
-                prop_assert_eq!(label, stream.get((i + 1) * 16).map(|id| vec![*id]));
-            }
-        }
-
-        #[test]
-        fn best_fit_cuts_nothing_that_fits_and_loses_nothing(
-            lengths in prop::collection::vec((0i64..2, 1i64..60), 0..40), bos: bool, eos: bool,
-        ) {
-            let layout = layout(Mode::BestFit, bos, eos);
-            let input = fragments(&lengths, layout);
-            let (sequences, rest) = planned(&input, layout);
-            prop_assert!(rest.is_empty());
-            let mut out: Vec<_> = sequences.iter().flat_map(|s| &s.fragments).flat_map(ids).collect();
-            let mut stream: Vec<_> = input.iter().flat_map(ids).collect();
-            // EOS comes last in a document, whatever its number
-            out.sort_by_key(|(doc, at)| (*doc, if *at == -2 { i64::MAX } else { *at }));
-            stream.sort_by_key(|(doc, at)| (*doc, if *at == -2 { i64::MAX } else { *at }));
-            prop_assert_eq!(out, stream);
-            for sequence in &sequences {
-                let filled: usize = sequence.fragments.iter().map(Fragment::ids).sum();
-                prop_assert!(filled <= 16);
-                // only what is longer than a sequence is cut, and then the label goes on with it
-                for fragment in &sequence.fragments {
-                    let whole = &input[fragment.doc_id[0] as usize];
-                    prop_assert!(fragment == whole || whole.ids() > 16);
-                }
-                if let Some(label) = &sequence.label {
-                    prop_assert_eq!(filled, 16);
-                    prop_assert_eq!(label.ids(), 1);
-                    prop_assert_eq!(label.doc_id, sequence.fragments[0].doc_id);
-                }
-            }
-        }
-    }
 }

@@ -5,19 +5,19 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
+use crate::algorithms::tokenizer::ENCODER;
 use crate::conf::Special;
-use crate::engine::put_file;
 use crate::hash::Digest;
-use crate::run::{Run, Stage, ingredients};
-use crate::stage::{Output, Table};
-use crate::tokenizer::ENCODER;
-use crate::{Error, Result, sources};
-
-const VERSION: u32 = 1;
+use crate::output::{Output, Table};
+use crate::run::{Run, ingredients};
+use crate::sql::engine::put_file;
+use crate::stage::Stage;
+use crate::stages::sources;
+use crate::{Error, Result};
 
 /// The run's tokenizer.
 pub struct Tokenizer {
-    pub loaded: Arc<crate::tokenizer::Tokenizer>,
+    pub loaded: Arc<crate::algorithms::tokenizer::Tokenizer>,
     /// The file, which goes into checkpoints.
     pub json: Bytes,
     pub fingerprint: Digest,
@@ -27,7 +27,7 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     fn load(json: Bytes, name: &str) -> Result<Self> {
-        let loaded = crate::tokenizer::Tokenizer::from_json(&json, name)?;
+        let loaded = crate::algorithms::tokenizer::Tokenizer::from_json(&json, name)?;
         Ok(Self { loaded: Arc::new(loaded), fingerprint: Digest::of(&json), json, named: [None, None] })
     }
 
@@ -176,14 +176,16 @@ pub async fn find(run: &Run) -> Result<Tokenizer> {
     };
     let sources = sources::list(run).await?;
     // what is trained depends on the texts in the sample, and on the library that trains
-    let list = ingredients([
-        ("version", json!(VERSION)),
-        ("encoder", json!(ENCODER)),
-        ("sources", json!(sources.iter().map(|s| s.identity()).collect::<Vec<_>>())),
-        ("vocab", json!(train.vocab)),
-        ("sample", json!(train.sample)),
-        ("seed", json!(run.conf.run.seed)),
-    ]);
+    let list = ingredients(
+        Stage::Tokenizer,
+        [
+            ("encoder", json!(ENCODER)),
+            ("sources", json!(sources.iter().map(|s| s.identity()).collect::<Vec<_>>())),
+            ("vocab", json!(train.vocab)),
+            ("sample", json!(train.sample)),
+            ("seed", json!(run.conf.run.seed)),
+        ],
+    );
     let published = run
         .obtain(Stage::Tokenizer, list, async |draft| {
             let texts = sources::sample(run, &sources, train.sample.0).await?;
@@ -193,7 +195,8 @@ pub async fn find(run: &Run) -> Result<Tokenizer> {
             output.count("documents", texts.len() as u64);
             output.count("bytes", texts.iter().map(|text| text.len() as u64).sum());
             let vocab = train.vocab as usize;
-            let training = move || crate::tokenizer::train(texts.iter().map(String::as_str), vocab);
+            let training =
+                move || crate::algorithms::tokenizer::train(texts.iter().map(String::as_str), vocab);
             let json = tokio::task::spawn_blocking(training).await.expect("training does not panic")?;
             let digest = crate::hash::RowDigest(u128::from_le_bytes(
                 Digest::of(&json).0[..16].try_into().expect("16"),
@@ -216,10 +219,10 @@ mod tests {
     use miette::Diagnostic;
 
     use super::*;
+    use crate::algorithms::tokenizer::tests::{added, sentencepiece};
     use crate::conf::Conf;
     use crate::run::Goal;
     use crate::sql::Files;
-    use crate::tokenizer::tests::{added, sentencepiece};
 
     /// What a run whose conf has `keys` puts around documents, with a tokenizer that has some special tokens after
     /// `<unk>` and is put before texts as `bos` says; `beside` is its tokenizer_config.json.

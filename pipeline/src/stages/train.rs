@@ -13,12 +13,11 @@ use serde_json::{Value, json};
 
 use super::tokenizer::Tokenizer;
 use crate::hash::{Digest, RowDigest};
-use crate::run::{Run, Stage, ingredients};
-use crate::stage::{self, File, Ingredients, Output, Published, Table};
-use crate::store::Location;
+use crate::output::{self, File, Ingredients, Output, Published, Table};
+use crate::run::{Run, ingredients};
+use crate::stage::Stage;
+use crate::storage::Location;
 use crate::{Error, Result};
-
-const VERSION: u32 = 5;
 
 /// The conf's `[train]` table; wrong values point into the conf.
 pub fn conf(run: &Run) -> Result<Option<TrainConf>> {
@@ -60,7 +59,7 @@ pub async fn check_checkpoint(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
 
 /// What is wrong with a tokenizer for a checkpoint that knows so many ids, and what to do. Added tokens count, too: a text
 /// that has one as it is written becomes its id, and of billions of tokens some do.
-fn beyond(tokenizer: &crate::tokenizer::Tokenizer, known: usize) -> Option<(String, String)> {
+fn beyond(tokenizer: &crate::algorithms::tokenizer::Tokenizer, known: usize) -> Option<(String, String)> {
     let (own, all) = (tokenizer.own_vocab_size(), tokenizer.vocab_size());
     let most = own.max(all);
     if most <= known {
@@ -105,14 +104,16 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     let (bos, eos) = tokenizer.specials(run)?;
     // of the files, not of their rows: the same sequences in another order train another model
     let files: Vec<Digest> = packed.table("train").files.into_iter().map(|file| file.blake3).collect();
-    let list = ingredients([
-        ("version", json!(VERSION)),
-        ("dataset", json!(files)),
-        ("sequences", json!(packed.count("sequences"))),
-        ("settings", conf.content()),
-        ("checkpoint", start),
-        ("tokenizer", json!(tokenizer.fingerprint)),
-    ]);
+    let list = ingredients(
+        Stage::Train,
+        [
+            ("dataset", json!(files)),
+            ("sequences", json!(packed.count("sequences"))),
+            ("settings", conf.content()),
+            ("checkpoint", start),
+            ("tokenizer", json!(tokenizer.fingerprint)),
+        ],
+    );
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let attempt = format!("attempt-{}-{}", now.as_millis(), std::process::id());
     let job_in = |at: &Location| TrainJob {
@@ -132,7 +133,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     if follows()? {
         // the first rank publishes; this one computes along, unless there is nothing to compute
         let (_, at) = run.place(Stage::Train, &mut list.clone())?;
-        if stage::find(&at).await?.is_none() {
+        if output::find(&at).await?.is_none() {
             train(run, &job_in(&at), &mut |_| {}).await?;
         }
         return Ok(None);
@@ -185,7 +186,7 @@ async fn warn_of_other_lengths(run: &Run, list: &Ingredients, folder: &Location)
     for name in listed.common_prefixes.iter().filter_map(|path| path.filename()) {
         let other = all.join(name);
         let url = other.url();
-        if let Some(manifest) = stage::find(&other).await? {
+        if let Some(manifest) = output::find(&other).await? {
             let alike =
                 |name: &str| but_for_length(&manifest.ingredients[name]) == but_for_length(&list[name]);
             if list.keys().all(|name| manifest.ingredients.contains_key(name) && alike(name)) {
@@ -280,7 +281,7 @@ fn first_16(digest: &Digest) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokenizer::tests::{added, sentencepiece};
+    use crate::algorithms::tokenizer::tests::{added, sentencepiece};
 
     #[test]
     fn ids_that_a_text_can_have_and_a_checkpoint_has_not_are_named() {
@@ -289,7 +290,7 @@ mod tests {
                 let list = file["added_tokens"].as_array_mut().unwrap();
                 list.extend((5_000..).zip(extra).map(|(id, token)| added(id, token)));
             });
-            crate::tokenizer::Tokenizer::from_json(&json, "t").unwrap()
+            crate::algorithms::tokenizer::Tokenizer::from_json(&json, "t").unwrap()
         };
         let plain = tokenizer(&[]);
         let own = plain.own_vocab_size();

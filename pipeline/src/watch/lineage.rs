@@ -5,9 +5,9 @@ use reqwest::header::AUTHORIZATION;
 use serde_json::{Value, json};
 
 use super::{Listener, id, span};
-use crate::environment::{address, header, variable};
 use crate::run::{Run, Step};
-use crate::stages::upstream;
+use crate::stage::Stage;
+use crate::storage::environment::{address, header, variable};
 use crate::{Error, Result};
 
 const PRODUCER: &str = concat!("lengthwise/", env!("CARGO_PKG_VERSION"));
@@ -55,7 +55,10 @@ impl Lineage {
         let inputs: Vec<Value> = match step.stage.as_str() {
             "tokens" => run.conf.source.iter().map(|source| dataset(&source.url)).collect(),
             stage => {
-                let above = steps.iter().filter(|other| upstream(stage).contains(&other.stage.as_str()));
+                let reads = Stage::of_step(stage).map_or(&[][..], |stage| stage.about().reads);
+                let above = steps
+                    .iter()
+                    .filter(|other| Stage::of_step(&other.stage).is_some_and(|other| reads.contains(&other)));
                 above.map(|step| dataset(&folder(step))).collect()
             }
         };

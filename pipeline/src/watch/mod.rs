@@ -20,10 +20,10 @@ use jiff::Timestamp;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
-use crate::environment::variable;
 use crate::error::chain;
 use crate::hash::{Digest, hex};
 use crate::run::{Run, Step};
+use crate::storage::environment::variable;
 use crate::{Error, Result};
 
 use lineage::Lineage;

@@ -5,8 +5,8 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{Gauge, Listener, hex, id, span};
-use crate::environment::{address, headers, variable};
 use crate::run::{Run, Step};
+use crate::storage::environment::{address, headers, variable};
 use crate::{Error, Result};
 
 /// Where they go.

@@ -2,6 +2,7 @@
 //! platform's math library comes from pure-Rust `libm` here, under the same names, and arithmetic is [`exact`].
 
 pub mod exact;
+pub mod hashes;
 
 use std::sync::Arc;
 

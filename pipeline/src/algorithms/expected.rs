@@ -9,8 +9,8 @@
 
 use hashbrown::HashMap;
 
-use super::mixture::ONE;
 use crate::tables::LENGTH_BUCKET_NAMES;
+use crate::tables::ONE;
 
 /// So many sums are kept of all strata together, or else some for each stratum.
 const MOST_SUMS: usize = if cfg!(test) { 64 } else { 1 << 18 };

@@ -1,5 +1,9 @@
 //! SQL texts: where they are found, and how parameters are bound.
 
+pub mod engine;
+pub mod functions;
+pub mod recipe;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -11,37 +15,37 @@ use datafusion::sql::sqlparser::ast::{
     Expr, Query, Statement, Value, ValueWithSpan, Visit, VisitMut, Visitor, VisitorMut,
 };
 
-use crate::engine::query;
 use crate::error::Doing;
-use crate::recipe::{Parsed, Text};
+use crate::sql::engine::query;
+use crate::sql::recipe::{Parsed, Text};
 use crate::{Error, Result};
 
 /// The SQL files of the stages and their checks, as this build carries them.
 const BUILT_IN: &[(&str, &str)] = &[
-    ("sql/stages/catalog.sql", include_str!("../../sql/stages/catalog.sql")),
-    ("sql/stages/heldout.sql", include_str!("../../sql/stages/heldout.sql")),
-    ("sql/stages/domains.sql", include_str!("../../sql/stages/domains.sql")),
-    ("sql/stages/shares.sql", include_str!("../../sql/stages/shares.sql")),
-    ("sql/stages/shuffle.sql", include_str!("../../sql/stages/shuffle.sql")),
+    ("sql/stages/catalog.sql", include_str!("../../../sql/stages/catalog.sql")),
+    ("sql/stages/heldout.sql", include_str!("../../../sql/stages/heldout.sql")),
+    ("sql/stages/domains.sql", include_str!("../../../sql/stages/domains.sql")),
+    ("sql/stages/shares.sql", include_str!("../../../sql/stages/shares.sql")),
+    ("sql/stages/shuffle.sql", include_str!("../../../sql/stages/shuffle.sql")),
     (
         "sql/checks/catalog_has_each_document_once.sql",
-        include_str!("../../sql/checks/catalog_has_each_document_once.sql"),
+        include_str!("../../../sql/checks/catalog_has_each_document_once.sql"),
     ),
     (
         "sql/checks/domains_add_up_to_the_documents.sql",
-        include_str!("../../sql/checks/domains_add_up_to_the_documents.sql"),
+        include_str!("../../../sql/checks/domains_add_up_to_the_documents.sql"),
     ),
     (
         "sql/checks/domains_have_shares_that_sum_to_one.sql",
-        include_str!("../../sql/checks/domains_have_shares_that_sum_to_one.sql"),
+        include_str!("../../../sql/checks/domains_have_shares_that_sum_to_one.sql"),
     ),
     (
         "sql/checks/draw_respects_max_copies.sql",
-        include_str!("../../sql/checks/draw_respects_max_copies.sql"),
+        include_str!("../../../sql/checks/draw_respects_max_copies.sql"),
     ),
     (
         "sql/checks/mixture_has_spans_inside_their_documents.sql",
-        include_str!("../../sql/checks/mixture_has_spans_inside_their_documents.sql"),
+        include_str!("../../../sql/checks/mixture_has_spans_inside_their_documents.sql"),
     ),
 ];
 

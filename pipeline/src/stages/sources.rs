@@ -11,7 +11,7 @@ use crate::conf::{self, Domain, Format};
 use crate::hash::{doc_id, unit_hash};
 use crate::run::Run;
 use crate::source::{self, Column, DomainRule, Reader, Spec, Unit, Unread, Why};
-use crate::store::Location;
+use crate::storage::Location;
 use crate::{Error, Result};
 
 /// A source with its files as they were listed.
@@ -119,7 +119,7 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
             spec: Arc::new(spec),
             units,
             unread: vec![],
-            reader: run.worker.reader(at),
+            reader: run.executor.here.reader(at),
             reading,
         });
     }

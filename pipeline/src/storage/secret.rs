@@ -1,6 +1,8 @@
 //! Credentials come from the environment; one that is typed into a URL is refused, and never shown.
 
-use crate::store::SCHEMES;
+/// What a path begins with where a URL's colon or slash was forgotten.
+pub const SCHEMES: [&str; 11] =
+    ["s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https", "file"];
 
 /// What the names of query parameters that carry credentials contain, as in URLs signed by S3 or Google …
 const SECRET_PARAMETERS: [&str; 6] = ["key", "token", "secret", "signature", "credential", "passw"];
@@ -71,4 +73,24 @@ pub fn mask(text: &str) -> String {
         rest = &rest[end..];
     }
     masked + rest
+}
+
+/// What the names of variables with secrets in them contain.
+const SECRET: [&str; 8] =
+    ["KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL", "SERVICE_ACCOUNT", "HEADERS", "PROXY"];
+
+/// The text with the name of the variable wherever the value of one that may be a secret stands in it: stores tell tokens in
+/// their answers.
+pub fn hide(text: String) -> String {
+    let secrets = std::env::vars_os().filter_map(|(name, value)| {
+        let (name, value) = (name.into_string().ok()?, value.into_string().ok()?);
+        let value = value.trim().to_owned();
+        // what is shorter is no secret, and may be a part of any word
+        let secret = value.len() >= 8 && SECRET.iter().any(|sign| name.to_ascii_uppercase().contains(sign));
+        secret.then_some((name, value))
+    });
+    secrets.fold(text, |text, (name, value)| match text.contains(&value) {
+        true => text.replace(&value, &format!("${name}")),
+        false => text,
+    })
 }

@@ -2,7 +2,10 @@
 //!
 //! Credentials come from the environment, as the clouds' SDKs take them, and reach no file and no log.
 
+pub mod environment;
 mod local;
+pub mod sealed;
+pub mod secret;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -19,8 +22,6 @@ use object_store::path::{Path, PathPart};
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutPayload};
 use url::Url;
 
-use crate::conf::secret;
-use crate::environment;
 use crate::hash::Digest;
 use crate::{Error, Result};
 use local::Local;
@@ -252,7 +253,7 @@ impl Stores {
             return Ok((format!("{scheme}://{bucket}/"), parse(path)?));
         }
         let (scheme, rest) = text.split_at(text.find([':', '/']).unwrap_or(text.len()));
-        if SCHEMES.contains(&scheme) && (rest.starts_with(':') || rest.starts_with("//")) {
+        if secret::SCHEMES.contains(&scheme) && (rest.starts_with(':') || rest.starts_with("//")) {
             return Err(unusable(text, format!("write {scheme}:// for storage")));
         }
         let mut absolute = PathBuf::new();
@@ -298,10 +299,6 @@ fn store_of(url: &Url) -> Result<Arc<dyn ObjectStore>> {
         _ => Arc::from(object_store::parse_url(url).map_err(|e| unusable(url.as_str(), e))?.0),
     })
 }
-
-/// What a path begins with where a URL's colon or slash was forgotten.
-pub const SCHEMES: [&str; 11] =
-    ["s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https", "file"];
 
 fn unusable(text: &str, why: impl std::fmt::Display) -> Error {
     Error::usage(

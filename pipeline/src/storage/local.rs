@@ -210,7 +210,7 @@ fn link_new(staged: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// The last resort: who is killed here leaves a part of a file. What is created once has its digest in it (see
-/// [`crate::seal`]), so that half of it is none, and the next one takes its place.
+/// [`crate::storage::sealed`]), so that half of it is none, and the next one takes its place.
 fn fill_new(staged: &Path, to: &Path) -> io::Result<()> {
     let mut from = File::open(staged)?;
     let mut file = File::create_new(to)?;

@@ -11,17 +11,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::algorithms::strata::Asked;
 use crate::conf::Conf;
 use crate::hash::Digest;
+use crate::output::{self, File, Input, Published, StageKey, Table};
 use crate::run::{Run, Step};
 use crate::source::Unread;
 use crate::sql::git;
-use crate::stage::{self, File, Published, Table};
 use crate::stages::domains::Domain;
-use crate::stages::mixture::Asked;
 use crate::stages::shuffle::Planned;
-use crate::store::Location;
-use crate::{Error, Result, seal};
+use crate::storage::Location;
+use crate::storage::sealed;
+use crate::{Error, Result};
 
 /// All that a run was made of and all that it made. Nothing in it says when or where.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -90,20 +91,6 @@ impl Build {
         }
         lines
     }
-}
-
-/// A source file that was read.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
-pub struct Input {
-    pub url: String,
-    pub bytes: u64,
-    pub blake3: Digest,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
-pub struct StageKey {
-    pub stage: String,
-    pub key: String,
 }
 
 /// The run in numbers, for the report and for comparisons.
@@ -204,7 +191,7 @@ pub async fn copy_table(from: &Published, table: &str, folder: &Location, below:
 pub async fn written(folder: &Location) -> Result<Option<RunManifest>> {
     let at = folder.join("manifest.json");
     let Some(bytes) = at.get().await? else { return Ok(None) };
-    let manifest = seal::open(&bytes).map_err(|e| Error::Corrupt {
+    let manifest = sealed::open(&bytes).map_err(|e| Error::Corrupt {
         url: at.url(),
         message: format!("it is not the manifest of a run of this version: {e}"),
     });
@@ -227,9 +214,9 @@ pub fn output_of(run_folder: &Location) -> Location {
 }
 
 /// A stage of a run, by its key.
-pub async fn stage_of(output: &Location, key: &StageKey) -> Result<Option<(Location, stage::Manifest)>> {
+pub async fn stage_of(output: &Location, key: &StageKey) -> Result<Option<(Location, output::Manifest)>> {
     let folder = output.join("stages").join(&key.stage).join(&key.key);
     let Some(bytes) = folder.join("manifest.json").get().await? else { return Ok(None) };
     let corrupt = |message| Error::Corrupt { url: folder.join("manifest.json").url(), message };
-    Ok(Some((folder.clone(), seal::open(&bytes).map_err(corrupt)?)))
+    Ok(Some((folder.clone(), sealed::open(&bytes).map_err(corrupt)?)))
 }

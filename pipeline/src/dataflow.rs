@@ -5,16 +5,17 @@ use std::collections::btree_map::Entry;
 
 use serde_json::json;
 
-use crate::engine::put_file;
-use crate::publish::{self, Attempt, Build, RunManifest, StageKey, Summary};
-use crate::run::{Goal, Run, Stage};
-use crate::stage::{File, Published, Table};
+use crate::directory::{self, Attempt, Build, RunManifest, Summary};
+use crate::output::{File, Published, StageKey, Table};
+use crate::run::{Goal, Run};
+use crate::sql::engine::put_file;
+use crate::stage::Stage;
 use crate::stages::domains::Domain;
 use crate::stages::shuffle::Drawn;
 use crate::stages::tokenizer::Tokenizer;
 use crate::stages::tokens::Tokens;
 use crate::stages::{self, catalog, domains, draw, mixture, pack, shuffle};
-use crate::store::{Location, json_lines};
+use crate::storage::{Location, json_lines};
 use crate::{Error, Result};
 
 /// What the stages gave, as far as the run went.
@@ -178,7 +179,7 @@ impl Flow {
     pub fn folder(&self, run: &Run) -> Location {
         let last = [self.packed.as_ref(), self.heldout.as_ref(), self.trained.as_ref()];
         let last: Vec<&Published> = last.into_iter().flatten().collect();
-        run.output.join("runs").join(&publish::id(&run.conf.run.name, &last))
+        run.output.join("runs").join(&directory::id(&run.conf.run.name, &last))
     }
 
     /// The run's directory, and its manifest; only for a flow that came to packed sequences.
@@ -229,12 +230,12 @@ impl Flow {
         let at = folder.join(&format!("{name}.json"));
         at.put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
 
-        let mut files = publish::copy_table(packed, "train", &folder, "data").await?;
+        let mut files = directory::copy_table(packed, "train", &folder, "data").await?;
         if let Some(heldout) = &self.heldout {
-            files.extend(publish::copy_table(heldout, "heldout", &folder, "heldout").await?);
+            files.extend(directory::copy_table(heldout, "heldout", &folder, "heldout").await?);
         }
         if let Some(trained) = &self.trained {
-            files.extend(publish::copy_table(trained, "checkpoint", &folder, "checkpoint").await?);
+            files.extend(directory::copy_table(trained, "checkpoint", &folder, "checkpoint").await?);
         }
         // beside the model, as one looks for them there
         for (trained, file) in &logs {
@@ -243,10 +244,10 @@ impl Flow {
         let notes_of = |(name, e): &(String, Published)| (name.clone(), e.manifest.notes.clone());
         let mut evaluations: BTreeMap<_, _> = self.evaluated.iter().map(notes_of).collect();
         for (name, evaluated) in &self.evaluated {
-            files.extend(publish::copy_table(evaluated, "cases", &folder, &format!("eval/{name}")).await?);
+            files.extend(directory::copy_table(evaluated, "cases", &folder, &format!("eval/{name}")).await?);
         }
         // what the same model was asked before, by a conf with another [eval], is no less true
-        let before = match publish::written(&folder).await {
+        let before = match directory::written(&folder).await {
             // a broken one is written anew
             Err(Error::Corrupt { .. }) => None,
             before => before?,
@@ -275,7 +276,7 @@ impl Flow {
             let Table { rows, digest, .. } = stage?.table(name);
             Some((name.to_owned(), Table { rows, digest, files: vec![] }))
         });
-        let (commit, dirty) = publish::commit_of(run);
+        let (commit, dirty) = directory::commit_of(run);
         let manifest = RunManifest {
             run: id,
             build: Build::this(),
@@ -317,7 +318,7 @@ impl Flow {
         at.put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
 
         // the manifest says what the last run was made of
-        let (text, at) = (crate::seal::seal(&manifest), folder.join("manifest.json"));
+        let (text, at) = (crate::storage::sealed::seal(&manifest), folder.join("manifest.json"));
         match at.get().await? {
             Some(before) if before == text => {}
             before => {

@@ -19,13 +19,13 @@ use proptest::prelude::*;
 use super::*;
 
 const RECIPES: [(&str, &str); 7] = [
-    ("cut_128k", include_str!("../../../sql/mixtures/cut_128k.sql")),
-    ("cut_4k", include_str!("../../../sql/mixtures/cut_4k.sql")),
-    ("per_source", include_str!("../../../sql/mixtures/per_source.sql")),
-    ("global", include_str!("../../../sql/mixtures/global.sql")),
-    ("upsample_domain", include_str!("../../../sql/mixtures/upsample_domain.sql")),
-    ("length_power", include_str!("../../../sql/mixtures/length_power.sql")),
-    ("prolong", include_str!("../../../sql/mixtures/prolong.sql")),
+    ("cut_128k", include_str!("../../../../sql/mixtures/cut_128k.sql")),
+    ("cut_4k", include_str!("../../../../sql/mixtures/cut_4k.sql")),
+    ("per_source", include_str!("../../../../sql/mixtures/per_source.sql")),
+    ("global", include_str!("../../../../sql/mixtures/global.sql")),
+    ("upsample_domain", include_str!("../../../../sql/mixtures/upsample_domain.sql")),
+    ("length_power", include_str!("../../../../sql/mixtures/length_power.sql")),
+    ("prolong", include_str!("../../../../sql/mixtures/prolong.sql")),
 ];
 
 fn recipe(name: &str) -> Recipe {
@@ -201,7 +201,7 @@ fn session(partitions: usize) -> SessionContext {
     options.execution.split_file_groups_by_statistics = true;
     options.optimizer.prefer_existing_sort = true;
     let session = SessionContext::new_with_config(config);
-    crate::functions::register(&session);
+    crate::sql::functions::register(&session);
     session
 }
 
@@ -999,7 +999,7 @@ async fn failure(text: &str) -> String {
     let plan =
         shown_error(shown_error(recipe.bind(&corpus.builtin(), &BTreeMap::new())).plan(&session).await);
     let ran = async { session.execute_logical_plan(plan).await?.collect().await };
-    rendered(crate::engine::query("sql/mixtures/mine.sql failed while it ran", ran.await.unwrap_err()))
+    rendered(crate::sql::engine::query("sql/mixtures/mine.sql failed while it ran", ran.await.unwrap_err()))
 }
 
 #[tokio::test]

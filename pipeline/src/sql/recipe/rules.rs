@@ -23,7 +23,7 @@ use datafusion::sql::sqlparser::ast::{
 
 use super::allowed;
 use super::place::{Places, Text, nearest};
-use crate::functions::exact::first_place;
+use crate::sql::functions::exact::first_place;
 use crate::{Error, Result};
 
 /// The tables of a recipe.

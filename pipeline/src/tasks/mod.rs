@@ -1,6 +1,12 @@
 //! A stage's unit of work as a value: what is read, and what is written. The run does it itself or sends it to an executor of
 //! its cluster; either way it is the same code and the same named files, so that a task done twice is a task done once.
 
+pub mod distinct;
+pub mod pack;
+pub mod pass;
+pub mod scatter;
+pub mod tokenize;
+
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -9,19 +15,20 @@ use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
-use crate::engine::Engine;
+use distinct::Distinct;
+use pack::PackFile;
+use pass::Pass;
+use scatter::Scatter;
+use tokenize::Tokenize;
+
+use crate::algorithms::tokenizer::Tokenizer;
 use crate::hash::Digest;
+use crate::output::Output;
 use crate::progress::Bar;
-use crate::run::check_stop;
 use crate::source::Reader;
-use crate::stage::Output;
-use crate::stages::catalog::Distinct;
-use crate::stages::draw::Pass;
-use crate::stages::pack::PackFile;
-use crate::stages::shuffle::Scatter;
-use crate::stages::tokens::Tokenize;
-use crate::store::{Location, Stores};
-use crate::tokenizer::Tokenizer;
+use crate::sql::engine::Engine;
+use crate::stop::check_stop;
+use crate::storage::{Location, Stores};
 use crate::{Error, Result};
 
 /// What is to be done. Everything that it needs is in it or in storage.

@@ -29,11 +29,12 @@ use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
-use crate::functions::exact::NoNumber;
 use crate::hash::{Digest, RowDigest};
-use crate::stage::{File, Table};
-use crate::store::Location;
-use crate::{Error, Result, functions};
+use crate::output::{File, Table};
+use crate::sql::functions;
+use crate::sql::functions::exact::NoNumber;
+use crate::storage::Location;
+use crate::{Error, Result};
 
 /// How many files are asked of storage at a time.
 pub const FILES_AT_A_TIME: usize = 16;
@@ -419,7 +420,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_table_s_bytes_do_not_depend_on_how_its_rows_came_in_batches() {
-        let stores = crate::store::Stores::new("/");
+        let stores = crate::storage::Stores::new("/");
         let mut tables = vec![];
         for cut in [1_300_000, 7, 100_000] {
             let folder = stores.open(&format!("memory:///t/{cut}")).unwrap();
@@ -436,7 +437,7 @@ mod tests {
 
     #[tokio::test]
     async fn files_ahead_are_read_while_nobody_asks_for_rows() {
-        let folder = crate::store::Stores::new("/").open("memory:///t/ahead").unwrap();
+        let folder = crate::storage::Stores::new("/").open("memory:///t/ahead").unwrap();
         let mut files = vec![];
         for file in 0..3 {
             let mut writer = TableWriter::new(&folder, &format!("n-{file}"), numbers(0..0).schema());
@@ -482,7 +483,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_changed_file_is_refused_and_withdrawn_by_all_who_read_it() {
-        let folder = crate::store::Stores::new("/").open("memory:///t/changed").unwrap();
+        let folder = crate::storage::Stores::new("/").open("memory:///t/changed").unwrap();
         folder.join("manifest.json").put("").await.unwrap();
         let mut writer = TableWriter::new(&folder, "n", numbers(0..0).schema());
         writer.write(numbers(0..10)).await.unwrap();

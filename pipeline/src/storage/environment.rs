@@ -158,26 +158,6 @@ pub fn refused<'a>(scheme: &str, culprits: impl Iterator<Item = &'a str>) -> Err
     Error::usage(message, crate::error::variables(scheme).unwrap_or("the README lists the variables"))
 }
 
-/// What the names of variables with secrets in them contain.
-const SECRET: [&str; 8] =
-    ["KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL", "SERVICE_ACCOUNT", "HEADERS", "PROXY"];
-
-/// The text with the name of the variable wherever the value of one that may be a secret stands in it: stores tell tokens in
-/// their answers.
-pub fn hide(text: String) -> String {
-    let secrets = std::env::vars_os().filter_map(|(name, value)| {
-        let (name, value) = (name.into_string().ok()?, value.into_string().ok()?);
-        let value = value.trim().to_owned();
-        // what is shorter is no secret, and may be a part of any word
-        let secret = value.len() >= 8 && SECRET.iter().any(|sign| name.to_ascii_uppercase().contains(sign));
-        secret.then_some((name, value))
-    });
-    secrets.fold(text, |text, (name, value)| match text.contains(&value) {
-        true => text.replace(&value, &format!("${name}")),
-        false => text,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::ffi::OsStringExt;

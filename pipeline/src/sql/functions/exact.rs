@@ -555,8 +555,8 @@ mod tests {
 
     /// The values of a query's only column, one after the other, or its error.
     async fn ask(sql: &str) -> Result<String, crate::Error> {
-        let failed = |e| crate::engine::query("cannot run", e);
-        let session = crate::engine::Engine::new(2, 64 << 20, None)?.session();
+        let failed = |e| crate::sql::engine::query("cannot run", e);
+        let session = crate::sql::engine::Engine::new(2, 64 << 20, None)?.session();
         let rows = session.sql(sql).await.map_err(failed)?.collect().await.map_err(failed)?;
         let values = rows.iter().flat_map(|rows| {
             let column = rows.column(0);
@@ -734,7 +734,7 @@ mod tests {
 
     #[tokio::test]
     async fn columns_keep_the_names_that_they_have_without_checks() {
-        let session = crate::engine::Engine::new(1, 64 << 20, None).unwrap().session();
+        let session = crate::sql::engine::Engine::new(1, 64 << 20, None).unwrap().session();
         let plain = SessionContext::new();
         for sql in [
             "select x + 1, -x, sum(x) over () from (values (1)) as t(x)",

@@ -34,12 +34,12 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 
-use crate::engine::Engine;
 use crate::hash::Digest;
+use crate::output::Output;
 use crate::progress::{Progress, Rarely};
-use crate::stage::Output;
-use crate::store::{Location, Stores};
-use crate::task::{Task, Worker};
+use crate::sql::engine::Engine;
+use crate::storage::{Location, Stores};
+use crate::tasks::{Task, Worker};
 use crate::{Error, Result};
 
 /// How many tasks the scheduler has at a time, to give to executors as they have room.

@@ -1,0 +1,317 @@
+//! spans: the rows of a recipe beside the documents they are of.
+
+use super::strata::Span;
+use crate::hash::hex;
+use crate::tables::ONE;
+use crate::{Error, Result};
+use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::datatypes::{Float64Type, Int64Type};
+use futures::{Stream, StreamExt};
+use std::pin::Pin;
+
+/// More expected copies of one span than this are a mistake, whatever `max_copies` says.
+const MOST_COPIES: f64 = 1e6;
+
+/// A stream of record batches.
+pub type Batches = Pin<Box<dyn Stream<Item = Result<RecordBatch>> + Send>>;
+
+/// A table sorted by `doc_id`, its first column, in which documents are looked up in ascending order.
+struct Sorted {
+    rows: Batches,
+    batch: Option<RecordBatch>,
+    at: usize,
+}
+
+impl Sorted {
+    fn new(rows: Batches) -> Self {
+        Self { rows, batch: None, at: 0 }
+    }
+
+    /// The batch and row of a document; `None` where it isn't there.
+    async fn find(&mut self, doc_id: &[u8; 16]) -> Result<Option<(&RecordBatch, usize)>> {
+        loop {
+            if let Some(batch) = &self.batch {
+                let ids = batch.column(0).as_fixed_size_binary();
+                while self.at < ids.len() && ids.value(self.at) < doc_id.as_slice() {
+                    self.at += 1;
+                }
+                if self.at < ids.len() {
+                    break;
+                }
+            }
+            match self.rows.next().await {
+                Some(batch) => (self.batch, self.at) = (Some(batch?), 0),
+                None => return Ok(None),
+            }
+        }
+        let found = self.batch.as_ref().map(|batch| (batch, self.at));
+        Ok(found.filter(|(batch, at)| batch.column(0).as_fixed_size_binary().value(*at) == doc_id))
+    }
+}
+
+/// The documents that a recipe may draw from.
+struct Catalog {
+    all: Sorted,
+    heldout: Option<Sorted>,
+}
+
+impl Catalog {
+    /// Domain and tokens of a document; `None` where the catalog hasn't got it, or it is held out.
+    async fn find(&mut self, doc_id: &[u8; 16]) -> Result<Option<(&str, i64)>> {
+        if let Some(heldout) = &mut self.heldout
+            && heldout.find(doc_id).await?.is_some()
+        {
+            return Ok(None);
+        }
+        let Some((batch, at)) = self.all.find(doc_id).await? else { return Ok(None) };
+        let tokens = batch.column(2).as_primitive::<Int64Type>().value(at);
+        Ok(Some((batch.column(1).as_string::<i32>().value(at), tokens)))
+    }
+}
+
+/// The rows of one document, nearly always one.
+#[derive(Default)]
+struct Document {
+    doc_id: Option<[u8; 16]>,
+    /// start, stop, copies, stratum
+    spans: Vec<(i64, i64, u64, String)>,
+}
+
+impl Document {
+    /// Checks the spans of a document that is complete and hands them on, by `start`.
+    async fn settle(
+        &mut self,
+        recipe: &str,
+        max_span: i64,
+        catalog: &mut Catalog,
+        each: &mut impl FnMut(Span<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let Some(doc_id) = self.doc_id.take() else { return Ok(()) };
+        let Some((domain, tokens)) = catalog.find(&doc_id).await? else {
+            return Err(wrong(
+                recipe,
+                &doc_id,
+                "it is not in `documents`",
+                "return doc_id as `documents` has it",
+            ));
+        };
+        self.spans.sort_by_key(|span| span.0);
+        let mut before: Option<(i64, i64)> = None;
+        for (start, stop, copies, stratum) in self.spans.drain(..) {
+            if start < 0 || start >= stop || stop > tokens {
+                let what = format!("the span [{start}, {stop}) is not inside its {tokens} tokens");
+                return Err(wrong(
+                    recipe,
+                    &doc_id,
+                    what,
+                    "0 <= start < stop <= tokens has to hold: write `least(start + $max_span, tokens) as stop`",
+                ));
+            }
+            if stop - start > max_span {
+                let what = format!("the span [{start}, {stop}) is longer than max_span, {max_span} tokens");
+                let cure = "write a row for each `unnest(range(0, tokens, $max_span)) as start`, with \
+                            `least(start + $max_span, tokens) as stop`, or raise `mixture.max_span`";
+                return Err(wrong(recipe, &doc_id, what, cure));
+            }
+            if let Some((first, end)) = before.replace((start, stop))
+                && start < end
+            {
+                let what = match first == start {
+                    true => format!("two rows begin at token {start}"),
+                    false => format!("the spans [{first}, {end}) and [{start}, {stop}) overlap"),
+                };
+                let cure = "return a token once: add up the copies, or look for a join that multiplies rows";
+                return Err(wrong(recipe, &doc_id, what, cure));
+            }
+            if copies > 0 {
+                each(Span { doc_id: &doc_id, start, stop, copies, stratum: &stratum, domain, tokens })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn wrong(recipe: &str, doc_id: &[u8], what: impl std::fmt::Display, cure: &str) -> Error {
+    Error::data(format!("{recipe}: document {}: {what}", hex(doc_id)), cure)
+}
+
+/// Weaves a recipe's rows (`doc_id, start, stop, copies, stratum`) with the catalog's (`doc_id, domain, tokens`), both
+/// and what is held out (`doc_id`), all sorted by doc_id, and checks every row.
+pub struct Weaver {
+    recipe: String,
+    max_span: i64,
+    rows: Batches,
+    catalog: Catalog,
+    document: Document,
+}
+
+impl Weaver {
+    pub fn new(
+        recipe: &str,
+        max_span: u64,
+        rows: Batches,
+        catalog: Batches,
+        heldout: Option<Batches>,
+    ) -> Self {
+        let catalog = Catalog { all: Sorted::new(catalog), heldout: heldout.map(Sorted::new) };
+        let max_span = i64::try_from(max_span).unwrap_or(i64::MAX);
+        Self { recipe: recipe.to_owned(), max_span, rows, catalog, document: Document::default() }
+    }
+
+    /// Goes through one batch of the recipe's rows and hands on those with copies, by `doc_id, start`.
+    /// False when there are no more.
+    pub async fn step(&mut self, each: &mut impl FnMut(Span<'_>) -> Result<()>) -> Result<bool> {
+        let Some(batch) = self.rows.next().await else {
+            self.document.settle(&self.recipe, self.max_span, &mut self.catalog, each).await?;
+            return Ok(false);
+        };
+        let batch = batch?;
+        let ids = batch.column(0).as_fixed_size_binary();
+        let starts = batch.column(1).as_primitive::<Int64Type>();
+        let stops = batch.column(2).as_primitive::<Int64Type>();
+        let copies = batch.column(3).as_primitive::<Float64Type>();
+        let strata = batch.column(4).as_string::<i32>();
+        for row in 0..batch.num_rows() {
+            if ids.is_null(row) {
+                return Err(Error::data(
+                    format!("{}: a row has no doc_id", self.recipe),
+                    "look for an outer join",
+                ));
+            }
+            let doc_id: [u8; 16] = ids.value(row).try_into().expect("16 bytes");
+            if self.document.doc_id != Some(doc_id) {
+                self.document.settle(&self.recipe, self.max_span, &mut self.catalog, each).await?;
+                self.document.doc_id = Some(doc_id);
+            }
+            if (1..4).any(|column| batch.column(column).is_null(row)) {
+                let cure = "look for an outer join that finds nothing, a sum of no rows, or 0 / 0, which is null; coalesce(…, 0) as copies draws nothing there";
+                return Err(wrong(&self.recipe, &doc_id, "start, stop or copies is null", cure));
+            }
+            let value = copies.value(row);
+            if !(0.0..=MOST_COPIES).contains(&value) {
+                let cure = match value {
+                    _ if !value.is_finite() => {
+                        "it is divided by zero: look for a sum of no rows, or write nullif(…, 0)"
+                    }
+                    _ if value < 0.0 => "a weight, or 1 minus a share, is below zero: write greatest(…, 0)",
+                    _ => {
+                        "more than 1,000,000 copies are no sample: `mixture.budget` may be far beyond what there is to draw from, or a weight is not divided by the sum of the weights"
+                    }
+                };
+                return Err(wrong(&self.recipe, &doc_id, format!("copies is {value}"), cure));
+            }
+            let fixed = (value * ONE as f64).round() as u64;
+            self.document.spans.push((
+                starts.value(row),
+                stops.value(row),
+                fixed,
+                strata.value(row).to_owned(),
+            ));
+        }
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use arrow::array::{ArrayRef, FixedSizeBinaryBuilder, Int64Builder, StringBuilder};
+
+    fn catalog(documents: &[(u8, &str, i64)]) -> Batches {
+        let mut ids = FixedSizeBinaryBuilder::new(16);
+        let (mut domains, mut tokens) = (StringBuilder::new(), Int64Builder::new());
+        for (doc, domain, count) in documents {
+            ids.append_value([*doc; 16]).unwrap();
+            domains.append_value(domain);
+            tokens.append_value(*count);
+        }
+        let columns: [(&str, ArrayRef); 3] = [
+            ("doc_id", Arc::new(ids.finish())),
+            ("domain", Arc::new(domains.finish())),
+            ("tokens", Arc::new(tokens.finish())),
+        ];
+        let batch = RecordBatch::try_from_iter(columns).unwrap();
+        // batches of any size
+        Box::pin(futures::stream::iter([Ok(batch.slice(0, 1)), Ok(batch.slice(1, batch.num_rows() - 1))]))
+    }
+
+    fn rows(spans: &[(u8, Option<i64>, i64, f64)]) -> Batches {
+        let mut ids = FixedSizeBinaryBuilder::new(16);
+        spans.iter().for_each(|span| ids.append_value([span.0; 16]).unwrap());
+        let columns: [(&str, ArrayRef); 5] = [
+            ("doc_id", Arc::new(ids.finish())),
+            ("start", Arc::new(arrow::array::Int64Array::from_iter(spans.iter().map(|span| span.1)))),
+            ("stop", Arc::new(arrow::array::Int64Array::from_iter_values(spans.iter().map(|span| span.2)))),
+            (
+                "copies",
+                Arc::new(arrow::array::Float64Array::from_iter_values(spans.iter().map(|span| span.3))),
+            ),
+            ("stratum", Arc::new(arrow::array::StringArray::from_iter_values(spans.iter().map(|_| "")))),
+        ];
+        let batch =
+            RecordBatch::try_from_iter_with_nullable(columns.map(|(name, column)| (name, column, true)))
+                .unwrap();
+        let cut = batch.num_rows() / 2;
+        Box::pin(futures::stream::iter([
+            Ok(batch.slice(0, cut)),
+            Ok(batch.slice(cut, batch.num_rows() - cut)),
+        ]))
+    }
+
+    /// Weaves rows with documents of 100, 200, 300, 400 and 500 tokens; that of 400 is held out.
+    async fn woven(spans: &[(u8, Option<i64>, i64, f64)]) -> Result<Vec<(u8, i64, i64, u64, String, i64)>> {
+        let all = [(1, "a", 100), (2, "b", 200), (3, "a", 300), (4, "b", 400), (5, "b", 500)];
+        let heldout = Some(catalog(&all[3..4]));
+        let mut weaver = Weaver::new("r.sql", 250, rows(spans), catalog(&all), heldout);
+        let mut out = vec![];
+        while weaver
+            .step(&mut |s| {
+                out.push((s.doc_id[0], s.start, s.stop, s.copies, s.domain.to_owned(), s.tokens));
+                Ok(())
+            })
+            .await?
+        {}
+        Ok(out)
+    }
+
+    #[tokio::test]
+    async fn a_recipe_s_rows_find_their_documents_and_come_sorted_by_start() {
+        let spans = [
+            (1, Some(0), 100, 0.5),
+            (3, Some(200), 300, 1.0),
+            (3, Some(0), 200, 2.0),
+            (5, Some(0), 250, 0.0),
+        ];
+        let want = [
+            (1, 0, 100, ONE / 2, "a".to_owned(), 100),
+            (3, 0, 200, 2 * ONE, "a".to_owned(), 300),
+            (3, 200, 300, ONE, "a".to_owned(), 300),
+        ];
+        assert_eq!(woven(&spans).await.unwrap(), want);
+    }
+
+    #[tokio::test]
+    async fn a_row_that_cannot_be_drawn_from_is_named_with_the_cure() {
+        for (spans, message) in [
+            (vec![(4, Some(0), 400, 1.0), (5, Some(0), 9, 1.0)], "it is not in `documents`"),
+            (vec![(2, Some(0), 201, 1.0)], "the span [0, 201) is not inside its 200 tokens"),
+            (vec![(2, Some(5), 5, 1.0)], "the span [5, 5) is not inside its 200 tokens"),
+            (vec![(2, Some(-1), 5, 1.0)], "the span [-1, 5) is not inside its 200 tokens"),
+            (vec![(2, Some(0), 9, 1.0), (2, Some(0), 7, 1.0)], "two rows begin at token 0"),
+            (vec![(2, Some(8), 20, 1.0), (2, Some(0), 9, 1.0)], "the spans [0, 9) and [8, 20) overlap"),
+            (vec![(5, Some(0), 251, 1.0)], "the span [0, 251) is longer than max_span, 250 tokens"),
+            (vec![(2, Some(0), 9, f64::NAN)], "copies is NaN"),
+            (vec![(2, Some(0), 9, -1.0)], "copies is -1"),
+            (vec![(2, Some(0), 9, f64::INFINITY)], "copies is inf"),
+            (vec![(2, Some(0), 9, 3e7)], "copies is 30000000"),
+            (vec![(2, None, 9, 1.0)], "start, stop or copies is null"),
+            (vec![(4, Some(0), 9, 1.0)], "it is not in `documents`"),
+        ] {
+            let error = woven(&spans).await.unwrap_err();
+            assert!(error.to_string().contains(message), "{error}");
+            assert!(matches!(error, Error::Data { help: Some(_), .. }));
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! strata: what is asked of each stratum, as sums over its spans.
+
+use super::expected::Spans;
+use crate::hash::hex;
+use crate::tables;
+use crate::tables::ONE;
+use hashbrown::HashMap;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// One row of a recipe's result, with what the catalog knows of its document.
+pub struct Span<'a> {
+    pub doc_id: &'a [u8; 16],
+    pub start: i64,
+    pub stop: i64,
+    /// Expected copies, in units of 2⁻³².
+    pub copies: u64,
+    pub stratum: &'a str,
+    pub domain: &'a str,
+    /// Tokens of the whole document.
+    pub tokens: i64,
+}
+
+/// What a recipe asks for, by domain and stratum and by length: the preview, and the accounts of the draw.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+pub struct Asked {
+    pub strata: Vec<Stratum>,
+    /// The documents with the most expected copies of a span, most first.
+    pub most_copies: Vec<Repeated>,
+}
+
+/// What a recipe asks of one stratum of a domain.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+pub struct Stratum {
+    pub domain: String,
+    pub stratum: String,
+    pub spans: u64,
+    /// Tokens of the spans that may be drawn from, each once.
+    pub available: u64,
+    /// Tokens to draw: Σ copies × length, rounded so that the strata's sum is that of the whole mixture.
+    pub budget: u64,
+    /// Expected tokens drawn, by length of the document (the buckets of Figure 2). Their sum is what is drawn: the budget,
+    /// or what `max_copies` leaves of it.
+    pub by_length: Vec<u64>,
+    /// … of which are in long documents.
+    pub long: u64,
+}
+
+impl Stratum {
+    /// Adds what there is elsewhere of the same stratum.
+    pub fn add(&mut self, other: &Stratum) {
+        self.spans += other.spans;
+        self.available += other.available;
+        self.budget += other.budget;
+        self.long += other.long;
+        self.by_length.iter_mut().zip(&other.by_length).for_each(|(sum, n)| *sum += n);
+    }
+
+    /// Tokens that the budget asks for beyond `max_copies` of every span.
+    pub fn shortfall(&self, max_copies: u32) -> u64 {
+        self.budget.saturating_sub(self.available * max_copies as u64)
+    }
+}
+
+/// How many of the most repeated documents are named.
+const MOST_NAMED: usize = 5;
+
+/// A document that a recipe repeats.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct Repeated {
+    pub doc_id: String,
+    pub domain: String,
+    pub tokens: i64,
+    pub copies: f64,
+}
+
+/// Adds up what a recipe asks for.
+pub struct Sums {
+    long_tokens: i64,
+    max_copies: u32,
+    /// By domain, then by stratum.
+    strata: HashMap<String, HashMap<String, Sum>>,
+    spans: Spans,
+    most: Vec<Most>,
+}
+
+#[derive(Default)]
+struct Sum {
+    /// In the order that strata came.
+    number: usize,
+    spans: u64,
+    available: u64,
+    budget: u128,
+}
+
+/// A document of which a span has many copies.
+struct Most {
+    copies: u64,
+    doc_id: [u8; 16],
+    tokens: i64,
+    domain: String,
+    stratum: usize,
+}
+
+impl Sums {
+    pub fn new(long_tokens: u64, max_copies: u32) -> Self {
+        Self {
+            long_tokens: long_tokens as i64,
+            max_copies,
+            strata: HashMap::new(),
+            spans: Spans::default(),
+            most: vec![],
+        }
+    }
+
+    pub fn add(&mut self, span: &Span<'_>) {
+        let length = (span.stop - span.start) as u64;
+        let new = Sum { number: self.spans.strata(), ..Sum::default() };
+        let domain = self.strata.entry_ref(span.domain).or_default();
+        let sum = domain.entry_ref(span.stratum).or_insert(new);
+        sum.spans += 1;
+        sum.available += length;
+        sum.budget += span.copies as u128 * length as u128;
+        let (bucket, long) = (tables::length_bucket(span.tokens), span.tokens > self.long_tokens);
+        self.spans.add(sum.number, bucket, long, span.copies, length);
+        if self.most.len() < MOST_NAMED || span.copies > self.most[MOST_NAMED - 1].copies {
+            self.most.retain(|m| m.doc_id != *span.doc_id || m.copies > span.copies);
+            if !self.most.iter().any(|m| m.doc_id == *span.doc_id) {
+                let (domain, stratum) = (span.domain.to_owned(), sum.number);
+                let (copies, doc_id, tokens) = (span.copies, *span.doc_id, span.tokens);
+                self.most.push(Most { copies, doc_id, tokens, domain, stratum });
+            }
+            self.most.sort_by(|a, b| b.copies.cmp(&a.copies).then(a.doc_id.cmp(&b.doc_id)));
+            self.most.truncate(MOST_NAMED);
+        }
+    }
+
+    pub fn asked(self) -> Asked {
+        let round = |fixed: u128| ((fixed + ONE as u128 / 2) / ONE as u128) as u64;
+        let flat = self.strata.into_iter().flat_map(|(domain, strata)| {
+            strata.into_iter().map(move |(stratum, sum)| ((domain.clone(), stratum), sum))
+        });
+        let sorted: BTreeMap<_, _> = flat.collect();
+        // where one budget ends the next one begins, so that however many are rounded, their sum is
+        let mut so_far = 0;
+        let mut budget = |sum: u128| {
+            let before = round(so_far);
+            so_far += sum;
+            round(so_far) - before
+        };
+        let mut spans = self.spans.by_stratum();
+        let mut keys = vec![1.0; spans.len()];
+        let strata = sorted.into_iter().map(|((domain, stratum), sum)| {
+            let Sum { number, spans: count, available, budget: asked } = sum;
+            let mut stratum = Stratum {
+                domain,
+                stratum,
+                spans: count,
+                available,
+                budget: budget(asked),
+                ..Stratum::default()
+            };
+            let drawn = stratum.budget - stratum.shortfall(self.max_copies);
+            let expected = std::mem::take(&mut spans[number]).expected(drawn, self.max_copies);
+            (stratum.by_length, stratum.long) = (expected.by_length, expected.long);
+            keys[number] = expected.key;
+            stratum
+        });
+        let strata = strata.collect();
+        let most_copies = self.most.into_iter().map(|most| Repeated {
+            doc_id: hex(&most.doc_id),
+            domain: most.domain,
+            tokens: most.tokens,
+            copies: (most.copies as f64 / ONE as f64 * keys[most.stratum]).min(f64::from(self.max_copies)),
+        });
+        Asked { strata, most_copies: most_copies.collect() }
+    }
+}

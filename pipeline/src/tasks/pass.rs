@@ -1,0 +1,219 @@
+//! pass: a look at some of the mixture's spans, to find the cuts, or to draw once they are found.
+
+use super::Worker;
+use crate::algorithms::cut::{Cut, Rank, Tally, key};
+use crate::algorithms::strata::{Span, Stratum};
+use crate::hash::unit_hash;
+use crate::output::{Output, Table};
+use crate::progress::Bar;
+use crate::sql::engine::{TableWriter, scan};
+use crate::stop::check_stop;
+use crate::storage::Location;
+use crate::tables::ONE;
+use crate::{Error, Result, tables};
+use arrow::array::{
+    ArrayRef, AsArray, FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch, StringBuilder,
+};
+use arrow::datatypes::{Float64Type, Int64Type};
+use datafusion::common::runtime::SpawnedTask;
+use futures::TryStreamExt;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// What the draw needs to know beyond the mixture.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Terms {
+    pub seed: u64,
+    pub max_copies: u32,
+    pub long_tokens: u64,
+}
+
+/// A task of the draw: a pass over some files of the mixture, to look for the cuts, or to draw once they are found.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Pass {
+    /// Where the mixture is, and the files to read.
+    pub from: String,
+    pub mixture: Table,
+    pub terms: Terms,
+    pub cuts: Vec<Cut>,
+    /// Where what is drawn goes, and the table's name there.
+    pub to: Option<(String, String)>,
+}
+
+impl Pass {
+    /// Table `drawn`, with what was drawn as notes; or else the tallies as notes.
+    pub async fn perform(self, worker: &Worker, bar: &Bar) -> Result<Output> {
+        let from = worker.stores.open(&self.from)?;
+        let to = self.to.as_ref().map(|(url, name)| Ok::<_, Error>((worker.stores.open(url)?, name.clone())));
+        let (to, stop, bar) = (to.transpose()?, worker.stop.clone(), bar.clone());
+        // as a task, which others go on beside; it ends with whoever waits for it
+        let work = SpawnedTask::spawn(async move {
+            let mut output = Output::default();
+            match to {
+                Some((folder, name)) => {
+                    let (table, sums) = self.draw(from, &folder, &name, &stop, &bar).await?;
+                    output.table("drawn", table);
+                    output.notes = answer(&sums);
+                }
+                None => {
+                    let tallies = self.count(from, &stop, &bar).await?;
+                    output.notes = answer(&tallies);
+                }
+            }
+            Ok(output)
+        });
+        work.join().await.expect("a pass does not panic")
+    }
+
+    /// A tally for each cut.
+    async fn count(&self, from: Location, stop: &AtomicBool, bar: &Bar) -> Result<Vec<Tally>> {
+        let mut tallies: Vec<Tally> = self.cuts.iter().map(Cut::tally).collect();
+        let mut batches = std::pin::pin!(scan(from, self.mixture.clone(), None));
+        while let Some(batch) = batches.try_next().await? {
+            check_stop(stop)?;
+            self.each_copy(&batch, |cut, _, rank, length| tallies[cut].add(&self.cuts[cut], rank, length))?;
+            bar.add(0, batch.num_rows() as u64, 0, 0);
+            tokio::task::yield_now().await;
+        }
+        Ok(tallies)
+    }
+
+    async fn draw(
+        &self,
+        from: Location,
+        folder: &Location,
+        name: &str,
+        stop: &AtomicBool,
+        bar: &Bar,
+    ) -> Result<(Table, Vec<Stratum>)> {
+        let mut writer = TableWriter::new(folder, name, tables::drawn());
+        let mut sums = nothing_drawn(&self.cuts);
+        let mut batches = std::pin::pin!(scan(from, self.mixture.clone(), None));
+        while let Some(batch) = batches.try_next().await? {
+            check_stop(stop)?;
+            let mut rows = Rows::default();
+            self.each_copy(&batch, |cut, span, rank, length| {
+                let tokens = self.cuts[cut].drawn(rank, length);
+                if tokens == 0 {
+                    return;
+                }
+                let sum = &mut sums[cut];
+                sum.spans += 1;
+                sum.budget += tokens as u64;
+                sum.by_length[tables::length_bucket(span.tokens)] += tokens as u64;
+                if rank.copy == 0 {
+                    sum.available += length as u64;
+                }
+                if span.tokens > self.terms.long_tokens as i64 {
+                    sum.long += tokens as u64;
+                }
+                rows.push(span, rank.copy, tokens);
+            })?;
+            writer.write(rows.finish()).await?;
+            bar.add(0, batch.num_rows() as u64, 0, 0);
+        }
+        Ok((writer.finish().await?, sums))
+    }
+
+    /// Goes over all copies of all spans of a batch, in the mixture's order: number of the cut, span, rank, length.
+    fn each_copy(
+        &self,
+        batch: &RecordBatch,
+        mut each: impl FnMut(usize, &Span<'_>, Rank, i64),
+    ) -> Result<()> {
+        let ids = batch.column(0).as_fixed_size_binary();
+        let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
+        let (starts, stops, tokens) = (numbers(1), numbers(2), numbers(6));
+        let copies = batch.column(3).as_primitive::<Float64Type>();
+        let (strata, domains) = (batch.column(4).as_string::<i32>(), batch.column(5).as_string::<i32>());
+        for row in 0..batch.num_rows() {
+            let doc_id: &[u8; 16] = ids.value(row).try_into().expect("16 bytes");
+            let span = Span {
+                doc_id,
+                start: starts.value(row),
+                stop: stops.value(row),
+                copies: (copies.value(row) * ONE as f64) as u64,
+                stratum: strata.value(row),
+                domain: domains.value(row),
+                tokens: tokens.value(row),
+            };
+            let name = (span.domain, span.stratum);
+            // they are sorted, as the strata of the mixture are
+            let cut = self.cuts.binary_search_by_key(&name, |cut| (&cut.domain, &cut.stratum));
+            let cut = cut.map_err(|_| Error::Unbalanced {
+                stage: "draw",
+                message: format!("the mixture has no budget for {}/{}", span.domain, span.stratum),
+            })?;
+            let u = unit_hash("draw", self.terms.seed, doc_id, span.start as u64, 0);
+            for copy in 0..self.terms.max_copies {
+                let rank = Rank { key: key(u, copy, span.copies), doc_id: *doc_id, start: span.start, copy };
+                each(cut, &span, rank, span.stop - span.start);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Of each cut's stratum, nothing.
+pub fn nothing_drawn(cuts: &[Cut]) -> Vec<Stratum> {
+    let nothing = |cut: &Cut| {
+        let (domain, stratum) = (cut.domain.clone(), cut.stratum.clone());
+        Stratum {
+            domain,
+            stratum,
+            by_length: vec![0; tables::LENGTH_BUCKET_NAMES.len()],
+            ..Default::default()
+        }
+    };
+    cuts.iter().map(nothing).collect()
+}
+
+/// What a task answers, as a text: a tree of a tally's numbers would be ten times as large.
+pub fn answer(value: &impl Serialize) -> Value {
+    serde_json::to_string(value).expect("plain numbers").into()
+}
+
+/// What a task answered.
+pub fn read<T: DeserializeOwned>(notes: &Value) -> Result<T> {
+    serde_json::from_str(notes.as_str().unwrap_or_default()).map_err(|e| Error::Unbalanced {
+        stage: "draw",
+        message: format!("a task's answer is not that of a pass: {e}"),
+    })
+}
+
+/// Rows of `drawn` being made.
+struct Rows(FixedSizeBinaryBuilder, [Int64Builder; 3], Int32Builder, [StringBuilder; 2]);
+
+impl Default for Rows {
+    fn default() -> Self {
+        Rows(FixedSizeBinaryBuilder::new(16), Default::default(), Default::default(), Default::default())
+    }
+}
+
+impl Rows {
+    fn push(&mut self, span: &Span<'_>, copy: u32, length: i64) {
+        self.0.append_value(span.doc_id).expect("16 bytes");
+        self.1[0].append_value(span.start);
+        self.1[1].append_value(span.start + length);
+        self.2.append_value(copy as i32);
+        self.3[0].append_value(span.stratum);
+        self.3[1].append_value(span.domain);
+        self.1[2].append_value(span.tokens);
+    }
+
+    fn finish(mut self) -> RecordBatch {
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(self.0.finish()),
+            Arc::new(self.1[0].finish()),
+            Arc::new(self.1[1].finish()),
+            Arc::new(self.2.finish()),
+            Arc::new(self.3[0].finish()),
+            Arc::new(self.3[1].finish()),
+            Arc::new(self.1[2].finish()),
+        ];
+        RecordBatch::try_new(tables::drawn(), columns).expect("columns as the table has them")
+    }
+}

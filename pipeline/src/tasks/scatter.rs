@@ -1,0 +1,154 @@
+//! scatter: the drawn ids of a part, in the order of the output files.
+
+use super::Worker;
+use crate::hash::RowDigest;
+use crate::output::{Output, Table};
+use crate::sql::engine::{put_file, scan};
+use crate::{Error, Result, tables};
+use arrow::array::{Array, ArrayRef, AsArray, Int32Array, Int64Array, RecordBatch};
+use arrow::datatypes::{Int32Type, Int64Type};
+use futures::{Stream, StreamExt};
+use hashbrown::HashMap;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// What to copy out of one part: tokens `[start, stop)` of documents, in the order of the output.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Wanted {
+    pub part: i64,
+    pub pieces: Vec<([u8; 16], i64, i64)>,
+    /// For each output file that takes something: its number, where its tokens begin, how many they are.
+    pub ranges: Vec<(i32, i64, i64)>,
+}
+
+impl Wanted {
+    /// Groups a plan that is sorted by `part, file, at` into parts. Calls `each` with every part that is complete.
+    pub async fn gather(
+        mut plan: impl Stream<Item = Result<RecordBatch>> + Unpin,
+        mut each: impl AsyncFnMut(Wanted) -> Result<()>,
+    ) -> Result<()> {
+        let mut wanted: Option<Wanted> = None;
+        while let Some(batch) = plan.next().await {
+            let batch = batch?;
+            let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
+            let files = batch.column(1).as_primitive::<Int32Type>();
+            let ids = batch.column(2).as_fixed_size_binary();
+            for row in 0..batch.num_rows() {
+                let (part, file) = (numbers(0).value(row), files.value(row));
+                let (start, stop) = (numbers(3).value(row), numbers(4).value(row));
+                if let Some(done) = wanted.take_if(|wanted| wanted.part != part) {
+                    each(done).await?;
+                }
+                let wanted = wanted.get_or_insert_with(|| Wanted { part, ..Default::default() });
+                wanted.pieces.push((ids.value(row).try_into().expect("16 bytes"), start, stop));
+                match wanted.ranges.last_mut() {
+                    Some(range) if range.0 == file => range.2 += stop - start,
+                    last => {
+                        let begin = last.map_or(0, |range| range.1 + range.2);
+                        wanted.ranges.push((file, begin, stop - start));
+                    }
+                }
+            }
+        }
+        match wanted {
+            Some(wanted) => each(wanted).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Copies the wanted tokens out of a part's table of ids (`doc_id, chunk, ids`), as little-endian numbers of
+    /// two bytes, or four where the ids need them.
+    pub fn copy(&self, batches: impl Iterator<Item = Result<RecordBatch>>) -> Result<Vec<u8>> {
+        let mut places: HashMap<[u8; 16], Vec<(i64, i64, usize)>> = HashMap::new();
+        let mut tokens = 0;
+        for (doc_id, start, stop) in &self.pieces {
+            places.entry(*doc_id).or_default().push((*start, *stop, tokens));
+            tokens += (stop - start) as usize;
+        }
+        let (mut out, mut copied) = (Vec::new(), 0);
+        for batch in batches {
+            let batch = batch?;
+            let ids = batch.column(0).as_fixed_size_binary();
+            let chunks = batch.column(1).as_primitive::<Int32Type>();
+            let lists = batch.column(2).as_list::<i32>();
+            let values = lists.values().to_data();
+            let bytes = values.buffers()[0].as_slice();
+            let width = values.data_type().primitive_width().unwrap_or(2);
+            let shift = values.offset();
+            out.resize(tokens * width, 0);
+            for row in 0..batch.num_rows() {
+                let Some(places) = places.get(ids.value(row)) else { continue };
+                let first = chunks.value(row) as i64 * tables::CHUNK_IDS as i64;
+                let (from, to) =
+                    (lists.value_offsets()[row] as usize, lists.value_offsets()[row + 1] as usize);
+                let last = first + (to - from) as i64;
+                for (start, stop, at) in places {
+                    let (low, high) = ((*start).max(first), (*stop).min(last));
+                    if low >= high {
+                        continue;
+                    }
+                    let length = (high - low) as usize * width;
+                    let source = (shift + from + (low - first) as usize) * width;
+                    let target = (at + (low - start) as usize) * width;
+                    out[target..target + length].copy_from_slice(&bytes[source..source + length]);
+                    copied += (high - low) as usize;
+                }
+            }
+        }
+        if copied != tokens {
+            let message = format!("part {:016x} gave {copied} tokens of {tokens}", self.part);
+            return Err(Error::Unbalanced { stage: "shuffle", message });
+        }
+        Ok(out)
+    }
+
+    /// The name of the file of ids.
+    pub fn name(&self) -> String {
+        format!("ids-{:016x}", self.part)
+    }
+
+    pub fn ranges_batch(&self) -> RecordBatch {
+        let files = Int32Array::from_iter_values(self.ranges.iter().map(|r| r.0));
+        let parts = Int64Array::from_iter_values(self.ranges.iter().map(|_| self.part));
+        let begins = Int64Array::from_iter_values(self.ranges.iter().map(|r| r.1));
+        let counts = Int64Array::from_iter_values(self.ranges.iter().map(|r| r.2));
+        let columns: Vec<ArrayRef> =
+            vec![Arc::new(files), Arc::new(parts), Arc::new(begins), Arc::new(counts)];
+        RecordBatch::try_new(tables::ranges(), columns).expect("columns as the table has them")
+    }
+
+    /// Names a job that copies just this.
+    pub fn job(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for (doc_id, start, stop) in &self.pieces {
+            hasher.update(doc_id).update(&start.to_le_bytes()).update(&stop.to_le_bytes());
+        }
+        format!("{}-{}", self.name(), &hasher.finalize().to_hex()[..16])
+    }
+}
+
+/// A task of the scatter: a part's wanted ids in, one file out.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Scatter {
+    pub wanted: Wanted,
+    /// Where the part's table of ids is, and what it is.
+    pub from: String,
+    pub ids: Table,
+    pub folder: String,
+}
+
+impl Scatter {
+    pub async fn perform(self, worker: &Worker) -> Result<Output> {
+        let Self { wanted, from, ids, folder } = self;
+        let name = format!("{}.bin", wanted.name());
+        let count = wanted.pieces.iter().map(|piece| (piece.2 - piece.1) as u64).sum();
+        let batches: Vec<_> = scan(worker.stores.open(&from)?, ids, None).collect().await;
+        let copying = tokio::task::spawn_blocking(move || wanted.copy(batches.into_iter()));
+        let copied = copying.await.expect("copying does not panic")?;
+        let file = put_file(&worker.stores.open(&folder)?, &name, copied, count).await?;
+        let first = u128::from_le_bytes(file.blake3.0[..16].try_into().expect("16 of 32 bytes"));
+        let mut output = Output::default();
+        output.table("ids", Table { rows: count, digest: RowDigest(first), files: vec![file] });
+        Ok(output)
+    }
+}
