@@ -2,7 +2,43 @@
 
 use std::sync::Arc;
 
+use arrow::array::{Array, ArrayRef, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use datafusion::error::DataFusionError;
+
+use crate::{Error, Result};
+
+/// A column of a batch, by its name.
+///
+/// # Errors
+/// There is none of this name and type: the batch is of another table.
+pub fn column<'a, A: Array + 'static>(batch: &'a RecordBatch, name: &str) -> Result<&'a A> {
+    let found = batch.column_by_name(name).and_then(|column| column.as_any().downcast_ref());
+    found.ok_or_else(|| {
+        let columns: Vec<String> =
+            batch.schema_ref().fields().iter().map(|f| format!("{}: {}", f.name(), f.data_type())).collect();
+        let kind = std::any::type_name::<A>().rsplit("::").next().unwrap_or_default();
+        let message = format!("no column {name} as {kind} is among {}", columns.join(", "));
+        Error::Query {
+            doing: "cannot read a table".into(),
+            cause: Box::new(DataFusionError::Internal(message)),
+            help: None,
+        }
+    })
+}
+
+/// Rows of a table from its columns by name, in whatever order.
+///
+/// # Panics
+/// They are not the table's columns.
+pub fn rows<const N: usize>(schema: SchemaRef, columns: [(&str, ArrayRef); N]) -> RecordBatch {
+    let of = |field: &Arc<Field>| {
+        let named = columns.iter().find(|(name, _)| name == field.name());
+        named.unwrap_or_else(|| panic!("the column {} is not given", field.name())).1.clone()
+    };
+    let columns = schema.fields().iter().map(of).collect();
+    RecordBatch::try_new(schema, columns).expect("columns as the table has them")
+}
 
 fn schema(columns: &[(&str, DataType)]) -> SchemaRef {
     Arc::new(Schema::new(

@@ -3,9 +3,10 @@
 use super::strata::Span;
 use crate::hash::hex;
 use crate::tables::ONE;
+use crate::tables::column;
 use crate::{Error, Result};
-use arrow::array::{Array, AsArray, RecordBatch};
-use arrow::datatypes::{Float64Type, Int64Type};
+use arrow::array::{Array, RecordBatch};
+use arrow::array::{FixedSizeBinaryArray, Float64Array, Int64Array, StringArray};
 use futures::{Stream, StreamExt};
 use std::pin::Pin;
 
@@ -31,7 +32,7 @@ impl Sorted {
     async fn find(&mut self, doc_id: &[u8; 16]) -> Result<Option<(&RecordBatch, usize)>> {
         loop {
             if let Some(batch) = &self.batch {
-                let ids = batch.column(0).as_fixed_size_binary();
+                let ids: &FixedSizeBinaryArray = column(batch, "doc_id")?;
                 while self.at < ids.len() && ids.value(self.at) < doc_id.as_slice() {
                     self.at += 1;
                 }
@@ -44,8 +45,9 @@ impl Sorted {
                 None => return Ok(None),
             }
         }
-        let found = self.batch.as_ref().map(|batch| (batch, self.at));
-        Ok(found.filter(|(batch, at)| batch.column(0).as_fixed_size_binary().value(*at) == doc_id))
+        let Some(batch) = &self.batch else { return Ok(None) };
+        let ids: &FixedSizeBinaryArray = column(batch, "doc_id")?;
+        Ok((ids.value(self.at) == doc_id).then_some((batch, self.at)))
     }
 }
 
@@ -64,8 +66,9 @@ impl Catalog {
             return Ok(None);
         }
         let Some((batch, at)) = self.all.find(doc_id).await? else { return Ok(None) };
-        let tokens = batch.column(2).as_primitive::<Int64Type>().value(at);
-        Ok(Some((batch.column(1).as_string::<i32>().value(at), tokens)))
+        let (domains, tokens): (&StringArray, &Int64Array) =
+            (column(batch, "domain")?, column(batch, "tokens")?);
+        Ok(Some((domains.value(at), tokens.value(at))))
     }
 }
 
@@ -166,11 +169,11 @@ impl Weaver {
             return Ok(false);
         };
         let batch = batch?;
-        let ids = batch.column(0).as_fixed_size_binary();
-        let starts = batch.column(1).as_primitive::<Int64Type>();
-        let stops = batch.column(2).as_primitive::<Int64Type>();
-        let copies = batch.column(3).as_primitive::<Float64Type>();
-        let strata = batch.column(4).as_string::<i32>();
+        let ids: &FixedSizeBinaryArray = column(&batch, "doc_id")?;
+        let starts: &Int64Array = column(&batch, "start")?;
+        let stops: &Int64Array = column(&batch, "stop")?;
+        let copies: &Float64Array = column(&batch, "copies")?;
+        let strata: &StringArray = column(&batch, "stratum")?;
         for row in 0..batch.num_rows() {
             if ids.is_null(row) {
                 return Err(Error::data(
@@ -183,7 +186,7 @@ impl Weaver {
                 self.document.settle(&self.recipe, self.max_span, &mut self.catalog, each).await?;
                 self.document.doc_id = Some(doc_id);
             }
-            if (1..4).any(|column| batch.column(column).is_null(row)) {
+            if starts.is_null(row) || stops.is_null(row) || copies.is_null(row) {
                 let cure = "look for an outer join that finds nothing, a sum of no rows, or 0 / 0, which is null; coalesce(…, 0) as copies draws nothing there";
                 return Err(wrong(&self.recipe, &doc_id, "start, stop or copies is null", cure));
             }

@@ -3,10 +3,11 @@
 //! Documents are made distinct in buckets, each a range of doc_id and a task: it looks at the documents of all units, and
 //! sorts those of its range.
 
+use crate::tables::column;
+use arrow::array::Int64Array;
 use std::sync::Arc;
 
-use arrow::array::AsArray;
-use arrow::datatypes::{Int64Type, Schema};
+use arrow::datatypes::Schema;
 use datafusion::prelude::SessionContext;
 use futures::{StreamExt, TryStreamExt};
 use serde_json::json;
@@ -151,7 +152,7 @@ async fn sum_of_stops(folder: &Location, table: &Table) -> Result<u64> {
     let mut batches = std::pin::pin!(scan(folder.clone(), table.clone(), Some(vec!["stop"])));
     let mut sum = 0;
     while let Some(batch) = batches.try_next().await? {
-        sum += batch.column(0).as_primitive::<Int64Type>().values().iter().sum::<i64>() as u64;
+        sum += column::<Int64Array>(&batch, "stop")?.values().iter().sum::<i64>() as u64;
     }
     Ok(sum)
 }
@@ -166,6 +167,7 @@ mod tests {
     use crate::sql::engine::{Engine, TableWriter};
     use crate::storage::Stores;
     use crate::tasks::Worker;
+    use arrow::array::AsArray;
 
     /// A document, of whose ids the first and the last may be anything, and where it lies.
     fn documents(rows: &[([u8; 16], i64)]) -> RecordBatch {

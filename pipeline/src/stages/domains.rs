@@ -1,10 +1,12 @@
 //! domains: exact statistics of each domain, and the target shares.
 
+use crate::tables::column;
+use arrow::array::{Int64Array, ListArray};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, Float64Array, RecordBatch, StringArray};
-use arrow::datatypes::{Float64Type, Int64Type};
+use arrow::datatypes::Int64Type;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -109,34 +111,37 @@ pub async fn read(domains: &Published) -> Result<Vec<Domain>> {
     let batches: Vec<_> = scan(domains.folder.clone(), domains.table("domains"), None).try_collect().await?;
     let mut rows: BTreeMap<String, Domain> = BTreeMap::new();
     for batch in batches {
-        let number = |i: usize, row: usize| batch.column(i).as_primitive::<Int64Type>().value(row) as u64;
-        let list = |i: usize, row: usize| -> Vec<u64> {
-            let values = batch.column(i).as_list::<i32>().value(row);
-            values.as_primitive::<Int64Type>().values().iter().map(|v| *v as u64).collect()
-        };
+        let names: &StringArray = column(&batch, "domain")?;
+        let shares: &Float64Array = column(&batch, "share")?;
         for row in 0..batch.num_rows() {
-            let name = batch.column(0).as_string::<i32>().value(row).to_owned();
+            let number =
+                |name: &str| -> Result<u64> { Ok(column::<Int64Array>(&batch, name)?.value(row) as u64) };
+            let list = |name: &str| -> Result<Vec<u64>> {
+                let values = column::<ListArray>(&batch, name)?.value(row);
+                Ok(values.as_primitive::<Int64Type>().values().iter().map(|v| *v as u64).collect())
+            };
+            let name = names.value(row).to_owned();
             let domain = Domain {
                 domain: name.clone(),
-                documents: number(1, row),
-                tokens: number(2, row),
-                share: batch.column(3).as_primitive::<Float64Type>().value(row),
+                documents: number("documents")?,
+                tokens: number("tokens")?,
+                share: shares.value(row),
                 target: 0.0,
-                long_documents: number(4, row),
-                long_tokens: number(5, row),
-                p50: number(7, row),
-                p90: number(9, row),
-                longest: number(11, row),
-                documents_by_length: list(12, row),
-                tokens_by_length: list(13, row),
+                long_documents: number("long_documents")?,
+                long_tokens: number("long_tokens")?,
+                p50: number("p50")?,
+                p90: number("p90")?,
+                longest: number("longest")?,
+                documents_by_length: list("documents_by_length")?,
+                tokens_by_length: list("tokens_by_length")?,
             };
             rows.insert(name, domain);
         }
     }
     let shares: Vec<_> = scan(domains.folder.clone(), domains.table("shares"), None).try_collect().await?;
     for batch in shares {
-        let (names, values) =
-            (batch.column(0).as_string::<i32>(), batch.column(1).as_primitive::<Float64Type>());
+        let names: &StringArray = column(&batch, "domain")?;
+        let values: &Float64Array = column(&batch, "share")?;
         for row in 0..names.len() {
             let domain = names.value(row).to_owned();
             let domain = rows.entry(domain.clone()).or_insert_with(|| Domain {

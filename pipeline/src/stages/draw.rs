@@ -173,7 +173,7 @@ mod tests {
         let mut sums = Sums::new(terms.long_tokens, terms.max_copies);
         for (i, rows) in rows.chunks(rows.len().div_ceil(files)).enumerate() {
             let mut writer = TableWriter::new(&folder, &format!("mixture-{i}"), tables::mixture());
-            let mut batch = super::super::mixture::Rows::default();
+            let mut batch = super::super::mixture::MixtureRows::new();
             for (doc, start, length, copies, long) in rows {
                 let stratum = if *long { "long" } else { "short" };
                 let (doc_id, stop) = (&id(*doc), start + length);

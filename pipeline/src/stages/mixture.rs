@@ -7,9 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{
-    ArrayRef, FixedSizeBinaryBuilder, Float64Builder, Int64Builder, RecordBatch, StringBuilder,
-};
+use arrow::array::{FixedSizeBinaryBuilder, Float64Builder, Int64Builder, RecordBatch, StringBuilder};
 use datafusion::common::ScalarValue;
 use datafusion::common::runtime::SpawnedTask;
 use datafusion::logical_expr::LogicalPlanBuilder;
@@ -178,7 +176,7 @@ pub async fn obtain(run: &Run, catalog: &Published, domains: &Published) -> Resu
         let mut weaver = weaver(run, catalog, domains, &bound).await?;
         let mut sums = Sums::new(mixture.long_tokens.0, mixture.max_copies);
         let mut writer = TableWriter::new(&draft.folder, "mixture", tables::mixture());
-        let mut rows = Rows::default();
+        let mut rows = MixtureRows::new();
         while weaver
             .step(&mut |span| {
                 sums.add(&span);
@@ -187,7 +185,7 @@ pub async fn obtain(run: &Run, catalog: &Published, domains: &Published) -> Resu
             })
             .await?
         {
-            writer.write(std::mem::take(&mut rows).finish()).await?;
+            writer.write(std::mem::replace(&mut rows, MixtureRows::new()).finish()).await?;
         }
         writer.write(rows.finish()).await?;
 
@@ -209,39 +207,45 @@ pub async fn obtain(run: &Run, catalog: &Published, domains: &Published) -> Resu
 }
 
 /// Rows of `mixture` being made.
-pub(super) struct Rows {
+pub(super) struct MixtureRows {
     doc_id: FixedSizeBinaryBuilder,
-    /// start, stop, tokens
-    numbers: [Int64Builder; 3],
+    start: Int64Builder,
+    stop: Int64Builder,
     copies: Float64Builder,
-    /// stratum, domain
-    names: [StringBuilder; 2],
+    stratum: StringBuilder,
+    domain: StringBuilder,
+    tokens: Int64Builder,
 }
 
-impl Default for Rows {
-    fn default() -> Self {
-        let (numbers, copies, names) = Default::default();
-        Self { doc_id: FixedSizeBinaryBuilder::new(16), numbers, copies, names }
+impl MixtureRows {
+    pub(super) fn new() -> Self {
+        let (start, stop, copies, stratum, domain, tokens) = Default::default();
+        Self { doc_id: FixedSizeBinaryBuilder::new(16), start, stop, copies, stratum, domain, tokens }
     }
-}
 
-impl Rows {
     pub(super) fn push(&mut self, span: &Span<'_>) {
         self.doc_id.append_value(span.doc_id).expect("16 bytes");
-        let numbers = [span.start, span.stop, span.tokens];
-        self.numbers.iter_mut().zip(numbers).for_each(|(column, n)| column.append_value(n));
+        self.start.append_value(span.start);
+        self.stop.append_value(span.stop);
         self.copies.append_value(span.copies as f64 / ONE as f64);
-        self.names[0].append_value(span.stratum);
-        self.names[1].append_value(span.domain);
+        self.stratum.append_value(span.stratum);
+        self.domain.append_value(span.domain);
+        self.tokens.append_value(span.tokens);
     }
 
     pub(super) fn finish(mut self) -> RecordBatch {
-        let [start, stop, tokens] =
-            self.numbers.each_mut().map(|column| Arc::new(column.finish()) as ArrayRef);
-        let [stratum, domain] = self.names.each_mut().map(|column| Arc::new(column.finish()) as ArrayRef);
-        let (doc_id, copies) = (Arc::new(self.doc_id.finish()), Arc::new(self.copies.finish()));
-        let columns: Vec<ArrayRef> = vec![doc_id, start, stop, copies, stratum, domain, tokens];
-        RecordBatch::try_new(tables::mixture(), columns).expect("columns as the table has them")
+        tables::rows(
+            tables::mixture(),
+            [
+                ("doc_id", Arc::new(self.doc_id.finish())),
+                ("start", Arc::new(self.start.finish())),
+                ("stop", Arc::new(self.stop.finish())),
+                ("copies", Arc::new(self.copies.finish())),
+                ("stratum", Arc::new(self.stratum.finish())),
+                ("domain", Arc::new(self.domain.finish())),
+                ("tokens", Arc::new(self.tokens.finish())),
+            ],
+        )
     }
 }
 

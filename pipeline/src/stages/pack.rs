@@ -3,8 +3,9 @@
 //! The layout is that of the authors' published dataset: `input_ids`, the one id after them in `labels` (−100 where there
 //! is none), and `source`, the segments that tile the sequence. Padding is a segment without a doc_id.
 
-use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::{Int32Type, Int64Type};
+use crate::tables::column;
+use arrow::array::RecordBatch;
+use arrow::array::{Int32Array, Int64Array};
 use futures::{StreamExt, TryStreamExt};
 use hashbrown::HashMap;
 use serde_json::json;
@@ -111,7 +112,7 @@ pub async fn obtain(
                     break own;
                 }
                 match rows.try_next().await? {
-                    Some(batch) => waiting.extend(ranges_of(&batch)),
+                    Some(batch) => waiting.extend(ranges_of(&batch)?),
                     None => break own,
                 }
             };
@@ -171,13 +172,11 @@ fn part_of(name: &str) -> Option<i64> {
     u64::from_str_radix(name.strip_prefix("ids-")?.strip_suffix(".bin")?, 16).ok().map(|part| part as i64)
 }
 
-fn ranges_of(batch: &RecordBatch) -> Vec<(i32, Range)> {
-    let files = batch.column(0).as_primitive::<Int32Type>();
-    let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
-    let range = |row| Range {
-        part: numbers(1).value(row),
-        begin: numbers(2).value(row),
-        tokens: numbers(3).value(row),
-    };
-    (0..batch.num_rows()).map(|row| (files.value(row), range(row))).collect()
+fn ranges_of(batch: &RecordBatch) -> Result<Vec<(i32, Range)>> {
+    let files: &Int32Array = column(batch, "file")?;
+    let parts: &Int64Array = column(batch, "part")?;
+    let begins: &Int64Array = column(batch, "begin")?;
+    let tokens: &Int64Array = column(batch, "tokens")?;
+    let range = |row| Range { part: parts.value(row), begin: begins.value(row), tokens: tokens.value(row) };
+    Ok((0..batch.num_rows()).map(|row| (files.value(row), range(row))).collect())
 }

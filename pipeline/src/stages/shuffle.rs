@@ -4,13 +4,13 @@
 //! fitted into sequences ([`Mode::BestFit`]). Then a scatter: each part's ids are read once, and what was drawn of them
 //! is written as one file, in the order of the output files, so that packing an output file reads one range a part.
 
+use crate::tables::column;
+use arrow::array::{FixedSizeBinaryArray, Int64Array, StringArray};
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, AsArray, BooleanBuilder, FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch,
-    StringBuilder,
+    BooleanBuilder, FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch, StringBuilder,
 };
-use arrow::datatypes::Int64Type;
 use futures::{Stream, StreamExt, TryStreamExt};
 use hashbrown::{HashMap, HashSet};
 use serde::{Deserialize, Serialize};
@@ -59,17 +59,20 @@ pub async fn plan(
     let mut domains: HashSet<Arc<str>> = HashSet::new();
     while let Some(batch) = spans.next().await {
         let batch = batch?;
-        let ids = batch.column(0).as_fixed_size_binary();
-        let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
-        let names = batch.column(3).as_string::<i32>();
+        let ids: &FixedSizeBinaryArray = column(&batch, "doc_id")?;
+        let starts: &Int64Array = column(&batch, "start")?;
+        let stops: &Int64Array = column(&batch, "stop")?;
+        let names: &StringArray = column(&batch, "domain")?;
+        let lengths: &Int64Array = column(&batch, "tokens")?;
+        let parts: &Int64Array = column(&batch, "part")?;
         for row in 0..batch.num_rows() {
             let name = names.value(row);
             let domain = domains.get_or_insert_with(name, |name| name.into()).clone();
-            let (start, stop, tokens) = (numbers(1).value(row), numbers(2).value(row), numbers(4).value(row));
+            let (start, stop, tokens) = (starts.value(row), stops.value(row), lengths.value(row));
             planner.push(Fragment {
                 doc_id: ids.value(row).try_into().expect("16 bytes"),
                 domain,
-                part: numbers(5).value(row),
+                part: parts.value(row),
                 start,
                 stop,
                 bos: layout.bos && start == 0,
@@ -156,40 +159,55 @@ impl PlanWriter {
 /// Rows of `plan` being made.
 struct PlanRows {
     file: Int32Builder,
+    at: Int64Builder,
+    label: BooleanBuilder,
     doc_id: FixedSizeBinaryBuilder,
     domain: StringBuilder,
-    /// at, start, stop, part
-    numbers: [Int64Builder; 4],
-    /// label, bos, eos
-    flags: [BooleanBuilder; 3],
+    start: Int64Builder,
+    stop: Int64Builder,
+    bos: BooleanBuilder,
+    eos: BooleanBuilder,
+    part: Int64Builder,
 }
 
 impl Default for PlanRows {
     fn default() -> Self {
-        let (file, domain, numbers, flags) = Default::default();
-        Self { file, doc_id: FixedSizeBinaryBuilder::new(16), domain, numbers, flags }
+        let (file, at, label, domain, start, stop, bos, eos, part) = Default::default();
+        let doc_id = FixedSizeBinaryBuilder::new(16);
+        Self { file, at, label, doc_id, domain, start, stop, bos, eos, part }
     }
 }
 
 impl PlanRows {
     fn push(&mut self, file: usize, at: usize, label: bool, fragment: &Fragment) {
         self.file.append_value(file as i32);
+        self.at.append_value(at as i64);
+        self.label.append_value(label);
         self.doc_id.append_value(fragment.doc_id).expect("16 bytes");
         self.domain.append_value(&fragment.domain);
-        let numbers = [at as i64, fragment.start, fragment.stop, fragment.part];
-        self.numbers.iter_mut().zip(numbers).for_each(|(column, n)| column.append_value(n));
-        let flags = [label, fragment.bos, fragment.eos];
-        self.flags.iter_mut().zip(flags).for_each(|(column, flag)| column.append_value(flag));
+        self.start.append_value(fragment.start);
+        self.stop.append_value(fragment.stop);
+        self.bos.append_value(fragment.bos);
+        self.eos.append_value(fragment.eos);
+        self.part.append_value(fragment.part);
     }
 
     fn finish(mut self) -> RecordBatch {
-        let [at, start, stop, part] =
-            self.numbers.each_mut().map(|column| Arc::new(column.finish()) as ArrayRef);
-        let [label, bos, eos] = self.flags.each_mut().map(|column| Arc::new(column.finish()) as ArrayRef);
-        let (file, doc_id) = (Arc::new(self.file.finish()), Arc::new(self.doc_id.finish()));
-        let domain = Arc::new(self.domain.finish());
-        let columns: Vec<ArrayRef> = vec![file, at, label, doc_id, domain, start, stop, bos, eos, part];
-        RecordBatch::try_new(tables::plan(), columns).expect("columns as the table has them")
+        tables::rows(
+            tables::plan(),
+            [
+                ("file", Arc::new(self.file.finish())),
+                ("at", Arc::new(self.at.finish())),
+                ("label", Arc::new(self.label.finish())),
+                ("doc_id", Arc::new(self.doc_id.finish())),
+                ("domain", Arc::new(self.domain.finish())),
+                ("start", Arc::new(self.start.finish())),
+                ("stop", Arc::new(self.stop.finish())),
+                ("bos", Arc::new(self.bos.finish())),
+                ("eos", Arc::new(self.eos.finish())),
+                ("part", Arc::new(self.part.finish())),
+            ],
+        )
     }
 }
 

@@ -5,13 +5,14 @@ use crate::hash::{RowDigest, hex};
 use crate::output::{File, Output, Table};
 use crate::sql::engine::{put_file, scan};
 use crate::storage::Location;
+use crate::tables::column;
 use crate::{Error, Result, tables};
 use arrow::array::{
-    ArrayRef, AsArray, Int32Array, Int32Builder, ListArray, ListBuilder, RecordBatch, StringBuilder,
-    StructBuilder,
+    ArrayRef, Int32Array, Int32Builder, ListArray, ListBuilder, RecordBatch, StringBuilder, StructBuilder,
 };
+use arrow::array::{BooleanArray, FixedSizeBinaryArray, Int64Array, StringArray};
 use arrow::buffer::OffsetBuffer;
-use arrow::datatypes::{DataType, Int64Type};
+use arrow::datatypes::DataType;
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
 use hashbrown::HashMap;
@@ -138,23 +139,27 @@ async fn pack_file(
     let mut plan = std::pin::pin!(plan);
     while let Some(batch) = plan.next().await {
         let batch = batch?;
-        let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
-        let flags = |i: usize| batch.column(i).as_boolean();
-        let (doc_ids, domains) = (batch.column(3).as_fixed_size_binary(), batch.column(4).as_string::<i32>());
+        let positions: &Int64Array = column(&batch, "at")?;
+        let labels: &BooleanArray = column(&batch, "label")?;
+        let doc_ids: &FixedSizeBinaryArray = column(&batch, "doc_id")?;
+        let domains: &StringArray = column(&batch, "domain")?;
+        let (starts, stops): (&Int64Array, &Int64Array) = (column(&batch, "start")?, column(&batch, "stop")?);
+        let (bos, eos): (&BooleanArray, &BooleanArray) = (column(&batch, "bos")?, column(&batch, "eos")?);
+        let parts: &Int64Array = column(&batch, "part")?;
         for row in 0..batch.num_rows() {
-            let at = numbers(1).value(row) as usize;
+            let at = positions.value(row) as usize;
             let mut piece = vec![];
-            if flags(7).value(row) {
+            if bos.value(row) {
                 piece.push(special(packing.bos)?);
             }
-            let tokens = (numbers(6).value(row) - numbers(5).value(row)) as usize;
+            let tokens = (stops.value(row) - starts.value(row)) as usize;
             if tokens > 0 {
-                ids.take(numbers(9).value(row), tokens, &mut piece)?;
+                ids.take(parts.value(row), tokens, &mut piece)?;
             }
-            if flags(8).value(row) {
+            if eos.value(row) {
                 piece.push(special(packing.eos)?);
             }
-            if flags(2).value(row) {
+            if labels.value(row) {
                 let ended = sequences.last_mut().ok_or_else(|| crooked(file, at))?;
                 ended.label = piece.first().copied();
                 continue;

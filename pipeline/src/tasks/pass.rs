@@ -10,11 +10,10 @@ use crate::sql::engine::{TableWriter, scan};
 use crate::stop::check_stop;
 use crate::storage::Location;
 use crate::tables::ONE;
+use crate::tables::column;
 use crate::{Error, Result, tables};
-use arrow::array::{
-    ArrayRef, AsArray, FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch, StringBuilder,
-};
-use arrow::datatypes::{Float64Type, Int64Type};
+use arrow::array::{FixedSizeBinaryArray, Float64Array, Int64Array, StringArray};
+use arrow::array::{FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch, StringBuilder};
 use datafusion::common::runtime::SpawnedTask;
 use futures::TryStreamExt;
 use serde::de::DeserializeOwned;
@@ -94,7 +93,7 @@ impl Pass {
         let mut batches = std::pin::pin!(scan(from, self.mixture.clone(), None));
         while let Some(batch) = batches.try_next().await? {
             check_stop(stop)?;
-            let mut rows = Rows::default();
+            let mut rows = DrawnRows::new();
             self.each_copy(&batch, |cut, span, rank, length| {
                 let tokens = self.cuts[cut].drawn(rank, length);
                 if tokens == 0 {
@@ -124,11 +123,13 @@ impl Pass {
         batch: &RecordBatch,
         mut each: impl FnMut(usize, &Span<'_>, Rank, i64),
     ) -> Result<()> {
-        let ids = batch.column(0).as_fixed_size_binary();
-        let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
-        let (starts, stops, tokens) = (numbers(1), numbers(2), numbers(6));
-        let copies = batch.column(3).as_primitive::<Float64Type>();
-        let (strata, domains) = (batch.column(4).as_string::<i32>(), batch.column(5).as_string::<i32>());
+        let ids: &FixedSizeBinaryArray = column(batch, "doc_id")?;
+        let starts: &Int64Array = column(batch, "start")?;
+        let stops: &Int64Array = column(batch, "stop")?;
+        let copies: &Float64Array = column(batch, "copies")?;
+        let strata: &StringArray = column(batch, "stratum")?;
+        let domains: &StringArray = column(batch, "domain")?;
+        let tokens: &Int64Array = column(batch, "tokens")?;
         for row in 0..batch.num_rows() {
             let doc_id: &[u8; 16] = ids.value(row).try_into().expect("16 bytes");
             let span = Span {
@@ -185,35 +186,44 @@ pub fn read<T: DeserializeOwned>(notes: &Value) -> Result<T> {
 }
 
 /// Rows of `drawn` being made.
-struct Rows(FixedSizeBinaryBuilder, [Int64Builder; 3], Int32Builder, [StringBuilder; 2]);
-
-impl Default for Rows {
-    fn default() -> Self {
-        Rows(FixedSizeBinaryBuilder::new(16), Default::default(), Default::default(), Default::default())
-    }
+struct DrawnRows {
+    doc_id: FixedSizeBinaryBuilder,
+    start: Int64Builder,
+    stop: Int64Builder,
+    copy: Int32Builder,
+    stratum: StringBuilder,
+    domain: StringBuilder,
+    tokens: Int64Builder,
 }
 
-impl Rows {
+impl DrawnRows {
+    fn new() -> Self {
+        let (start, stop, copy, stratum, domain, tokens) = Default::default();
+        Self { doc_id: FixedSizeBinaryBuilder::new(16), start, stop, copy, stratum, domain, tokens }
+    }
+
     fn push(&mut self, span: &Span<'_>, copy: u32, length: i64) {
-        self.0.append_value(span.doc_id).expect("16 bytes");
-        self.1[0].append_value(span.start);
-        self.1[1].append_value(span.start + length);
-        self.2.append_value(copy as i32);
-        self.3[0].append_value(span.stratum);
-        self.3[1].append_value(span.domain);
-        self.1[2].append_value(span.tokens);
+        self.doc_id.append_value(span.doc_id).expect("16 bytes");
+        self.start.append_value(span.start);
+        self.stop.append_value(span.start + length);
+        self.copy.append_value(copy as i32);
+        self.stratum.append_value(span.stratum);
+        self.domain.append_value(span.domain);
+        self.tokens.append_value(span.tokens);
     }
 
     fn finish(mut self) -> RecordBatch {
-        let columns: Vec<ArrayRef> = vec![
-            Arc::new(self.0.finish()),
-            Arc::new(self.1[0].finish()),
-            Arc::new(self.1[1].finish()),
-            Arc::new(self.2.finish()),
-            Arc::new(self.3[0].finish()),
-            Arc::new(self.3[1].finish()),
-            Arc::new(self.1[2].finish()),
-        ];
-        RecordBatch::try_new(tables::drawn(), columns).expect("columns as the table has them")
+        tables::rows(
+            tables::drawn(),
+            [
+                ("doc_id", Arc::new(self.doc_id.finish())),
+                ("start", Arc::new(self.start.finish())),
+                ("stop", Arc::new(self.stop.finish())),
+                ("copy", Arc::new(self.copy.finish())),
+                ("stratum", Arc::new(self.stratum.finish())),
+                ("domain", Arc::new(self.domain.finish())),
+                ("tokens", Arc::new(self.tokens.finish())),
+            ],
+        )
     }
 }

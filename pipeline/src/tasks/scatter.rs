@@ -4,9 +4,10 @@ use super::Worker;
 use crate::hash::RowDigest;
 use crate::output::{Output, Table};
 use crate::sql::engine::{put_file, scan};
+use crate::tables::column;
 use crate::{Error, Result, tables};
-use arrow::array::{Array, ArrayRef, AsArray, Int32Array, Int64Array, RecordBatch};
-use arrow::datatypes::{Int32Type, Int64Type};
+use arrow::array::{Array, Int32Array, Int64Array, RecordBatch};
+use arrow::array::{FixedSizeBinaryArray, ListArray};
 use futures::{Stream, StreamExt};
 use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
@@ -30,12 +31,14 @@ impl Wanted {
         let mut wanted: Option<Wanted> = None;
         while let Some(batch) = plan.next().await {
             let batch = batch?;
-            let numbers = |i: usize| batch.column(i).as_primitive::<Int64Type>();
-            let files = batch.column(1).as_primitive::<Int32Type>();
-            let ids = batch.column(2).as_fixed_size_binary();
+            let parts: &Int64Array = column(&batch, "part")?;
+            let files: &Int32Array = column(&batch, "file")?;
+            let ids: &FixedSizeBinaryArray = column(&batch, "doc_id")?;
+            let starts: &Int64Array = column(&batch, "start")?;
+            let stops: &Int64Array = column(&batch, "stop")?;
             for row in 0..batch.num_rows() {
-                let (part, file) = (numbers(0).value(row), files.value(row));
-                let (start, stop) = (numbers(3).value(row), numbers(4).value(row));
+                let (part, file) = (parts.value(row), files.value(row));
+                let (start, stop) = (starts.value(row), stops.value(row));
                 if let Some(done) = wanted.take_if(|wanted| wanted.part != part) {
                     each(done).await?;
                 }
@@ -68,9 +71,9 @@ impl Wanted {
         let (mut out, mut copied) = (Vec::new(), 0);
         for batch in batches {
             let batch = batch?;
-            let ids = batch.column(0).as_fixed_size_binary();
-            let chunks = batch.column(1).as_primitive::<Int32Type>();
-            let lists = batch.column(2).as_list::<i32>();
+            let ids: &FixedSizeBinaryArray = column(&batch, "doc_id")?;
+            let chunks: &Int32Array = column(&batch, "chunk")?;
+            let lists: &ListArray = column(&batch, "ids")?;
             let values = lists.values().to_data();
             let bytes = values.buffers()[0].as_slice();
             let width = values.data_type().primitive_width().unwrap_or(2);
@@ -112,9 +115,15 @@ impl Wanted {
         let parts = Int64Array::from_iter_values(self.ranges.iter().map(|_| self.part));
         let begins = Int64Array::from_iter_values(self.ranges.iter().map(|r| r.1));
         let counts = Int64Array::from_iter_values(self.ranges.iter().map(|r| r.2));
-        let columns: Vec<ArrayRef> =
-            vec![Arc::new(files), Arc::new(parts), Arc::new(begins), Arc::new(counts)];
-        RecordBatch::try_new(tables::ranges(), columns).expect("columns as the table has them")
+        tables::rows(
+            tables::ranges(),
+            [
+                ("file", Arc::new(files)),
+                ("part", Arc::new(parts)),
+                ("begin", Arc::new(begins)),
+                ("tokens", Arc::new(counts)),
+            ],
+        )
     }
 
     /// Names a job that copies just this.

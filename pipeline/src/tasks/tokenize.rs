@@ -97,7 +97,7 @@ async fn tokenize(
         let bar = bar.clone();
         // started here and not where it is awaited: the next part waits for this one's permit
         let made = tokio::task::spawn_blocking(move || {
-            let made = Rows::make(&part, &spec, &loaded, number, narrow);
+            let made = PartRows::make(&part, &spec, &loaded, number, narrow);
             drop(permit);
             made
         });
@@ -141,7 +141,7 @@ async fn tokenize(
 }
 
 /// What a part's rows become.
-struct Rows {
+struct PartRows {
     documents: RecordBatch,
     ids: RecordBatch,
     rejects: RecordBatch,
@@ -155,7 +155,7 @@ struct Rows {
     first_reject: Option<String>,
 }
 
-impl Rows {
+impl PartRows {
     /// Reads and tokenises a part: pure computation.
     fn make(
         part: &Part,
@@ -186,7 +186,8 @@ impl Rows {
             wide_ids.reserve(part.bytes() as usize / 3);
         }
         // rejects
-        let mut texts: [StringBuilder; 4] = Default::default();
+        let (mut reject_origins, mut files) = (StringBuilder::new(), StringBuilder::new());
+        let (mut reject_reasons, mut details) = (StringBuilder::new(), StringBuilder::new());
         let mut lines = Int64Builder::new();
 
         let mut ids = Vec::new();
@@ -204,9 +205,11 @@ impl Rows {
                     first_reject.get_or_insert_with(|| {
                         format!("{} line {}: {reason}: {}", row.file, row.line, reject.detail)
                     });
-                    let values = [spec.origin.as_str(), row.file, reason, &reject.detail];
-                    texts.iter_mut().zip(values).for_each(|(column, value)| column.append_value(value));
+                    reject_origins.append_value(&spec.origin);
+                    files.append_value(row.file);
                     lines.append_value(row.line as i64);
+                    reject_reasons.append_value(reason);
+                    details.append_value(&reject.detail);
                     return Ok(());
                 }
             };
@@ -256,25 +259,36 @@ impl Rows {
         let schema = tables::tokens(narrow);
         let DataType::List(item) = schema.field(2).data_type() else { unreachable!("ids is a list") };
         let lists = ListArray::new(item.clone(), OffsetBuffer::new(offsets.into()), values, None);
-        let columns: Vec<ArrayRef> =
-            vec![Arc::new(chunk_ids.finish()), Arc::new(chunks.finish()), Arc::new(lists)];
-        let ids = RecordBatch::try_new(schema, columns).expect("columns as the table has them");
-        let columns: Vec<ArrayRef> = vec![
-            Arc::new(doc_ids.finish()),
-            Arc::new(domains.finish()),
-            Arc::new(lengths.finish()),
-            Arc::new(sizes.finish()),
-            Arc::new(origins.finish()),
-            Arc::new(text_ids.finish()),
-            Arc::new(numbers.finish()),
-        ];
-        let documents =
-            RecordBatch::try_new(tables::documents(), columns).expect("columns as the table has them");
-        let [origin, file, reason, detail] =
-            texts.each_mut().map(|column| Arc::new(column.finish()) as ArrayRef);
-        let columns: Vec<ArrayRef> = vec![origin, file, Arc::new(lines.finish()), reason, detail];
-        let rejects =
-            RecordBatch::try_new(tables::rejects(), columns).expect("columns as the table has them");
+        let ids = tables::rows(
+            schema,
+            [
+                ("doc_id", Arc::new(chunk_ids.finish())),
+                ("chunk", Arc::new(chunks.finish())),
+                ("ids", Arc::new(lists)),
+            ],
+        );
+        let documents = tables::rows(
+            tables::documents(),
+            [
+                ("doc_id", Arc::new(doc_ids.finish())),
+                ("domain", Arc::new(domains.finish())),
+                ("tokens", Arc::new(lengths.finish())),
+                ("bytes", Arc::new(sizes.finish())),
+                ("origin", Arc::new(origins.finish())),
+                ("text_id", Arc::new(text_ids.finish())),
+                ("part", Arc::new(numbers.finish())),
+            ],
+        );
+        let rejects = tables::rows(
+            tables::rejects(),
+            [
+                ("origin", Arc::new(reject_origins.finish())),
+                ("file", Arc::new(files.finish())),
+                ("line", Arc::new(lines.finish())),
+                ("reason", Arc::new(reject_reasons.finish())),
+                ("detail", Arc::new(details.finish())),
+            ],
+        );
         Ok(Self { documents, ids, rejects, rows, empty, duplicates, tokens, bytes, reasons, first_reject })
     }
 
