@@ -17,7 +17,7 @@ use datafusion::logical_expr::{LogicalPlanBuilder, cast, lit};
 use datafusion::physical_plan::{displayable, execute_stream};
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, col};
 use futures::TryStreamExt;
-use lengthwise::algorithms::spans::Weaver;
+use lengthwise::algorithms::spans::SpanJoin;
 use lengthwise::algorithms::strata::Sums;
 use lengthwise::sql::StageSql;
 use lengthwise::sql::engine::query;
@@ -89,14 +89,14 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::var_os("EXPLAIN").is_some() {
         eprintln!("{}", displayable(physical.as_ref()).indent(false));
     }
-    // the preview's own work: woven with the catalog, checked row by row, summed by stratum and length
+    // the preview's own work: joined with the catalog, checked row by row, summed by stratum and length
     let rows = execute_stream(physical, session.task_ctx())?.map_err(|e| query("the recipe", e));
     let documents = "select doc_id, domain, tokens from documents order by doc_id";
     let documents =
         session.sql(documents).await?.execute_stream().await?.map_err(|e| query("the catalog", e));
-    let mut weaver = Weaver::new(file, 131_072, Box::pin(rows), Box::pin(documents), None);
+    let mut span_join = SpanJoin::new(file, 131_072, Box::pin(rows), Box::pin(documents), None);
     let mut sums = Sums::new(4096, 4);
-    while weaver
+    while span_join
         .step(&mut |span| {
             sums.add(&span);
             Ok(())

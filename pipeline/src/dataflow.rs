@@ -1,21 +1,17 @@
 //! The dataflow of a run, from sources to the trained checkpoint: which stage takes what of which.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
-
 use serde_json::json;
 
-use crate::directory::{self, Attempt, Build, RunManifest, Summary};
-use crate::output::{File, Published, StageKey, Table};
+use crate::directory::Dataset;
+use crate::output::Published;
 use crate::run::{Goal, Run};
-use crate::sql::engine::put_file;
 use crate::stage::Stage;
 use crate::stages::domains::Domain;
 use crate::stages::shuffle::Drawn;
 use crate::stages::tokenizer::Tokenizer;
 use crate::stages::tokens::Tokens;
 use crate::stages::{self, catalog, domains, draw, mixture, pack, shuffle};
-use crate::storage::{Location, json_lines};
+use crate::storage::Location;
 use crate::{Error, Result};
 
 /// What the stages gave, as far as the run went.
@@ -78,11 +74,11 @@ pub async fn checked(run: &Run, until: Option<Stage>) -> Result<Tokenizer> {
 }
 
 /// A run that finds so many outputs broken, one after the other, gives up.
-const MOST_WITHDRAWN: usize = 100;
+const MAX_WITHDRAWN: usize = 100;
 
 /// Does `work` again where it finds that what a stage left is broken: that is withdrawn by then, and computed again.
 pub async fn mended<T>(run: &Run, mut work: impl AsyncFnMut() -> Result<T>) -> Result<T> {
-    for _ in 0..MOST_WITHDRAWN {
+    for _ in 0..MAX_WITHDRAWN {
         match work().await {
             Err(Error::Withdrawn { url }) if run.goal != Goal::Look => {
                 tracing::warn!("{url} is broken; its stage is computed again");
@@ -129,7 +125,7 @@ impl Flow {
         }
         let mixed = mixture::obtain(run, catalog, described).await?;
         let mixed = self.mixture.insert(mixed);
-        mixture::check_budget(run, &notes(mixed)?, domain_rows)?;
+        mixture::check_budget(run, &mixed.notes()?, domain_rows)?;
         if ends(Stage::Mixture) {
             return Ok(());
         }
@@ -175,183 +171,21 @@ impl Flow {
         Ok(())
     }
 
-    /// Where the run's directory is.
-    pub fn folder(&self, run: &Run) -> Location {
-        let last = [self.packed.as_ref(), self.heldout.as_ref(), self.trained.as_ref()];
-        let last: Vec<&Published> = last.into_iter().flatten().collect();
-        run.output.join("runs").join(&directory::id(&run.conf.run.name, &last))
+    /// What there is once sequences are packed; `None` for a flow that ended before.
+    pub fn dataset(&self) -> Option<Dataset<'_>> {
+        Some(Dataset {
+            tokenizer: self.tokenizer.as_ref()?,
+            tokens: self.tokens.as_ref()?,
+            catalog: self.catalog.as_ref()?,
+            domains: &self.domains.as_ref()?.1,
+            mixture: self.mixture.as_ref()?,
+            drawn: self.drawn.as_ref()?,
+            packed: self.packed.as_ref()?,
+            heldout: self.heldout.as_ref(),
+            trained: self.trained.as_ref(),
+            evaluated: &self.evaluated,
+        })
     }
-
-    /// The run's directory, and its manifest; only for a flow that came to packed sequences.
-    pub async fn publish(&self, run: &Run) -> Result<(Location, RunManifest)> {
-        let (
-            Some(tokenizer),
-            Some(tokens),
-            Some((_, domains)),
-            Some(catalog),
-            Some(mixed),
-            Some(drawn),
-            Some(packed),
-        ) = (
-            &self.tokenizer,
-            &self.tokens,
-            &self.domains,
-            &self.catalog,
-            &self.mixture,
-            &self.drawn,
-            &self.packed,
-        )
-        else {
-            unreachable!("publish is called after the pack stage");
-        };
-        let folder = self.folder(run);
-        let id = folder.path.filename().unwrap_or_default().to_owned();
-
-        let steps = run.steps.lock().expect("no panic while held").clone();
-        let trained = self.trained.as_ref();
-        let logs: Vec<(&Published, File)> = trained
-            .into_iter()
-            .flat_map(|trained| trained.table("logs").files.into_iter().map(move |file| (trained, file)))
-            .collect();
-        let mut attempt = Attempt {
-            started: run.started.to_string(),
-            seconds: run.seconds(),
-            host: std::env::var("HOSTNAME")
-                .or_else(|_| std::fs::read_to_string("/etc/hostname"))
-                .unwrap_or_default()
-                .trim()
-                .to_owned(),
-            cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
-            steps: steps.clone(),
-            files: logs.iter().map(|(_, file)| File { name: in_checkpoint(file), ..file.clone() }).collect(),
-        };
-        // before files that may be links to old ones: `gc` sees that the folder is worked in
-        let name = format!("attempts/{}-{}", run.started.strftime("%Y%m%dT%H%M%S"), std::process::id());
-        let at = folder.join(&format!("{name}.json"));
-        at.put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
-
-        let mut files = directory::copy_table(packed, "train", &folder, "data").await?;
-        if let Some(heldout) = &self.heldout {
-            files.extend(directory::copy_table(heldout, "heldout", &folder, "heldout").await?);
-        }
-        if let Some(trained) = &self.trained {
-            files.extend(directory::copy_table(trained, "checkpoint", &folder, "checkpoint").await?);
-        }
-        // beside the model, as one looks for them there
-        for (trained, file) in &logs {
-            trained.folder.join(&file.name).copy_to(&folder.join(&in_checkpoint(file))).await?;
-        }
-        let notes_of = |(name, e): &(String, Published)| (name.clone(), e.manifest.notes.clone());
-        let mut evaluations: BTreeMap<_, _> = self.evaluated.iter().map(notes_of).collect();
-        for (name, evaluated) in &self.evaluated {
-            files.extend(directory::copy_table(evaluated, "cases", &folder, &format!("eval/{name}")).await?);
-        }
-        // what the same model was asked before, by a conf with another [eval], is no less true
-        let before = match directory::written(&folder).await {
-            // a broken one is written anew
-            Err(Error::Corrupt { .. }) => None,
-            before => before?,
-        };
-        for (name, notes) in before.iter().flat_map(|before| &before.summary.evaluations) {
-            if let Entry::Vacant(vacant) = evaluations.entry(name.clone()) {
-                vacant.insert(notes.clone());
-                let prefix = format!("eval/{name}/");
-                let old = before.iter().flat_map(|before| &before.files);
-                files.extend(old.filter(|file| file.name.starts_with(&prefix)).cloned());
-            }
-        }
-        let mut counts = tokens.counts();
-        for (name, stage, count) in [
-            ("distinct_documents", catalog, "documents"),
-            ("duplicates", catalog, "duplicates"),
-            ("heldout_documents", catalog, "heldout_documents"),
-            ("drawn_tokens", drawn, "tokens"),
-            ("sequences", packed, "sequences"),
-            ("padding", packed, "padding"),
-        ] {
-            *counts.entry(name.to_owned()).or_default() += stage.count(count);
-        }
-        let tables = [("train", Some(packed)), ("heldout", self.heldout.as_ref())];
-        let tables = tables.into_iter().filter_map(|(name, stage)| {
-            let Table { rows, digest, .. } = stage?.table(name);
-            Some((name.to_owned(), Table { rows, digest, files: vec![] }))
-        });
-        let (commit, dirty) = directory::commit_of(run);
-        let manifest = RunManifest {
-            run: id,
-            build: Build::this(),
-            commit,
-            dirty,
-            conf_file: run.conf_file.clone(),
-            conf: run.conf.clone(),
-            sql: run.sql.lock().expect("no panic while held").clone(),
-            inputs: tokens.inputs.clone(),
-            not_read: tokens.not_read.clone(),
-            tokenizer: tokenizer.fingerprint,
-            stages: tokens
-                .keys()
-                .into_iter()
-                .chain(
-                    steps
-                        .iter()
-                        .filter(|s| !["tokens", "shuffle"].contains(&s.stage.as_str()))
-                        .filter(|s| !s.stage.starts_with("eval "))
-                        .map(|s| StageKey { stage: s.stage.clone(), key: s.key.clone() }),
-                )
-                .collect(),
-            files,
-            tables: tables.collect(),
-            summary: Summary {
-                counts,
-                domains: domains.clone(),
-                asked: notes(mixed)?,
-                drawn: notes(drawn)?,
-                planned: notes(packed)?,
-                evaluations,
-            },
-        };
-        let metrics = self.metrics().await?;
-        let report = ("report.html", crate::report::html(&manifest, &attempt, &metrics));
-        for (name, text) in crate::cards::cards(&manifest).into_iter().chain([report]) {
-            attempt.files.push(put_file(&folder, name, text.into_bytes(), 0).await?);
-        }
-        at.put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
-
-        // the manifest says what the last run was made of
-        let (text, at) = (crate::storage::sealed::seal(&manifest), folder.join("manifest.json"));
-        match at.get().await? {
-            Some(before) if before == text => {}
-            before => {
-                if let Some(before) = before {
-                    folder.join(&format!("{name}-manifest-before.json")).put(before).await?;
-                }
-                at.put(text).await?;
-            }
-        }
-        Ok((folder, manifest))
-    }
-
-    /// The lines of the checkpoint's metrics.jsonl.
-    async fn metrics(&self) -> Result<Vec<serde_json::Value>> {
-        let Some(trained) = &self.trained else { return Ok(vec![]) };
-        let logs = trained.table("logs").files;
-        let Some(file) = logs.iter().find(|file| file.name.ends_with("metrics.jsonl")) else {
-            return Ok(vec![]);
-        };
-        let Some(bytes) = trained.folder.join(&file.name).get().await? else { return Ok(vec![]) };
-        Ok(json_lines(&bytes).flatten().collect())
-    }
-}
-
-/// Where a file of the training's logs is in a run's directory.
-fn in_checkpoint(log: &File) -> String {
-    format!("checkpoint/{}", log.name.rsplit('/').next().unwrap_or_default())
-}
-
-/// What a stage left in its notes.
-pub fn notes<T: serde::de::DeserializeOwned>(stage: &Published) -> Result<T> {
-    serde_json::from_value(stage.manifest.notes.clone())
-        .map_err(|e| Error::Corrupt { url: stage.folder.join("manifest.json").url(), message: e.to_string() })
 }
 
 /// Remembers what this conf's stages were made of, so that the next `plan` can say what changed.

@@ -100,6 +100,17 @@ impl Published {
         self.manifest.counts.get(name).copied().unwrap_or(0)
     }
 
+    /// What the stage left in its notes.
+    ///
+    /// # Errors
+    /// They are those of another version.
+    pub fn notes<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_value(self.manifest.notes.clone()).map_err(|e| Error::Corrupt {
+            url: self.folder.join("manifest.json").url(),
+            message: e.to_string(),
+        })
+    }
+
     /// The digest a later stage takes as its ingredient.
     pub fn digest(&self, table: &str) -> Value {
         Value::String(self.table(table).digest.to_string())

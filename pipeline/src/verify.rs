@@ -235,7 +235,7 @@ async fn check_documents(
 }
 
 /// So many documents are named.
-const MOST_NAMED: usize = 5;
+const MAX_NAMED: usize = 5;
 
 /// Documents with more ids in `packed` than were drawn of them, in words; `bos` and `eos` say how many ids stand before and
 /// after a document.
@@ -279,7 +279,7 @@ async fn too_much(session: &SessionContext, bos: u8, eos: u8) -> Result<Vec<Stri
             arrow::util::display::array_value_to_string(batch.column(column), row).unwrap_or_default()
         };
         for row in 0..batch.num_rows() {
-            match wrong.len() < MOST_NAMED {
+            match wrong.len() < MAX_NAMED {
                 true => wrong.push(format!(
                     "document {} has {} ids, where {} were drawn of it",
                     text(0, row),

@@ -20,7 +20,7 @@ pub struct Rank {
 pub const RANGES: usize = if cfg!(test) { 1 << 6 } else { 1 << 18 };
 
 /// More of them in one stratum would be finer than its copies.
-pub const MOST_BITS: u32 = 14;
+pub const MAX_BITS: u32 = 14;
 
 /// Copies that are sorted in memory, in all strata together, or else in each. Tests go through more passes.
 pub const SORTED: u64 = if cfg!(test) { 4 } else { 1 << 15 };
@@ -76,7 +76,7 @@ impl Cut {
     /// `few`: all copies of the stratum can be sorted; of the others, there are `many` strata.
     pub fn new(asked: &Stratum, few: bool, many: usize) -> Self {
         let nothing = End::At { last: Rank { key: 0, doc_id: [0; 16], start: 0, copy: 0 }, tokens: 0 };
-        let bits = (RANGES / many.max(1)).max(2).ilog2().min(MOST_BITS);
+        let bits = (RANGES / many.max(1)).max(2).ilog2().min(MAX_BITS);
         Self {
             domain: asked.domain.clone(),
             stratum: asked.stratum.clone(),

@@ -5,7 +5,7 @@
 //! 1. Where it does, the spans that have room left fill the budget: k is the key at which all spans together meet it.
 //!
 //! A corpus has too many spans to keep them. Spans of one length bucket and nearly the same copies are summed, and copies are
-//! told apart as finely as [`MOST_SUMS`] allows: exactly, where a recipe has few different ones.
+//! told apart as finely as [`MAX_SUMS`] allows: exactly, where a recipe has few different ones.
 
 use hashbrown::HashMap;
 
@@ -13,8 +13,8 @@ use crate::tables::LENGTH_BUCKET_NAMES;
 use crate::tables::ONE;
 
 /// So many sums are kept of all strata together, or else some for each stratum.
-const MOST_SUMS: usize = if cfg!(test) { 64 } else { 1 << 18 };
-const MOST_SUMS_OF_A_STRATUM: usize = 16;
+const MAX_SUMS: usize = if cfg!(test) { 64 } else { 1 << 18 };
+const MAX_SUMS_OF_A_STRATUM: usize = 16;
 
 /// What tells the spans of a stratum apart.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -67,7 +67,7 @@ impl Spans {
         let sum = Sum { tokens, asked: tokens * u128::from(copies) };
         self.sums.entry((stratum, kind)).or_default().add(sum);
         self.strata = self.strata.max(stratum + 1);
-        while self.sums.len() > MOST_SUMS.max(MOST_SUMS_OF_A_STRATUM * self.strata) && self.bits > 1 {
+        while self.sums.len() > MAX_SUMS.max(MAX_SUMS_OF_A_STRATUM * self.strata) && self.bits > 1 {
             self.bits = self.bits * 3 / 4;
             for ((stratum, kind), sum) in std::mem::take(&mut self.sums) {
                 let kind = Kind { copies: rounded(kind.copies, self.bits), ..kind };

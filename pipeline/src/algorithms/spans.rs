@@ -11,7 +11,7 @@ use futures::{Stream, StreamExt};
 use std::pin::Pin;
 
 /// More expected copies of one span than this are a mistake, whatever `max_copies` says.
-const MOST_COPIES: f64 = 1e6;
+const MAX_COPIES: f64 = 1e6;
 
 /// A stream of record batches.
 pub type Batches = Pin<Box<dyn Stream<Item = Result<RecordBatch>> + Send>>;
@@ -82,7 +82,7 @@ struct Document {
 
 impl Document {
     /// Checks the spans of a document that is complete and hands them on, by `start`.
-    async fn settle(
+    async fn finish(
         &mut self,
         recipe: &str,
         max_span: i64,
@@ -138,9 +138,9 @@ fn wrong(recipe: &str, doc_id: &[u8], what: impl std::fmt::Display, cure: &str) 
     Error::data(format!("{recipe}: document {}: {what}", hex(doc_id)), cure)
 }
 
-/// Weaves a recipe's rows (`doc_id, start, stop, copies, stratum`) with the catalog's (`doc_id, domain, tokens`), both
+/// Joins a recipe's rows (`doc_id, start, stop, copies, stratum`) with the catalog's (`doc_id, domain, tokens`), both
 /// and what is held out (`doc_id`), all sorted by doc_id, and checks every row.
-pub struct Weaver {
+pub struct SpanJoin {
     recipe: String,
     max_span: i64,
     rows: Batches,
@@ -148,7 +148,7 @@ pub struct Weaver {
     document: Document,
 }
 
-impl Weaver {
+impl SpanJoin {
     pub fn new(
         recipe: &str,
         max_span: u64,
@@ -165,7 +165,7 @@ impl Weaver {
     /// False when there are no more.
     pub async fn step(&mut self, each: &mut impl FnMut(Span<'_>) -> Result<()>) -> Result<bool> {
         let Some(batch) = self.rows.next().await else {
-            self.document.settle(&self.recipe, self.max_span, &mut self.catalog, each).await?;
+            self.document.finish(&self.recipe, self.max_span, &mut self.catalog, each).await?;
             return Ok(false);
         };
         let batch = batch?;
@@ -183,7 +183,7 @@ impl Weaver {
             }
             let doc_id: [u8; 16] = ids.value(row).try_into().expect("16 bytes");
             if self.document.doc_id != Some(doc_id) {
-                self.document.settle(&self.recipe, self.max_span, &mut self.catalog, each).await?;
+                self.document.finish(&self.recipe, self.max_span, &mut self.catalog, each).await?;
                 self.document.doc_id = Some(doc_id);
             }
             if starts.is_null(row) || stops.is_null(row) || copies.is_null(row) {
@@ -191,7 +191,7 @@ impl Weaver {
                 return Err(wrong(&self.recipe, &doc_id, "start, stop or copies is null", cure));
             }
             let value = copies.value(row);
-            if !(0.0..=MOST_COPIES).contains(&value) {
+            if !(0.0..=MAX_COPIES).contains(&value) {
                 let cure = match value {
                     _ if !value.is_finite() => {
                         "it is divided by zero: look for a sum of no rows, or write nullif(…, 0)"
@@ -263,13 +263,13 @@ mod tests {
         ]))
     }
 
-    /// Weaves rows with documents of 100, 200, 300, 400 and 500 tokens; that of 400 is held out.
-    async fn woven(spans: &[(u8, Option<i64>, i64, f64)]) -> Result<Vec<(u8, i64, i64, u64, String, i64)>> {
+    /// Joins rows with documents of 100, 200, 300, 400 and 500 tokens; that of 400 is held out.
+    async fn joined(spans: &[(u8, Option<i64>, i64, f64)]) -> Result<Vec<(u8, i64, i64, u64, String, i64)>> {
         let all = [(1, "a", 100), (2, "b", 200), (3, "a", 300), (4, "b", 400), (5, "b", 500)];
         let heldout = Some(catalog(&all[3..4]));
-        let mut weaver = Weaver::new("r.sql", 250, rows(spans), catalog(&all), heldout);
+        let mut span_join = SpanJoin::new("r.sql", 250, rows(spans), catalog(&all), heldout);
         let mut out = vec![];
-        while weaver
+        while span_join
             .step(&mut |s| {
                 out.push((s.doc_id[0], s.start, s.stop, s.copies, s.domain.to_owned(), s.tokens));
                 Ok(())
@@ -292,7 +292,7 @@ mod tests {
             (3, 0, 200, 2 * ONE, "a".to_owned(), 300),
             (3, 200, 300, ONE, "a".to_owned(), 300),
         ];
-        assert_eq!(woven(&spans).await.unwrap(), want);
+        assert_eq!(joined(&spans).await.unwrap(), want);
     }
 
     #[tokio::test]
@@ -312,7 +312,7 @@ mod tests {
             (vec![(2, None, 9, 1.0)], "start, stop or copies is null"),
             (vec![(4, Some(0), 9, 1.0)], "it is not in `documents`"),
         ] {
-            let error = woven(&spans).await.unwrap_err();
+            let error = joined(&spans).await.unwrap_err();
             assert!(error.to_string().contains(message), "{error}");
             assert!(matches!(error, Error::Data { help: Some(_), .. }));
         }

@@ -63,7 +63,7 @@ impl Stratum {
 }
 
 /// How many of the most repeated documents are named.
-const MOST_NAMED: usize = 5;
+const MAX_NAMED: usize = 5;
 
 /// A document that a recipe repeats.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -123,7 +123,7 @@ impl Sums {
         sum.budget += span.copies as u128 * length as u128;
         let (bucket, long) = (tables::length_bucket(span.tokens), span.tokens > self.long_tokens);
         self.spans.add(sum.number, bucket, long, span.copies, length);
-        if self.most.len() < MOST_NAMED || span.copies > self.most[MOST_NAMED - 1].copies {
+        if self.most.len() < MAX_NAMED || span.copies > self.most[MAX_NAMED - 1].copies {
             self.most.retain(|m| m.doc_id != *span.doc_id || m.copies > span.copies);
             if !self.most.iter().any(|m| m.doc_id == *span.doc_id) {
                 let (domain, stratum) = (span.domain.to_owned(), sum.number);
@@ -131,7 +131,7 @@ impl Sums {
                 self.most.push(Most { copies, doc_id, tokens, domain, stratum });
             }
             self.most.sort_by(|a, b| b.copies.cmp(&a.copies).then(a.doc_id.cmp(&b.doc_id)));
-            self.most.truncate(MOST_NAMED);
+            self.most.truncate(MAX_NAMED);
         }
     }
 

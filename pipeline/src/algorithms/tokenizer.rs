@@ -461,7 +461,7 @@ impl Encoder<'_> {
         stops: &[usize],
         ids: &mut Vec<u32>,
     ) -> Result<(), TokenizerError> {
-        let mut met = [(0, Place::default()); BATCH];
+        let mut met = [(0, CacheSlot::default()); BATCH];
         let mut from = start;
         for (stop, (key, place)) in stops.iter().zip(&mut met) {
             *key = short_key(text, from, *stop);
@@ -549,12 +549,12 @@ fn short_key(text: &[u8], start: usize, stop: usize) -> u128 {
 /// A short piece and its ids, with their number last; an empty place has key 0. It never lies across two cache lines.
 #[derive(Clone, Copy, Default)]
 #[repr(align(32))]
-struct Place {
+struct CacheSlot {
     key: u128,
     ids: [u32; SHORT_IDS + 1],
 }
 
-impl Place {
+impl CacheSlot {
     /// Appends the ids; false where it is another piece's.
     #[inline]
     fn append(&self, key: u128, ids: &mut Vec<u32>) -> bool {
@@ -572,18 +572,18 @@ impl Place {
 
 /// Ids of short pieces: a table of fixed size (16 MB), which is emptied when it fills up.
 struct ShortPieces {
-    places: Vec<Place>,
+    places: Vec<CacheSlot>,
     used: usize,
 }
 
 impl Default for ShortPieces {
     fn default() -> Self {
-        Self { places: vec![Place::default(); Self::PLACES], used: 0 }
+        Self { places: vec![CacheSlot::default(); Self::SLOTS], used: 0 }
     }
 }
 
 impl ShortPieces {
-    const PLACES: usize = 1 << 19;
+    const SLOTS: usize = 1 << 19;
 
     #[inline]
     fn place(key: u128) -> usize {
@@ -598,7 +598,7 @@ impl ShortPieces {
             if self.places[place].append(key, ids) {
                 return true;
             }
-            place = (place + 1) & (Self::PLACES - 1);
+            place = (place + 1) & (Self::SLOTS - 1);
         }
         false
     }
@@ -608,8 +608,8 @@ impl ShortPieces {
         if ids.is_empty() || ids.len() > SHORT_IDS {
             return false;
         }
-        if self.used >= Self::PLACES / 2 {
-            self.places.fill(Place::default());
+        if self.used >= Self::SLOTS / 2 {
+            self.places.fill(CacheSlot::default());
             self.used = 0;
         }
         let mut known = [0; SHORT_IDS + 1];
@@ -617,9 +617,9 @@ impl ShortPieces {
         known[SHORT_IDS] = ids.len() as u32;
         let mut place = Self::place(key);
         while self.places[place].key != 0 {
-            place = (place + 1) & (Self::PLACES - 1);
+            place = (place + 1) & (Self::SLOTS - 1);
         }
-        self.places[place] = Place { key, ids: known };
+        self.places[place] = CacheSlot { key, ids: known };
         self.used += 1;
         true
     }
@@ -896,7 +896,7 @@ pub(crate) mod tests {
             );
         }
         assert!(
-            encoder.cache.short.used <= ShortPieces::PLACES / 2 && encoder.cache.long.len() <= LONG_PIECES
+            encoder.cache.short.used <= ShortPieces::SLOTS / 2 && encoder.cache.long.len() <= LONG_PIECES
         );
         assert_eq!(encode(&mut encoder, SAMPLE), tokenizer.encode_plain(SAMPLE).unwrap());
     }

@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 
 use super::{Signals, stores};
 use crate::conf::{MIN_MEMORY, Size};
-use crate::executor::ballista::{Place, execute, schedule};
+use crate::executor::ballista::{Address, execute, schedule};
 use crate::run::machine_memory;
 use crate::sql::engine::Engine;
 use crate::{Error, Result};
@@ -67,8 +67,8 @@ struct PlaceArguments {
 }
 
 impl PlaceArguments {
-    fn or(self, port: u16) -> Place {
-        Place { host: self.host, port: self.port.unwrap_or(port) }
+    fn or(self, port: u16) -> Address {
+        Address { host: self.host, port: self.port.unwrap_or(port) }
     }
 }
 
@@ -97,7 +97,7 @@ pub async fn main(arguments: ClusterArguments) -> Result<()> {
             let engine = Engine::new(slots, memory.0, spill.as_deref())
                 .map_err(|e| Error::usage(e.in_a_line(), "name a folder of this machine with --spill"))?;
             let stop: Arc<AtomicBool> = Arc::default();
-            let scheduler = Place { host: host.to_owned(), port };
+            let scheduler = Address { host: host.to_owned(), port };
             let work = execute(place.or(50061), scheduler, stores()?, engine, spill.as_deref(), stop.clone());
             tokio::select! {
                 ended = work => ended,

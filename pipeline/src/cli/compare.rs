@@ -118,5 +118,8 @@ async fn folder(target: &str, sets: &[String], at: Option<&str>) -> Result<Locat
     let run = conf.open(Goal::Look)?;
     let mut flow = Flow::default();
     flow.go(&run, Some(Stage::Train)).await?;
-    Ok(flow.folder(&run))
+    let dataset = flow.dataset().ok_or_else(|| {
+        Error::usage(format!("{target} has no packed dataset"), "`lengthwise run` makes one")
+    })?;
+    Ok(dataset.folder(&run))
 }

@@ -19,7 +19,7 @@ use crate::output::Published;
 use crate::progress::Progress;
 use crate::report;
 use crate::run::{Goal, Run};
-use crate::stages::eval::{self, Around, Model};
+use crate::stages::eval::{self, EvalContext, Model};
 use crate::storage::{Location, Stores};
 use crate::{Error, Result};
 
@@ -151,13 +151,13 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
     // a case that is under way is asked again: it takes minutes at most
     let (stop, finishes) = (AtomicBool::new(false), AtomicBool::new(false));
     let compute = Goal::Compute { from: None };
-    let around = Around { stores: &stores, progress: &progress, stop: &stop };
+    let context = EvalContext { stores: &stores, progress: &progress, stop: &stop };
     let all = async {
         let beside = match &other {
-            Some((_, model)) => Some(eval::obtain(&around, model, &evaluation, compute).await?),
+            Some((_, model)) => Some(eval::obtain(&context, model, &evaluation, compute).await?),
             None => None,
         };
-        Ok((eval::obtain(&around, &model, &evaluation, compute).await?, beside))
+        Ok((eval::obtain(&context, &model, &evaluation, compute).await?, beside))
     };
     let (done, beside) = until_told(&stop, &finishes, all).await?;
     tracing::info!("{}: {}", evaluation.name(), if done.cached { "was there" } else { "computed" });

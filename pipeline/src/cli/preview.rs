@@ -9,7 +9,7 @@ use crate::dataflow::Flow;
 use crate::preview::{Preview, against};
 use crate::run::{Goal, Run};
 use crate::stage::Stage;
-use crate::stages::mixture::{check_budget, recipe, weaver};
+use crate::stages::mixture::{check_budget, recipe, span_join};
 use crate::{Result, dataflow::remember};
 
 #[derive(Args)]
@@ -47,9 +47,9 @@ pub async fn of(run: &Run) -> Result<Preview> {
         unreachable!("the flow went to the domains");
     };
     let (_, bound) = recipe(run)?;
-    let mut weaver = weaver(run, catalog, described, &bound).await?;
+    let mut span_join = span_join(run, catalog, described, &bound).await?;
     let mut sums = Sums::new(run.conf.mixture.long_tokens.0, run.conf.mixture.max_copies);
-    while weaver
+    while span_join
         .step(&mut |span| {
             sums.add(&span);
             Ok(())

@@ -219,10 +219,7 @@ async fn publish(run: &Run, until: Option<Stage>) -> Result<Option<String>> {
         let how = if step.cached { "was there".to_owned() } else { format!("took {:.1} s", step.seconds) };
         tracing::info!("{}: {how}", step.stage);
     }
-    if flow.packed.is_none() || until.is_some_and(|until| until < Stage::Pack) {
-        return Ok(None);
-    }
+    let Some(dataset) = flow.dataset() else { return Ok(None) };
     run.check_stop()?;
-    let (folder, _) = flow.publish(run).await?;
-    Ok::<_, Error>(Some(folder.url()))
+    Ok(Some(dataset.publish(run).await?.url()))
 }

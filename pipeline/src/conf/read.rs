@@ -11,7 +11,7 @@ use serde::de::value::BorrowedStrDeserializer;
 use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, Unexpected, Visitor};
 use serde::forward_to_deserialize_any;
 
-use super::tree::{Entry, Node, Place, Tree, Value};
+use super::tree::{Entry, Node, Position, Tree, Value};
 use crate::{Error, Result};
 
 /// What a user who left a key out, or got its type wrong, is shown.
@@ -107,7 +107,7 @@ struct Reader<'a> {
 pub struct Wrong {
     what: What,
     /// Where, and the keys on the way there. Set by the innermost reader that the error passes.
-    at: Option<(Place, Vec<String>)>,
+    at: Option<(Position, Vec<String>)>,
 }
 
 #[derive(Debug)]
@@ -124,7 +124,7 @@ impl Wrong {
         Self { what, at: None }
     }
 
-    fn at(mut self, place: &Place, path: &[&str]) -> Self {
+    fn at(mut self, place: &Position, path: &[&str]) -> Self {
         self.at.get_or_insert_with(|| (place.clone(), path.iter().map(|key| (*key).to_owned()).collect()));
         self
     }

@@ -11,7 +11,7 @@ use crate::{Error, Result};
 /// A conf file with its `--set` arguments laid over it.
 #[derive(Debug, Clone)]
 pub struct Tree {
-    /// The texts a [`Place`] may lie in: the file comes first, then the `--set` arguments.
+    /// The texts a [`Position`] may lie in: the file comes first, then the `--set` arguments.
     texts: Vec<Text>,
     pub root: Node,
 }
@@ -24,14 +24,14 @@ struct Text {
 
 /// Where something stands: a range of bytes in one of the tree's texts.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct Position {
     text: usize,
     span: Range<usize>,
 }
 
 #[derive(Debug, Clone)]
 pub struct Node {
-    pub place: Place,
+    pub place: Position,
     pub value: Value,
 }
 
@@ -51,7 +51,7 @@ pub enum Value {
 pub struct Entry {
     pub key: String,
     /// The place of the key; the value has its own.
-    pub place: Place,
+    pub place: Position,
     pub node: Node,
 }
 
@@ -59,11 +59,11 @@ impl Tree {
     pub fn parse(file: &str, text: &str) -> Result<Self> {
         // Of the conf as a whole, messages show the end: that is where something can be added.
         let end = text.trim_end().len();
-        let whole = Place { text: 0, span: end..end };
+        let whole = Position { text: 0, span: end..end };
         let root = Node { place: whole, value: Value::Table(Vec::new()) };
         let mut tree = Self { texts: vec![Text { name: file.to_owned(), text: text.to_owned() }], root };
         let parsed = DeTable::parse(text).map_err(|e| {
-            let place = Place { text: 0, span: e.span().unwrap_or(0..0) };
+            let place = Position { text: 0, span: e.span().unwrap_or(0..0) };
             tree.wrong(&place, format!("this is not TOML: {}", e.message()), "here", None)
         })?;
         tree.root.value = tree.table(parsed.get_ref(), 0, 0)?;
@@ -75,7 +75,7 @@ impl Tree {
     pub fn set(&mut self, argument: &str) -> Result<()> {
         let text = self.texts.len();
         self.texts.push(Text { name: "--set".to_owned(), text: argument.to_owned() });
-        let place = |span| Place { text, span };
+        let place = |span| Position { text, span };
 
         let example = || Some("for example: --set mixture.budget=10M, --set source.0.url=docs/".to_owned());
         let Some((left, right)) = argument.split_once('=') else {
@@ -108,7 +108,7 @@ impl Tree {
     }
 
     /// The place of the value at `path`, or of the nearest thing around it that was written.
-    pub fn place(&self, path: &[&str]) -> &Place {
+    pub fn place(&self, path: &[&str]) -> &Position {
         let mut node = &self.root;
         for step in path {
             match node.get(step) {
@@ -120,14 +120,14 @@ impl Tree {
     }
 
     /// The text at a place, as it was typed.
-    pub fn raw(&self, place: &Place) -> &str {
+    pub fn raw(&self, place: &Position) -> &str {
         &self.texts[place.text].text[place.span.clone()]
     }
 
     /// An error that points at a place.
     pub fn wrong(
         &self,
-        place: &Place,
+        place: &Position,
         message: impl Into<String>,
         label: impl Into<String>,
         help: Option<String>,
@@ -140,7 +140,7 @@ impl Tree {
 
     /// Copies a parsed value; `offset` is where the parsed piece begins in its text.
     fn node(&self, parsed: &Spanned<DeValue>, text: usize, offset: usize) -> Result<Node> {
-        let place = Place { text, span: shift(parsed.span(), offset) };
+        let place = Position { text, span: shift(parsed.span(), offset) };
         let value = match parsed.get_ref() {
             DeValue::Boolean(value) => Value::Bool(*value),
             DeValue::String(value) => Value::Text(value.to_string()),
@@ -163,7 +163,7 @@ impl Tree {
 
     fn table(&self, parsed: &DeTable, text: usize, offset: usize) -> Result<Value> {
         let entries = parsed.iter().map(|(key, value)| {
-            let place = Place { text, span: shift(key.span(), offset) };
+            let place = Position { text, span: shift(key.span(), offset) };
             let node = self.node(value, text, offset)?;
             Ok(Entry { key: key.get_ref().to_string(), place, node })
         });
@@ -172,16 +172,16 @@ impl Tree {
         Ok(Value::Table(entries))
     }
 
-    fn too_large(&self, place: &Place) -> Error {
+    fn too_large(&self, place: &Position) -> Error {
         let help = format!("whole numbers go from {} to {}", i64::MIN, i64::MAX);
         self.wrong(place, "this number is too large", "does not fit 64 bits", Some(help))
     }
 }
 
-impl Place {
+impl Position {
     /// The part of this place that `range` bytes of its raw text take.
-    pub fn part(&self, range: Range<usize>) -> Place {
-        Place { text: self.text, span: shift(range, self.span.start) }
+    pub fn part(&self, range: Range<usize>) -> Position {
+        Position { text: self.text, span: shift(range, self.span.start) }
     }
 }
 
@@ -224,7 +224,7 @@ impl Node {
 }
 
 /// The node at `path`, created with all that is missing on the way.
-fn slot<'a>(node: &'a mut Node, path: &[&str], key: &Place) -> Result<&'a mut Node, String> {
+fn slot<'a>(node: &'a mut Node, path: &[&str], key: &Position) -> Result<&'a mut Node, String> {
     let [step, rest @ ..] = path else { return Ok(node) };
     // A list is created only where its first entry is asked for.
     let starts_list = rest.first() == Some(&"0");

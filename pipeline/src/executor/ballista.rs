@@ -277,13 +277,13 @@ async fn answer_to(message: &str, worker: &Worker) -> Answer {
 }
 
 /// Where a scheduler or an executor listens.
-pub struct Place {
+pub struct Address {
     /// How others reach it.
     pub host: String,
     pub port: u16,
 }
 
-impl Place {
+impl Address {
     fn name(&self) -> String {
         format!("{}:{}", self.host, self.port)
     }
@@ -295,7 +295,7 @@ impl Place {
 }
 
 /// Schedules until a signal says to stop.
-pub async fn schedule(place: Place) -> Result<()> {
+pub async fn schedule(place: Address) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::Cluster { url: place.name(), message: e.to_string() };
     let config = SchedulerConfig {
         external_host: place.host.clone(),
@@ -324,8 +324,8 @@ pub async fn schedule(place: Place) -> Result<()> {
 /// Does tasks, as many at a time as `engine` has partitions, until a signal says to stop; those under way end early, and
 /// others do them. `spool` is a folder with room for source files.
 pub async fn execute(
-    place: Place,
-    scheduler: Place,
+    place: Address,
+    scheduler: Address,
     stores: Stores,
     engine: Engine,
     spool: Option<&str>,

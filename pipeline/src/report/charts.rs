@@ -101,7 +101,7 @@ pub fn sparkline(name: &str, buckets: &[&str], before: &[f64], after: &[f64]) ->
 }
 
 /// More points than this are no longer told apart on a screen.
-const MOST_POINTS: usize = 500;
+const MAX_POINTS: usize = 500;
 
 /// Not more points than `most`: the means of groups, and of how many each is.
 pub(super) fn thinned(points: &[(f64, f64)], most: usize) -> (usize, Vec<(f64, f64)>) {
@@ -117,7 +117,7 @@ pub(super) fn thinned(points: &[(f64, f64)], most: usize) -> (usize, Vec<(f64, f
 /// is no line to draw.
 pub fn curve(name: &str, class: &str, points: &[(f64, f64)]) -> String {
     let [first, .., last] = points else { return String::new() };
-    let (group, drawn) = thinned(points, MOST_POINTS);
+    let (group, drawn) = thinned(points, MAX_POINTS);
     let (low, high) =
         drawn.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), (_, y)| (l.min(*y), h.max(*y)));
     // from 0, unless it goes on from a later step

@@ -28,9 +28,9 @@ const SERIES: [&str; 11] = [
 /// What a letter is wide, of its size, on average.
 const LETTER: f64 = 0.6;
 /// More points than this a line doesn't show.
-const MOST_POINTS: usize = 200;
+const MAX_POINTS: usize = 200;
 /// More rows than this can't be read from afar.
-const MOST_ROWS: usize = 20;
+const MAX_ROWS: usize = 20;
 
 /// What one panel shows.
 pub struct Panel {
@@ -101,7 +101,7 @@ pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
         };
         let head = [String::new()].into_iter().chain(compared.names.clone()).collect();
         // the paper's Table 5 has these two
-        let few = compared.loss.len() <= MOST_ROWS;
+        let few = compared.loss.len() <= MAX_ROWS;
         let shown = |row: &&LossRow| few || ["0–4K", "4K–128K"].contains(&positions(&row.positions).as_str());
         let rows = compared.loss.iter().filter(shown).map(row).collect();
         let body = Body::Numbers { head, rows };
@@ -382,7 +382,7 @@ impl Drawing {
         // the corpus has the first colour
         let area = self.legend(lines.iter().enumerate().map(|(i, (name, _))| (i + 1, name)), area);
         let lines: Vec<Vec<(f64, f64)>> =
-            lines.iter().map(|(_, points)| thinned(points, MOST_POINTS).1).collect();
+            lines.iter().map(|(_, points)| thinned(points, MAX_POINTS).1).collect();
         let all = || lines.iter().flatten();
         let low = all().map(|p| p.1).fold(f64::INFINITY, f64::min);
         let (most, high) = all().fold((1.0, low), |(x, y), p| (p.0.max(x), p.1.max(y)));

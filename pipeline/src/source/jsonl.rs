@@ -342,7 +342,7 @@ fn row<'a>(line: &'a [u8], spec: &'a Spec, domain: Cell<'a>, unescaped: &'a mut 
     let root = Node { text: Some(spec.text.names()), domain: domain_column, found: &mut found };
     root.deserialize(&mut json).and_then(|()| json.end()).map_err(not_json)?;
     let domain = if domain_column.is_some() { found.domain.into_cell() } else { domain };
-    spec.judge(found.text.into_cell(), domain)
+    spec.outcome(found.text.into_cell(), domain)
 }
 
 fn not_json(error: serde_json::Error) -> Reject {

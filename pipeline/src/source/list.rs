@@ -494,7 +494,7 @@ impl<'p> Scan<'p> {
             (None, Format::Text) => "files",
         };
         let found = match self.other {
-            _ if !self.unread.is_empty() => Unread::told(&Unread::all(&self.unread)),
+            _ if !self.unread.is_empty() => Unread::summary(&Unread::all(&self.unread)),
             Some(other) => format!("`{base}{other}` and what else is there does not count"),
             None => format!("there is nothing below `{base}{}`", pattern.folder),
         };

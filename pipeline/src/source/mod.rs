@@ -195,7 +195,7 @@ impl Spec {
     }
 
     /// A document, if text and domain are what they should be. The first thing that is wrong is the reason.
-    fn judge<'a>(&self, text: Cell<'a>, domain: Cell<'a>) -> Outcome<'a> {
+    fn outcome<'a>(&self, text: Cell<'a>, domain: Cell<'a>) -> Outcome<'a> {
         let text = match text {
             Cell::Text("") => return Ok(None),
             Cell::Text(text) if text.len() as u64 > self.max_document_bytes => {

@@ -183,7 +183,7 @@ impl Rows for Range {
                 let text = text.next();
                 let domain = own_domain.as_mut().map_or(Ok(domain), Values::next);
                 row += 1;
-                let outcome = text.and_then(|text| spec.judge(text, domain?));
+                let outcome = text.and_then(|text| spec.outcome(text, domain?));
                 f(self.before + row, outcome)?;
             }
         }

@@ -737,7 +737,7 @@ mod listing {
     /// Files, and what is told of the rest, without the beginning of urls.
     fn shown(listing: &Listing, base: &str) -> (Vec<String>, String) {
         let files = listing.files.iter().map(|file| file.url.replace(base, "")).collect();
-        (files, Unread::told(&Unread::all(&listing.unread)).replace(base, ""))
+        (files, Unread::summary(&Unread::all(&listing.unread)).replace(base, ""))
     }
 
     #[tokio::test]

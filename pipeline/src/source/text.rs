@@ -42,6 +42,6 @@ impl Text {
             return Err(Reject::too_long("the file", self.size, spec.max_document_bytes));
         }
         let text = std::str::from_utf8(&self.bytes).map_err(Reject::not_utf8)?;
-        spec.judge(Cell::Text(text.strip_prefix('\u{feff}').unwrap_or(text)), domain)
+        spec.outcome(Cell::Text(text.strip_prefix('\u{feff}').unwrap_or(text)), domain)
     }
 }

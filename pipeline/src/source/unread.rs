@@ -60,7 +60,7 @@ impl Unread {
     }
 
     /// All in a line, as in `3 files are not read: 2 compressed or put together in a way that is not read (…), 1 empty (…)`.
-    pub fn told(all: &[Self]) -> String {
+    pub fn summary(all: &[Self]) -> String {
         let files: u64 = all.iter().map(|unread| unread.files).sum();
         let each = all.iter().map(|Unread { why, files, first }| {
             let more = if *files > first.len() as u64 { ", …" } else { "" };

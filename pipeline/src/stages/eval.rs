@@ -123,8 +123,8 @@ impl Model {
     }
 }
 
-/// What is around: stores, who is told of progress, and what says to stop.
-pub struct Around<'a> {
+/// What an evaluation needs around it: stores, progress, and the flag that says to stop.
+pub struct EvalContext<'a> {
     pub stores: &'a Stores,
     pub progress: &'a Progress,
     pub stop: &'a AtomicBool,
@@ -193,10 +193,10 @@ pub async fn all(
             file.check(&heldout.folder).await?;
         }
     }
-    let around = Around { stores: &run.stores, progress: &run.progress, stop: &run.stop };
+    let context = EvalContext { stores: &run.stores, progress: &run.progress, stop: &run.stop };
     let mut all = vec![];
     for evaluation in conf.evaluations() {
-        let done = obtain(&around, &model, &evaluation, run.goal).await?;
+        let done = obtain(&context, &model, &evaluation, run.goal).await?;
         run.did(&format!("eval {}", evaluation.name()), &done);
         all.push((evaluation.name().to_owned(), done));
     }
@@ -209,7 +209,7 @@ async fn texts(stores: &Stores, url: &str) -> Result<Vec<Asked>> {
     let mut all = vec![];
     let listed = source::list(&*at.store, &at.path, &at.url(), Format::Text, &[]).await?;
     if !listed.unread.is_empty() {
-        tracing::warn!("{url}: {}", Unread::told(&Unread::all(&listed.unread)));
+        tracing::warn!("{url}: {}", Unread::summary(&Unread::all(&listed.unread)));
     }
     for file in listed.files {
         let mut at = at.clone();
@@ -225,7 +225,7 @@ async fn texts(stores: &Stores, url: &str) -> Result<Vec<Asked>> {
 
 /// Table `cases`: a line of JSON each; and what they come to, in the notes.
 pub async fn obtain(
-    around: &Around<'_>,
+    context: &EvalContext<'_>,
     model: &Model,
     evaluation: &Evaluation,
     goal: Goal,
@@ -233,7 +233,7 @@ pub async fn obtain(
     let (mut files, mut digests) = (vec![], BTreeMap::new());
     let mut settings = evaluation.clone();
     for (key, url) in settings.urls() {
-        let texts = texts(around.stores, url).await?;
+        let texts = texts(context.stores, url).await?;
         let contents: Vec<Digest> = texts.iter().map(|file| Digest::of(file.text.as_bytes())).collect();
         digests.insert(key, json!(contents));
         files.push(texts);
@@ -272,8 +272,8 @@ pub async fn obtain(
     );
     let key = output::key(Stage::Eval.name(), &list);
     let at = model.output.join("stages").join(Stage::Eval.name()).join(&key);
-    run::obtain(Stage::Eval, goal, around.stop, (key, at), list, async |draft| {
-        let cases = ask(around, model, evaluation, &files, draft).await?;
+    run::obtain(Stage::Eval, goal, context.stop, (key, at), list, async |draft| {
+        let cases = ask(context, model, evaluation, &files, draft).await?;
         let lines: String = cases.iter().map(|case| format!("{}\n", content(case))).collect();
         let (name, rows, blake3) =
             ("cases.jsonl".to_owned(), cases.len() as u64, Digest::of(lines.as_bytes()));
@@ -300,7 +300,7 @@ fn content(case: &Value) -> Value {
 
 /// Asks every case that was not asked before.
 async fn ask(
-    around: &Around<'_>,
+    context: &EvalContext<'_>,
     model: &Model,
     evaluation: &Evaluation,
     files: &[Vec<Asked>],
@@ -309,7 +309,7 @@ async fn ask(
     let subject = model.subject().await?;
     let text = Text::new(&model.tokenizer)?;
     let job = async |name: &str, work: &dyn Fn() -> lengthwise_model::Result<Vec<Value>>| {
-        check_stop(around.stop)?;
+        check_stop(context.stop)?;
         let output = draft.job(name, async {
             let cases = tokio::task::block_in_place(work)?;
             Ok(Output { notes: json!(cases), ..Output::default() })
@@ -323,7 +323,7 @@ async fn ask(
         let heldout = model.heldout.as_ref().expect("the key is made of them");
         let mut documents =
             Documents::new(Dataset::open(&heldout.into(), subject.config().vocab_size).await?);
-        let bar = around.progress.stage("loss", 0);
+        let bar = context.progress.stage("loss", 0);
         for number in 0.. {
             let mut some: Vec<Document> = vec![];
             while some.iter().map(|document| document.ids.len()).sum::<usize>() < JOB_TOKENS {
@@ -342,7 +342,7 @@ async fn ask(
     }
     let suite = Suite::new(evaluation, &text, files)?;
     let names = suite.cases();
-    let bar = around.progress.stage(evaluation.name(), names.len() as u64);
+    let bar = context.progress.stage(evaluation.name(), names.len() as u64);
     for (i, name) in names.iter().enumerate() {
         let cases = job(name, &|| Ok(vec![suite.ask(subject, i)?])).await?;
         bar.say(i as u64 + 1, said(name, i + 1, names.len(), cases.first()));

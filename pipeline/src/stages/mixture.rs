@@ -1,6 +1,6 @@
 //! mixture: the analyst's recipe, run and checked row by row against the catalog.
 //!
-//! The recipe's rows come sorted by `doc_id`, as the catalog's do, so the two are woven together in one pass
+//! The recipe's rows come sorted by `doc_id`, as the catalog's do, so the two are joined together in one pass
 //! and nothing of the corpus's size is held in memory.
 
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::catalog::register_documents;
 use super::domains::{self, Domain};
-use crate::algorithms::spans::{Batches, Weaver};
+use crate::algorithms::spans::{Batches, SpanJoin};
 use crate::algorithms::strata::{Asked, Span, Sums};
 use crate::conf::{Param, Shares, Shortfall};
 use crate::output::{Output, Published};
@@ -33,10 +33,10 @@ use crate::tables::ONE;
 use crate::{Error, Result, tables};
 
 /// A recipe that has not ended by then is taken for one that never does.
-const MOST_SECONDS: u64 = 6 * 3600;
+const MAX_SECONDS: u64 = 6 * 3600;
 
 /// How many domains a message names.
-const MOST_DOMAINS: usize = 20;
+const MAX_DOMAINS: usize = 20;
 
 /// The conf's recipe with its parameters.
 pub fn recipe(run: &Run) -> Result<(Recipe, Bound)> {
@@ -69,7 +69,12 @@ pub fn recipe(run: &Run) -> Result<(Recipe, Bound)> {
 }
 
 /// Starts the recipe: what both the stage and the preview do.
-pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: &Bound) -> Result<Weaver> {
+pub async fn span_join(
+    run: &Run,
+    catalog: &Published,
+    domains: &Published,
+    bound: &Bound,
+) -> Result<SpanJoin> {
     let recipe = &run.conf.mixture.recipe;
     let failed = |e| query(&format!("{recipe} cannot be run"), e);
     let session = run.engine.session();
@@ -87,14 +92,14 @@ pub async fn weaver(run: &Run, catalog: &Published, domains: &Published, bound: 
     let frame = session.execute_logical_plan(sorted.map_err(failed)?).await.map_err(failed)?;
     let bar = run.progress.stage("mixture", catalog.count("documents"));
     // a clock counts no further than some centuries
-    let seconds = run.conf.engine.recipe_seconds.unwrap_or(MOST_SECONDS).min(1 << 32);
+    let seconds = run.conf.engine.recipe_seconds.unwrap_or(MAX_SECONDS).min(1 << 32);
     let rows = bounded(frame, bar, recipe.clone(), Duration::from_secs(seconds));
     let known =
         scan(catalog.folder.clone(), catalog.table("catalog"), Some(vec!["doc_id", "domain", "tokens"]));
     let heldout = catalog.table("heldout");
     let heldout = (heldout.rows > 0)
         .then(|| Box::pin(scan(catalog.folder.clone(), heldout, Some(vec!["doc_id"]))) as Batches);
-    Ok(Weaver::new(recipe, run.conf.mixture.max_span.0, Box::pin(rows), Box::pin(known), heldout))
+    Ok(SpanJoin::new(recipe, run.conf.mixture.max_span.0, Box::pin(rows), Box::pin(known), heldout))
 }
 
 /// That the domain which a recipe's parameter names is there.
@@ -173,11 +178,11 @@ pub async fn obtain(run: &Run, catalog: &Published, domains: &Published) -> Resu
         ],
     );
     run.obtain(Stage::Mixture, list, async |draft| {
-        let mut weaver = weaver(run, catalog, domains, &bound).await?;
+        let mut span_join = span_join(run, catalog, domains, &bound).await?;
         let mut sums = Sums::new(mixture.long_tokens.0, mixture.max_copies);
         let mut writer = TableWriter::new(&draft.folder, "mixture", tables::mixture());
         let mut rows = MixtureRows::new();
-        while weaver
+        while span_join
             .step(&mut |span| {
                 sums.add(&span);
                 rows.push(&span);
@@ -292,11 +297,11 @@ pub fn check_budget(run: &Run, asked: &Asked, domains: &[Domain]) -> Result<()> 
 /// The names of domains, as far as one reads them.
 fn listed<'a>(domains: impl Iterator<Item = &'a Domain>) -> String {
     let names: Vec<&str> = domains.map(|domain| domain.domain.as_str()).collect();
-    let more = match names.len().saturating_sub(MOST_DOMAINS) {
+    let more = match names.len().saturating_sub(MAX_DOMAINS) {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    names[..names.len().min(MOST_DOMAINS)].join(", ") + &more
+    names[..names.len().min(MAX_DOMAINS)].join(", ") + &more
 }
 
 /// What no target share names, in a line: it is easily forgotten, or misspelt. A share of 0 is a word, too.

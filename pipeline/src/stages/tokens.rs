@@ -117,7 +117,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
         with_unread.map(|source| (source.spec.origin.clone(), source.unread.clone())).collect();
     if run.goal != Goal::Look {
         for (source, unread) in &not_read {
-            tracing::warn!("source {source}: {}", Unread::told(unread));
+            tracing::warn!("source {source}: {}", Unread::summary(unread));
         }
     }
     let narrow = tokenizer.loaded.vocab_size() <= 1 << 16;

@@ -187,9 +187,9 @@ async fn warn_of_other_lengths(run: &Run, list: &Ingredients, folder: &Location)
         let other = all.join(name);
         let url = other.url();
         if let Some(manifest) = output::find(&other).await? {
-            let alike =
+            let same =
                 |name: &str| but_for_length(&manifest.ingredients[name]) == but_for_length(&list[name]);
-            if list.keys().all(|name| manifest.ingredients.contains_key(name) && alike(name)) {
+            if list.keys().all(|name| manifest.ingredients.contains_key(name) && same(name)) {
                 tracing::warn!(
                     "a training of {} steps with the same settings is finished; it keeps no optimizer to go on with, so \
                      this one begins anew. To train its model further, set train.checkpoint to {url}",

@@ -41,7 +41,7 @@ pub struct Watch {
     lineage: Option<Lineage>,
     telemetry: Option<Telemetry>,
     /// Steps that they were told of.
-    told: usize,
+    reported: usize,
 }
 
 impl Watch {
@@ -54,7 +54,7 @@ impl Watch {
             metrics: variable("LENGTHWISE_METRICS")?.map(PathBuf::from),
             lineage: Lineage::new()?,
             telemetry: Telemetry::new()?,
-            told: 0,
+            reported: 0,
         })
     }
 
@@ -93,9 +93,9 @@ impl Watch {
             }
         }
         // a broken output has steps start over
-        self.told = self.told.min(steps.len());
+        self.reported = self.reported.min(steps.len());
         // what was there is not told of
-        let new = || steps[self.told..].iter().filter(|step| !step.cached);
+        let new = || steps[self.reported..].iter().filter(|step| !step.cached);
         if let Some(lineage) = &mut self.lineage {
             for step in new() {
                 lineage.computed(run, step, &steps).await;
@@ -105,7 +105,7 @@ impl Watch {
             telemetry.computed(run, new()).await;
             telemetry.measured(run, &gauges).await;
         }
-        self.told = steps.len();
+        self.reported = steps.len();
     }
 }
 
@@ -242,22 +242,22 @@ struct Listener {
     headers: HeaderMap,
     client: reqwest::Client,
     /// Whether it was said that nobody listens.
-    deaf: bool,
+    unreachable: bool,
 }
 
 impl Listener {
     fn new(variable: &'static str, url: String, headers: Vec<(HeaderName, HeaderValue)>) -> Self {
         let headers = headers.into_iter().collect();
-        Self { variable, url, headers, client: reqwest::Client::new(), deaf: false }
+        Self { variable, url, headers, client: reqwest::Client::new(), unreachable: false }
     }
 
     async fn send(&mut self, path: &str, what: &Value) {
         let request = self.client.post(format!("{}{path}", self.url)).timeout(PATIENCE);
         let request = request.header("content-type", "application/json").headers(self.headers.clone());
         let request = request.body(what.to_string());
-        let heard = request.send().await.and_then(reqwest::Response::error_for_status);
-        if let Err(error) = heard
-            && !std::mem::replace(&mut self.deaf, true)
+        let response = request.send().await.and_then(reqwest::Response::error_for_status);
+        if let Err(error) = response
+            && !std::mem::replace(&mut self.unreachable, true)
         {
             // the address may have a password in it
             let error = error.without_url();

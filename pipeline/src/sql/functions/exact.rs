@@ -466,7 +466,7 @@ fn on_one(
 }
 
 /// The most that a message shows of an expression.
-const MOST_SHOWN: usize = 80;
+const MAX_SHOWN: usize = 80;
 
 /// An expression as SQL, without casts: most of them nobody wrote.
 fn written(expr: &Expr) -> String {
@@ -484,7 +484,7 @@ fn written(expr: &Expr) -> String {
         sql => sql.to_string(),
     });
     let sql = sql.unwrap_or_else(|_| expr.human_display().to_string());
-    match sql.char_indices().nth(MOST_SHOWN) {
+    match sql.char_indices().nth(MAX_SHOWN) {
         Some((end, _)) => format!("{}…", &sql[..end]),
         None => sql,
     }

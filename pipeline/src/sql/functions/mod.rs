@@ -41,7 +41,7 @@ pub fn register(session: &SessionContext) {
 }
 
 /// The most numbers that `range` makes of a batch of rows: a gigabyte.
-const MOST_NUMBERS: u128 = 1 << 27;
+const MAX_NUMBERS: u128 = 1 << 27;
 
 /// `range` or `generate_series`, as a list: all of its numbers are in memory at once.
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -75,9 +75,9 @@ impl ScalarUDFImpl for Counted {
             if forth { length.unwrap_or(0) as u128 + 1 } else { 0 }
         };
         let whole = |row: &usize| numbers.iter().all(|array| array.is_valid(*row));
-        if (0..rows).filter(whole).map(count).sum::<u128>() > MOST_NUMBERS {
+        if (0..rows).filter(whole).map(count).sum::<u128>() > MAX_NUMBERS {
             return Err(exact::NoNumber::beyond(
-                format!("`{}` makes more than {MOST_NUMBERS} numbers at a time", self.name()),
+                format!("`{}` makes more than {MAX_NUMBERS} numbers at a time", self.name()),
                 "take a larger step, as in range(0, tokens, $max_span)",
             ));
         }

@@ -7,6 +7,8 @@
 //!     manifest.json                        written last, if absent
 //! ```
 
+mod publish;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
@@ -14,15 +16,16 @@ use serde::{Deserialize, Serialize};
 use crate::algorithms::strata::Asked;
 use crate::conf::Conf;
 use crate::hash::Digest;
-use crate::output::{self, File, Input, Published, StageKey, Table};
-use crate::run::{Run, Step};
+use crate::output::{self, File, Input, StageKey, Table};
+use crate::run::Step;
 use crate::source::Unread;
-use crate::sql::git;
 use crate::stages::domains::Domain;
 use crate::stages::shuffle::Planned;
 use crate::storage::Location;
 use crate::storage::sealed;
 use crate::{Error, Result};
+
+pub use publish::Dataset;
 
 /// All that a run was made of and all that it made. Nothing in it says when or where.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -140,51 +143,6 @@ pub async fn attempts(folder: &Location) -> Result<Vec<Attempt>> {
         attempts.extend(serde_json::from_slice::<Attempt>(&bytes).ok());
     }
     Ok(attempts)
-}
-
-/// The commit of a folder, and whether tracked files differ from it.
-pub fn commit_of(run: &Run) -> (Option<String>, bool) {
-    let ask = |arguments: &[&str]| {
-        let output = git(&run.files.root, arguments).ok().filter(|output| output.status.success())?;
-        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    match &run.files.commit {
-        Some(commit) => (ask(&["rev-parse", commit]), false),
-        None => {
-            let dirty =
-                ask(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
-            let untracked = [&run.conf_file, &run.conf.mixture.recipe]
-                .iter()
-                .any(|file| ask(&["ls-files", "--error-unmatch", file]).is_none());
-            let commit = ask(&["rev-parse", "HEAD"]);
-            let dirty = commit.is_some() && (dirty || untracked);
-            (commit, dirty)
-        }
-    }
-}
-
-/// A run's id: its name and the hash of its last stages' keys, so that a killed run finds itself again.
-pub fn id(name: &str, last: &[&Published]) -> String {
-    let keys: Vec<&str> = last.iter().map(|stage| stage.manifest.key.as_str()).collect();
-    format!("{name}-{}", &Digest::of(keys.join(" ").as_bytes()).to_string()[..12])
-}
-
-/// Copies a stage's files into a folder of the run; a hard link each where storage is local, and can.
-///
-/// # Errors
-/// [`Error::Withdrawn`] where a file of the stage is broken.
-pub async fn copy_table(from: &Published, table: &str, folder: &Location, below: &str) -> Result<Vec<File>> {
-    let mut files = vec![];
-    for file in from.table(table).files {
-        let placed = File { name: format!("{below}/{}", file.name), ..file.clone() };
-        let (own, copy) = (from.folder.join(&file.name), folder.join(&placed.name));
-        if !copy.is_copy_of(&own).await? && !placed.is_sound(folder).await? {
-            file.check(&from.folder).await?;
-            own.copy_to(&copy).await?;
-        }
-        files.push(placed);
-    }
-    Ok(files)
 }
 
 /// The manifest in a run's directory, whether or not its files are there.
