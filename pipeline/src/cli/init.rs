@@ -12,7 +12,7 @@ use toml_edit::{DocumentMut, InlineTable, value};
 use super::{out, stores};
 use crate::error::Doing;
 use crate::recipe::RECIPES;
-use crate::source::{Format, list};
+use crate::source::{Format, list, reads};
 use crate::{Error, Result};
 
 /// The conf, over text of the project's own making.
@@ -71,20 +71,21 @@ fn conf() -> DocumentMut {
 /// The conf over files that somebody has, which are looked at for their format.
 async fn conf_of(url: &str) -> Result<String> {
     let at = stores()?.open(url)?;
-    let find = async |format| list(at.store.as_ref(), &at.path, &at.url(), format, &[]).await;
-    let all = find(Format::Text).await?.files.len();
-    let mut name = "text";
-    for (format, of_tables) in [(Format::Jsonl, "jsonl"), (Format::Parquet, "parquet")] {
-        // a folder of texts may have a table among them
-        if find(format).await.is_ok_and(|found| found.files.len() * 2 > all) {
-            name = of_tables;
-        }
-    }
-    tracing::info!("{} has {all} files, to be read as {name}", at.url());
+    // as text, all files are read
+    let files = list(at.store.as_ref(), &at.path, &at.url(), Format::Text, &[]).await?.files;
+    let names: Vec<String> = files.iter().map(|file| file.path.as_ref().to_lowercase()).collect();
+    // a folder of texts may have a table among them
+    let most = |format| names.iter().filter(|name| reads(format, name)).count() * 2 > names.len();
+    let format = match () {
+        () if most(Format::Jsonl) => "jsonl",
+        () if most(Format::Parquet) => "parquet",
+        () => "text",
+    };
+    tracing::info!("{} has {} files, to be read as {format}", at.url(), names.len());
     let mut conf = conf();
     let source = &mut conf["source"][0];
     source["url"] = value(at.url());
-    source["format"] = value(name);
+    source["format"] = value(format);
     source["domain"] = value(InlineTable::from_iter([("const", "all")]));
     Ok(conf.to_string())
 }

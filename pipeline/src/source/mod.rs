@@ -28,7 +28,7 @@ mod text;
 
 pub use column::Column;
 pub use files::{BUNDLE_FILE_BYTES, SourceFile, Unit, units};
-pub use list::{Listing, Unread, Why, list};
+pub use list::{Listing, Unread, Why, list, reads};
 pub use read::{FileSummary, PART_BYTES, Part, Parts, Reader};
 
 use globset::GlobMatcher;
