@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
-use crate::directory::Dataset;
 use crate::output::Published;
+use crate::publish::Dataset;
 use crate::run::{Goal, Run};
 use crate::stage::Stage;
 use crate::stages::domains::Domain;

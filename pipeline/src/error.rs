@@ -6,10 +6,21 @@ use std::io::ErrorKind;
 use miette::{Diagnostic, NamedSource, SourceSpan};
 use thiserror::Error;
 
-use crate::storage::secret::hide;
+use crate::secret::hide;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A tokenizer that can't be loaded, or a text it can't encode.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    #[error("{name} is not a tokenizer.json that can be used: {message}")]
+    Unusable { name: String, message: String },
+    #[error("the tokenizer failed on a text: {0}")]
+    Failed(String),
+    #[error("no tokenizer could be trained: {0}")]
+    NotTrained(String),
+}
 
 /// What can go wrong, grouped by who can mend it.
 #[derive(Debug, Error, Diagnostic)]
@@ -85,7 +96,7 @@ pub enum Error {
 
     /// A tokenizer that can't be used.
     #[error(transparent)]
-    Tokenizer(#[from] crate::algorithms::tokenizer::TokenizerError),
+    Tokenizer(#[from] TokenizerError),
 
     /// The model can't be trained or asked.
     #[cfg(feature = "train")]

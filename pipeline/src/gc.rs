@@ -21,8 +21,7 @@ use serde::Serialize;
 use crate::hash::is_hex;
 use crate::output::Manifest;
 use crate::stage::Stage;
-use crate::storage::Location;
-use crate::storage::sealed;
+use crate::storage::{Location, sealed};
 use crate::{Error, Result};
 
 /// An object that nobody needs.

@@ -19,8 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::hash::{Digest, RowDigest};
-use crate::storage::Location;
-use crate::storage::sealed;
+use crate::storage::{Location, sealed};
 use crate::{Error, Result};
 
 /// Everything a stage's output depends on, by name. Its hash is the stage's key.

@@ -12,9 +12,13 @@ domains as (
     select * from domains
 )
 
-select documents.domain, documents.documents, documents.tokens
+select
+    documents.domain,
+    documents.documents,
+    documents.tokens
 from documents
 left join domains on documents.domain = domains.domain
-where domains.domain is null
+where
+    domains.domain is null
     or documents.documents <> domains.documents
     or documents.tokens <> domains.tokens

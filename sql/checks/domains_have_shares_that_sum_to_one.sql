@@ -1,5 +1,5 @@
 -- One row: the sum of the target shares in units of 10^-18, where it is not one.
--- Each share may be off by its rounding alone, so that the error is bounded by the number of domains.
+-- Each share is off by its rounding at most, so the number of domains bounds the error.
 with shares as (
     select
         sum(cast(round(share * 1000000000000000000) as decimal(38, 0))) as sum_of_shares,
@@ -9,5 +9,6 @@ with shares as (
 
 select sum_of_shares, domains
 from shares
-where sum_of_shares not between 1000000000000000000 - 1000 - domains
+where
+    sum_of_shares not between 1000000000000000000 - 1000 - domains
     and 1000000000000000000 + 1000 + domains

@@ -1,8 +1,10 @@
--- Global length upsampling: long documents up, whatever their domain (Fu et al. 2024, §3, "Global Upsampling").
+-- Global length upsampling: long documents up, whatever their domain.
+-- Fu et al. 2024, §3, "Global Upsampling".
 -- One row: a span of at most $max_span tokens to draw from, with its expected copies.
--- Weights are those of the original mixture, times one number for long documents and one for short ones, so that
--- $long_share of all tokens are in long documents, unless they are already. Domains with many long documents gain: the
--- mixture shifts a little. No span's weight is raised above $max_copies.
+-- Weights are those of the original mixture, times one number for long documents and one for short
+-- ones, so that $long_share of all tokens are in long documents, unless they are already. Domains
+-- with many long documents gain: the mixture shifts a little. No span's weight is raised above
+-- $max_copies.
 --   $long_share   double = 0.70   share of all tokens that come from long documents
 --   $budget       bigint          tokens to draw
 --   $long_tokens  bigint          a document of more tokens is long
@@ -33,8 +35,14 @@ original as (
 -- tokens in units of 2^-32, so that sums are exact
 corpus as (
     select
-        cast(sum(cast(round(copies * long_tokens * 4294967296) as decimal(38, 0))) as double) / 4294967296 as long_tokens,
-        cast(sum(cast(round(copies * (tokens - long_tokens) * 4294967296) as decimal(38, 0))) as double) / 4294967296 as short_tokens,
+        cast(
+            sum(cast(round(copies * long_tokens * 4294967296) as decimal(38, 0))) as double
+        ) / 4294967296 as long_tokens,
+        cast(
+            sum(
+                cast(round(copies * (tokens - long_tokens) * 4294967296) as decimal(38, 0))
+            ) as double
+        ) / 4294967296 as short_tokens,
         max(case when long_tokens > 0 then copies end) as most_copies
     from original
 ),
@@ -43,14 +51,22 @@ corpus as (
 raised as (
     select
         *,
-        greatest(1.0, least($long_share * (long_tokens + short_tokens) / nullif(long_tokens, 0), $max_copies / nullif(most_copies, 0))) as long_factor
+        greatest(
+            1.0,
+            least(
+                $long_share * (long_tokens + short_tokens) / nullif(long_tokens, 0),
+                $max_copies / nullif(most_copies, 0)
+            )
+        ) as long_factor
     from corpus
 ),
 
 factors as (
     select
         long_factor,
-        coalesce(1.0 - (long_factor - 1.0) * long_tokens / nullif(short_tokens, 0), 1.0) as short_factor
+        coalesce(
+            1.0 - (long_factor - 1.0) * long_tokens / nullif(short_tokens, 0), 1.0
+        ) as short_factor
     from raised
 ),
 

@@ -1,8 +1,10 @@
 -- Weights as a power of length: the longer a document, the likelier each of its tokens.
--- Not in Fu et al. 2024; a smooth form of its per-source upsampling (§3), without a border between long and short.
+-- Not in Fu et al. 2024; a smooth form of its per-source upsampling (§3), without a border between
+-- long and short.
 -- One row: a span of at most $max_span tokens to draw from, with its expected copies.
--- Each domain keeps its share of the budget. Inside it, a token's weight is its document's length to the power $exponent:
--- 0 is the original mixture, 1 draws a token of an 8K document twice as often as one of a 4K document.
+-- Each domain keeps its share of the budget. Inside it, a token's weight is its document's length
+-- to the power $exponent: 0 is the original mixture, 1 draws a token of an 8K document twice as
+-- often as one of a 4K document.
 --   $exponent     double = 0.5   from -2 to 2
 --   $budget       bigint         tokens to draw
 --   $long_tokens  bigint         the unit of length; the mixture does not depend on it
@@ -15,7 +17,7 @@ shares as (
     select domain, share from shares
 ),
 
--- an integer, in units of 2^-32, so that sums are exact and every use of a weight is the same number
+-- an integer, in units of 2^-32: sums are exact, and every use of a weight is the same number
 weighted as (
     select
         doc_id,
@@ -32,7 +34,9 @@ totals as (
 ),
 
 weights as (
-    select totals.domain, shares.share * $budget / cast(totals.weight as double) as copies_of_weight_one
+    select
+        totals.domain,
+        shares.share * $budget / cast(totals.weight as double) as copies_of_weight_one
     from totals
     inner join shares on totals.domain = shares.domain
 ),

@@ -1,10 +1,11 @@
--- Per-source length upsampling, the paper's recommendation (Fu et al. 2024, §3, "Per-source Upsampling").
+-- Per-source length upsampling, the paper's recommendation.
+-- Fu et al. 2024, §3, "Per-source Upsampling".
 -- One row: a span of at most $max_span tokens to draw from, with its expected copies.
--- Each domain keeps its share of the budget. Inside it, tokens of long documents are raised to $long_share; where they
--- have more already, they keep it. Where $max_copies of the long (short) documents are not enough, short (long) ones
--- fill the domain's budget.
+-- Each domain keeps its share of the budget. Inside it, tokens of long documents are raised to
+-- $long_share; where they have more already, they keep it. Where $max_copies of the long (short)
+-- documents are not enough, short (long) ones fill the domain's budget.
 --   $long_share   double = 0.70   share of each domain's tokens that come from long documents
---   $short_keep   double = null   instead: weight of a short document's tokens, a long one's being 1; 0.1 is the authors' code
+--   $short_keep   double = null   instead: weight of short tokens, long ones' being 1; authors: 0.1
 --   $budget       bigint          tokens to draw
 --   $long_tokens  bigint          a document of more tokens is long
 --   $max_copies   bigint          how often a span may be drawn
@@ -53,7 +54,8 @@ supplied as (
     from wanted
 ),
 
--- a domain with less than its budget is asked for all of it alike, so that the run can say what falls short
+-- a domain with less than its budget is asked for all of it alike, so that the run can say what
+-- falls short
 weights as (
     select
         domain,

@@ -1,8 +1,9 @@
 -- ProLong's mix: most of the budget from very long documents, the rest from all others.
--- After Gao et al. 2024, "How to Train Long-Context Language Models (Effectively)", §3: 60 % long and 40 % short data.
+-- After Gao et al. 2024, "How to Train Long-Context Language Models (Effectively)", §3: 60 % long
+-- and 40 % short data.
 -- One row: a span of at most $max_span tokens to draw from, with its expected copies.
--- Long here means at least $long_min tokens. Each part is divided by the shares of the domains that have such documents.
--- With documents of one kind only, the whole budget comes from them.
+-- Long here means at least $long_min tokens. Each part is divided by the shares of the domains that
+-- have such documents. With documents of one kind only, the whole budget comes from them.
 --   $long_share  double = 0.60    share of the budget that comes from long documents
 --   $long_min    bigint = 65536   a document of as many tokens is long
 --   $budget      bigint           tokens to draw
@@ -35,8 +36,12 @@ parts as (
         cast(share as double) as share,
         cast(long_tokens as double) as long_tokens,
         cast(short_tokens as double) as short_tokens,
-        cast(sum(case when long_tokens > 0 then cast(share as decimal(38, 0)) end) over () as double) as all_long,
-        cast(sum(case when short_tokens > 0 then cast(share as decimal(38, 0)) end) over () as double) as all_short
+        cast(
+            sum(case when long_tokens > 0 then cast(share as decimal(38, 0)) end) over () as double
+        ) as all_long,
+        cast(
+            sum(case when short_tokens > 0 then cast(share as decimal(38, 0)) end) over () as double
+        ) as all_short
     from domains
 ),
 

@@ -1,6 +1,8 @@
--- More of one domain: its weight is set to 0.60, then all are normalised (Fu et al. 2024, §3, "Upsample Arxiv / Book / Github").
+-- More of one domain: its weight is set to 0.60, then all are normalised.
+-- Fu et al. 2024, §3, "Upsample Arxiv / Book / Github".
 -- One row: a span of at most $max_span tokens to draw from, with its expected copies.
--- The mixture of domains changes, and lengths only as far as domains differ: inside a domain all tokens are alike.
+-- The mixture of domains changes, and lengths only as far as domains differ: inside a domain all
+-- tokens are alike.
 --   $domain    domain = required    the domain, as documents name it
 --   $weight    double = 0.60        its weight; the other domains' weights are their shares
 --   $budget    bigint               tokens to draw
@@ -25,7 +27,10 @@ weighted as (
 
 -- in units of 2^-32, so that the sum is exact
 total as (
-    select cast(sum(cast(round(weight * 4294967296) as decimal(38, 0))) as double) / 4294967296 as weight
+    select
+        cast(
+            sum(cast(round(weight * 4294967296) as decimal(38, 0))) as double
+        ) / 4294967296 as weight
     from weighted
 ),
 

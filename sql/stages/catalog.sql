@@ -1,5 +1,5 @@
 -- catalog: exact duplicates fall together, whatever file they came from.
--- It is run for ranges of doc_id, each by itself: a row may depend on documents of its own id alone.
+-- It is run for ranges of doc_id, each by itself: a row depends on documents of its own id alone.
 -- One row: a distinct document. `part` is one of the places that hold its ids; any would do.
 with documents as (
     select * from documents

@@ -1,7 +1,8 @@
 -- domains: what each domain's documents are like, in exact integers.
--- One row: a domain, over the documents a recipe may draw from (held-out documents are not among them).
+-- One row: a domain, over the documents a recipe may draw from (none of them is held out).
 --   $long_tokens  bigint   a document of more tokens is long
--- Lists by length have a number for each bucket of the paper's Figure 2: up to 1K, 2K, … 128K tokens, and above.
+-- Lists by length have a number for each bucket of the paper's Figure 2: up to 1K, 2K, … 128K
+-- tokens, and above.
 with documents as (
     select domain, tokens from documents
 ),
@@ -17,7 +18,8 @@ lengths as (
     group by domain, tokens
 ),
 
--- all of it from here on comes of one reading of the documents: a step that two others read would be computed twice
+-- all of it from here on comes of one reading of the documents: a step that two others read would
+-- be computed twice
 ranked as (
     select
         *,

@@ -1,8 +1,9 @@
 -- heldout: the documents that no recipe sees, for evaluation.
--- A text is held out in every domain that has it or in none, so that no domain trains on what another holds out.
+-- A text is held out in every domain that has it or in none, so that no domain trains on what
+-- another holds out.
 -- One row: a document held out, as a span that is drawn once, whole.
 --   $seed       bigint   the run's seed
---   $place      bigint   a text is a candidate where its hash, 63 bits, is below: the share of texts
+--   $place      bigint   texts are candidates whose hash of 63 bits is below: their share
 --   $millionths bigint   the share again: of no domain's tokens is more held out
 with catalog as (
     select doc_id, domain, tokens, text_id from catalog
@@ -28,8 +29,8 @@ candidates as (
     where heldout_hash($seed, catalog.text_id) < $place
 ),
 
--- of a domain's candidates in their order, each that is not larger than the whole limit takes its room: one that is must
--- not keep the smaller ones from being held out
+-- of a domain's candidates in their order, each that is not larger than the whole limit takes its
+-- room: one that is must not keep the smaller ones from being held out
 summed as (
     select
         *,

@@ -1,5 +1,6 @@
--- shuffle: the order of training. Every drawn copy gets a place by a hash of its own, another one than the draw's,
--- so that domains and lengths are mixed to the end (paper §3: "concatenated, then packed").
+-- shuffle: the order of training. Every drawn copy gets a place by a hash of its own, another one
+-- than the draw's, so that domains and lengths are mixed to the end (paper §3: "concatenated, then
+-- packed").
 -- One row: a copy of a span, in the order of training.
 --   $seed  bigint   the run's seed
 with drawn as (

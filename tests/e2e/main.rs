@@ -12,6 +12,7 @@ mod environment;
 mod evaluation;
 mod faults;
 mod hostile;
+mod init;
 mod network;
 mod packed;
 mod printing;

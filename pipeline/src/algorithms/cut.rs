@@ -1,7 +1,8 @@
 //! cut: where a stratum's budget ends among the keys of its copies.
 
-use super::strata::Stratum;
 use serde::{Deserialize, Serialize};
+
+use super::strata::Stratum;
 
 /// A fixed-point key: (j + u) / c in units of 2⁻⁶⁴.
 pub type Key = u128;

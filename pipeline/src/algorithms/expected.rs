@@ -9,8 +9,7 @@
 
 use hashbrown::HashMap;
 
-use crate::tables::LENGTH_BUCKET_NAMES;
-use crate::tables::ONE;
+use crate::tables::{LENGTH_BUCKET_NAMES, ONE};
 
 /// So many sums are kept of all strata together, or else some for each stratum.
 const MAX_SUMS: usize = if cfg!(test) { 64 } else { 1 << 18 };

@@ -1,9 +1,11 @@
 //! sequences: fragments of documents laid out in sequences, end to end or by best fit.
 
-use crate::conf::Mode;
-use serde::Serialize;
 use std::collections::VecDeque;
 use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::conf::Mode;
 
 /// How sequences are laid out.
 #[derive(Clone, Copy, Debug, Serialize)]

@@ -1,14 +1,14 @@
 //! spans: the rows of a recipe beside the documents they are of.
 
+use std::pin::Pin;
+
+use arrow::array::{Array, FixedSizeBinaryArray, Float64Array, Int64Array, RecordBatch, StringArray};
+use futures::{Stream, StreamExt};
+
 use super::strata::Span;
 use crate::hash::hex;
-use crate::tables::ONE;
-use crate::tables::column;
+use crate::tables::{ONE, column};
 use crate::{Error, Result};
-use arrow::array::{Array, RecordBatch};
-use arrow::array::{FixedSizeBinaryArray, Float64Array, Int64Array, StringArray};
-use futures::{Stream, StreamExt};
-use std::pin::Pin;
 
 /// More expected copies of one span than this are a mistake, whatever `max_copies` says.
 const MAX_COPIES: f64 = 1e6;

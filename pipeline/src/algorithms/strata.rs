@@ -1,12 +1,14 @@
 //! strata: what is asked of each stratum, as sums over its spans.
 
+use std::collections::BTreeMap;
+
+use hashbrown::HashMap;
+use serde::{Deserialize, Serialize};
+
 use super::expected::Spans;
 use crate::hash::hex;
 use crate::tables;
 use crate::tables::ONE;
-use hashbrown::HashMap;
-use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 
 /// One row of a recipe's result, with what the catalog knows of its document.
 pub struct Span<'a> {

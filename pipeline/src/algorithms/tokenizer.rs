@@ -19,23 +19,14 @@ use tokenizers::{
     NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Token,
 };
 
+use crate::error::TokenizerError;
+
 /// What the ids of a text depend on beside the file: the version of this encoder, raised when it gives other ids, and
 /// those of the libraries that normalize, split and merge, as Cargo.lock has them. It belongs into the key of what holds
 /// ids.
 pub const ENCODER: &str = "encoder 1, tokenizers 0.23.2, onig 6.5.3, onig_sys 69.9.3, regex-syntax 0.8.12, \
                            spm_precompiled 0.1.4, unicode-normalization-alignments 0.1.12, \
                            unicode-segmentation 1.13.3, unicode_categories 0.1.1";
-
-/// A tokenizer that can't be loaded, or a text it can't encode.
-#[derive(Debug, thiserror::Error)]
-pub enum TokenizerError {
-    #[error("{name} is not a tokenizer.json that can be used: {message}")]
-    Unusable { name: String, message: String },
-    #[error("the tokenizer failed on a text: {0}")]
-    Failed(String),
-    #[error("no tokenizer could be trained: {0}")]
-    NotTrained(String),
-}
 
 /// A tokenizer, ready to be shared between threads.
 pub struct Tokenizer {

@@ -8,6 +8,7 @@ mod eval;
 mod gc;
 #[cfg(feature = "train")]
 mod generate;
+mod init;
 mod log;
 mod plan;
 mod preview;
@@ -53,12 +54,15 @@ Exit codes:
   75  stopped by SIGTERM or SIGINT; the same command goes on where this one was
 
 Examples:
+  lengthwise init mixture
   lengthwise run conf/quickstart.toml
   lengthwise preview conf/corpus.toml --set mixture.recipe=sql/mixtures/global.sql
   lengthwise sql conf/corpus.toml \"select domain, tokens from domains\"";
 
 #[derive(Subcommand)]
 enum Command {
+    /// Write a first project: a conf that runs at once, the recipes, a check
+    Init(init::InitArguments),
     /// Do all that a conf asks for; the last line of stdout is the run's directory
     Run(run::RunArguments),
     /// The same for a conf with a [train] table, under the name that a scheduler of training jobs knows
@@ -192,6 +196,7 @@ fn start(command: Command) -> Result<()> {
         .map_err(|source| Error::Io { doing: "cannot start threads".into(), source })?;
     let result = runtime.block_on(async {
         match command {
+            Command::Init(arguments) => init::main(arguments).await,
             Command::Run(arguments) => run::main(arguments).await,
             #[cfg(feature = "train")]
             Command::Train(arguments) => run::train(arguments).await,

@@ -2,7 +2,7 @@
 
 use super::tree::{Node, Tree, Value};
 use crate::Result;
-use crate::storage::secret;
+use crate::secret;
 
 /// The keys whose values are urls or paths. Nothing is expanded anywhere else: a recipe's parameter that
 /// contains `${` is text.

@@ -658,8 +658,8 @@ fn credentials_are_told_from_ordinary_urls() {
         "s3//key:secret@bucket/x",
         "s3:key:secret@bucket/x",
     ] {
-        assert!(crate::storage::secret::in_url(url), "{url}");
-        let masked = crate::storage::secret::mask(&format!("url=\"{url}\" # what"));
+        assert!(crate::secret::in_url(url), "{url}");
+        let masked = crate::secret::mask(&format!("url=\"{url}\" # what"));
         assert!(masked.starts_with("url=\"") && masked.ends_with("**\" # what"), "{masked}");
     }
     for url in [
@@ -674,8 +674,8 @@ fn credentials_are_told_from_ordinary_urls() {
         "a//b:c@d",
         "s3:bucket/x",
     ] {
-        assert!(!crate::storage::secret::in_url(url), "{url}");
-        assert_eq!(crate::storage::secret::mask(url), url);
+        assert!(!crate::secret::in_url(url), "{url}");
+        assert_eq!(crate::secret::mask(url), url);
     }
 }
 

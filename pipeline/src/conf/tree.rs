@@ -5,7 +5,7 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::storage::secret;
+use crate::secret;
 use crate::{Error, Result};
 
 /// A conf file with its `--set` arguments laid over it.

@@ -46,6 +46,13 @@ pub struct Unit {
     pub files: Vec<SourceFile>,
 }
 
+impl Unit {
+    /// Bytes of its files, as they are stored.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.size).sum()
+    }
+}
+
 fn write_path<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
     path.as_ref().serialize(to)
 }

@@ -324,7 +324,7 @@ fn below<'p>(path: &'p str, folder: &str) -> Option<&'p str> {
 }
 
 /// Whether a folder gives files of this name, in small letters.
-fn reads(format: Format, name: &str) -> bool {
+pub fn reads(format: Format, name: &str) -> bool {
     let ends = |name: &str, endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     match format {
         Format::Jsonl => {

@@ -33,7 +33,7 @@ mod unread;
 
 pub use column::Column;
 pub use files::{BUNDLE_FILE_BYTES, SourceFile, Unit, units};
-pub use list::{Listing, list};
+pub use list::{Listing, list, reads};
 pub use part::{PART_BYTES, Part};
 pub use read::{FileSummary, Parts, Reader};
 pub use unread::{Unread, Why};

@@ -6,8 +6,7 @@ use std::sync::atomic::AtomicBool;
 use tokio::sync::mpsc;
 
 use super::files::SourceFile;
-use super::stored;
-use super::{Cell, Each, Outcome, Row, Spec};
+use super::{Cell, Each, Outcome, Row, Spec, stored};
 use crate::{Error, Result};
 
 /// A part ends with the row that brings it to this size, after decompression.

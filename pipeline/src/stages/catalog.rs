@@ -3,10 +3,9 @@
 //! Documents are made distinct in buckets, each a range of doc_id and a task: it looks at the documents of all units, and
 //! sorts those of its range.
 
-use crate::tables::column;
-use arrow::array::Int64Array;
 use std::sync::Arc;
 
+use arrow::array::Int64Array;
 use arrow::datatypes::Schema;
 use datafusion::prelude::SessionContext;
 use futures::{StreamExt, TryStreamExt};
@@ -19,8 +18,8 @@ use crate::sql::StageSql;
 use crate::sql::engine::{query, scan, write_table};
 use crate::sql::functions::hashes;
 use crate::stage::Stage;
-use crate::storage::Location;
-use crate::storage::sealed;
+use crate::storage::{Location, sealed};
+use crate::tables::column;
 use crate::tasks::Task;
 use crate::tasks::distinct::{Distinct, Documents};
 use crate::{Error, Result, tables};

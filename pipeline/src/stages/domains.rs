@@ -1,12 +1,11 @@
 //! domains: exact statistics of each domain, and the target shares.
 
-use crate::tables::column;
-use arrow::array::{Int64Array, ListArray};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::{Array, AsArray, Float64Array, RecordBatch, StringArray};
+use arrow::array::{Array, AsArray, Float64Array, Int64Array, ListArray, RecordBatch, StringArray};
 use arrow::datatypes::Int64Type;
+use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -15,8 +14,8 @@ use crate::output::{Output, Published};
 use crate::run::{Run, ingredients};
 use crate::sql::engine::{query, scan, write_table};
 use crate::stage::Stage;
+use crate::tables::column;
 use crate::{Result, tables};
-use futures::TryStreamExt;
 
 /// Tables `domains` and `shares`.
 pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {

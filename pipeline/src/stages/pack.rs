@@ -3,9 +3,7 @@
 //! The layout is that of the authors' published dataset: `input_ids`, the one id after them in `labels` (−100 where there
 //! is none), and `source`, the segments that tile the sequence. Padding is a segment without a doc_id.
 
-use crate::tables::column;
-use arrow::array::RecordBatch;
-use arrow::array::{Int32Array, Int64Array};
+use arrow::array::{Int32Array, Int64Array, RecordBatch};
 use futures::{StreamExt, TryStreamExt};
 use hashbrown::HashMap;
 use serde_json::json;
@@ -19,6 +17,7 @@ use crate::run::{Run, ingredients};
 use crate::sql::engine::{query, stream};
 use crate::stage::Stage;
 use crate::stages::tokenizer::Tokenizer;
+use crate::tables::column;
 use crate::tasks::Task;
 use crate::tasks::pack::{PackFile, Packing, Range};
 use crate::{Error, Result, tables};

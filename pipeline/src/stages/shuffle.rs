@@ -4,12 +4,11 @@
 //! fitted into sequences ([`Mode::BestFit`]). Then a scatter: each part's ids are read once, and what was drawn of them
 //! is written as one file, in the order of the output files, so that packing an output file reads one range a part.
 
-use crate::tables::column;
-use arrow::array::{FixedSizeBinaryArray, Int64Array, StringArray};
 use std::sync::Arc;
 
 use arrow::array::{
-    BooleanBuilder, FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch, StringBuilder,
+    BooleanBuilder, FixedSizeBinaryArray, FixedSizeBinaryBuilder, Int32Builder, Int64Array, Int64Builder,
+    RecordBatch, StringArray, StringBuilder,
 };
 use futures::{Stream, StreamExt, TryStreamExt};
 use hashbrown::{HashMap, HashSet};
@@ -24,6 +23,7 @@ use crate::sql::engine::{TableWriter, query, stream};
 use crate::sql::functions::hashes;
 use crate::stage::Stage;
 use crate::storage::Location;
+use crate::tables::column;
 use crate::tasks::Task;
 use crate::tasks::scatter::{Scatter, Wanted};
 use crate::{Error, Result, tables};

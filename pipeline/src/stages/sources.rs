@@ -3,15 +3,15 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use globset::Glob;
 use object_store::path::Path;
 use serde_json::{Value, json};
 
-use crate::conf::{self, Domain, Format};
+use crate::conf;
 use crate::hash::{doc_id, unit_hash};
 use crate::run::Run;
-use crate::source::{self, Column, DomainRule, Reader, Spec, Unit, Unread, Why};
+use crate::source::{self, Reader, Spec, Unit, Unread, Why};
 use crate::storage::Location;
+use crate::tasks::tokenize::spec;
 use crate::{Error, Result};
 
 /// A source with its files as they were listed.
@@ -38,42 +38,6 @@ impl Source {
     pub fn identity(&self) -> Value {
         Value::Array(self.units.iter().map(|unit| self.unit_identity(unit)).collect())
     }
-}
-
-/// Bytes of a unit's files, as they are stored.
-pub fn size(unit: &Unit) -> u64 {
-    unit.files.iter().map(|file| file.size).sum()
-}
-
-/// What a source's conf says to its reader.
-///
-/// # Errors
-/// A glob of its domains is none.
-pub fn spec(conf: &conf::Source) -> Result<Spec, globset::Error> {
-    // `conf::check` has seen that it is one
-    let column = |path: &str| Column::parse(path).unwrap_or_default();
-    let domain = match &conf.domain {
-        Domain::Column(path) => DomainRule::Column(column(path)),
-        Domain::Const(constant) => DomainRule::Const(constant.domain.clone()),
-        Domain::Rules(rules) => DomainRule::Paths(
-            rules
-                .iter()
-                .map(|rule| Ok((Glob::new(&rule.glob)?.compile_matcher(), rule.domain.clone())))
-                .collect::<Result<_, globset::Error>>()?,
-        ),
-    };
-    let format = match conf.format {
-        Format::Jsonl => source::Format::Jsonl,
-        Format::Parquet => source::Format::Parquet,
-        Format::Text => source::Format::Text,
-    };
-    Ok(Spec {
-        origin: conf.name.clone(),
-        format,
-        text: conf.text.as_deref().map(column).unwrap_or_default(),
-        domain,
-        max_document_bytes: conf.max_document_bytes.0,
-    })
 }
 
 /// The paths by which a source comes upon an output: a local one may be reached through links.
@@ -140,7 +104,7 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
 pub async fn sample(run: &Run, sources: &[Source], bytes: u64) -> Result<Vec<String>> {
     let mut kept: BTreeMap<(u64, [u8; 16]), String> = BTreeMap::new();
     let mut kept_bytes = 0;
-    let bar = run.progress.stage("tokenizer", sources.iter().flat_map(|s| &s.units).map(size).sum());
+    let bar = run.progress.stage("tokenizer", sources.iter().flat_map(|s| &s.units).map(Unit::bytes).sum());
     for source in sources {
         for unit in &source.units {
             let mut parts = source.reader.parts(unit.clone(), source.spec.clone(), |_| false);
@@ -166,7 +130,7 @@ pub async fn sample(run: &Run, sources: &[Source], bytes: u64) -> Result<Vec<Str
                 })?;
                 bar.add(0, 0, 0, part.bytes());
             }
-            bar.add(size(unit), 0, 0, 0);
+            bar.add(unit.bytes(), 0, 0, 0);
         }
     }
     if kept.is_empty() {

@@ -14,8 +14,7 @@ use serde_json::{Value, json};
 
 use super::tokenizer::Tokenizer;
 use crate::hash::{Digest, RowDigest};
-use crate::output::{self, Ingredients, Manifest, Output, Table};
-use crate::output::{Input, StageKey};
+use crate::output::{self, Ingredients, Input, Manifest, Output, StageKey, Table};
 use crate::run::{Goal, Run, Step, ingredients};
 use crate::source::{Unit, Unread};
 use crate::stage::Stage;
@@ -165,8 +164,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
             todo.push((i, list, key, folder));
         }
     }
-    let bar =
-        run.progress.stage(Stage::Tokens.name(), missing.iter().map(|i| sources::size(jobs[*i].1)).sum());
+    let bar = run.progress.stage(Stage::Tokens.name(), missing.iter().map(|i| jobs[*i].1.bytes()).sum());
     let at = run.output.join("tokenizers").join(&format!("{}.json", tokenizer.fingerprint));
     run.executor.here.keep(tokenizer.fingerprint, tokenizer.loaded.clone());
     if run.executor.is_remote() && !todo.is_empty() {
@@ -189,7 +187,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
             let output = run.executor.perform(Task::Tokenize(task), &bar).await?;
             if run.executor.is_remote() {
                 let counted = |name| output.counted(name);
-                bar.add(sources::size(unit), counted("rows"), counted("tokens"), counted("bytes"));
+                bar.add(unit.bytes(), counted("rows"), counted("tokens"), counted("bytes"));
             }
             let Output { tables, counts, notes } = output;
             let manifest = Manifest {

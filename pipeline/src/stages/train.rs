@@ -5,9 +5,8 @@ use std::sync::atomic::Ordering;
 use lengthwise_model::checkpoint::Checkpoint;
 use lengthwise_model::comm::Place;
 use lengthwise_model::plan::Plan;
-use lengthwise_model::resume;
 use lengthwise_model::train::config_of;
-use lengthwise_model::{Location as Folder, Step as Metrics, TrainConf, TrainJob, checkpoint_parts};
+use lengthwise_model::{Location as Folder, Step as Metrics, TrainConf, TrainJob, checkpoint_parts, resume};
 use object_store::ObjectStore;
 use serde_json::{Value, json};
 

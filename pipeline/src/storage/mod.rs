@@ -5,7 +5,6 @@
 pub mod environment;
 mod local;
 pub mod sealed;
-pub mod secret;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -23,7 +22,7 @@ use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, P
 use url::Url;
 
 use crate::hash::Digest;
-use crate::{Error, Result};
+use crate::{Error, Result, secret};
 use local::Local;
 
 /// A folder or an object in an object store.

@@ -1,13 +1,8 @@
 //! distinct: the documents of a bucket, one row each.
 
-use super::Worker;
-use crate::output::{File, Output, Table};
-use crate::progress::Bar;
-use crate::sql::StageSql;
-use crate::sql::engine::{FILES_AT_A_TIME, query, scan_all, write_table};
-use crate::storage::Location;
-use crate::storage::sealed;
-use crate::{Error, Result, tables};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use arrow::datatypes::SchemaRef;
 use datafusion::catalog::streaming::StreamingTable;
 use datafusion::common::ScalarValue;
@@ -19,8 +14,14 @@ use datafusion::physical_plan::streaming::PartitionStream;
 use datafusion::prelude::{col, lit};
 use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use std::sync::Arc;
+
+use super::Worker;
+use crate::output::{File, Output, Table};
+use crate::progress::Bar;
+use crate::sql::StageSql;
+use crate::sql::engine::{FILES_AT_A_TIME, query, scan_all, write_table};
+use crate::storage::{Location, sealed};
+use crate::{Error, Result, tables};
 
 /// Where the documents of all units are.
 #[derive(Serialize, Deserialize)]

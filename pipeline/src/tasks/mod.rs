@@ -15,12 +15,6 @@ use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
-use distinct::Distinct;
-use pack::PackFile;
-use pass::Pass;
-use scatter::Scatter;
-use tokenize::Tokenize;
-
 use crate::algorithms::tokenizer::Tokenizer;
 use crate::hash::Digest;
 use crate::output::Output;
@@ -30,6 +24,11 @@ use crate::sql::engine::Engine;
 use crate::stop::check_stop;
 use crate::storage::{Location, Stores};
 use crate::{Error, Result};
+use distinct::Distinct;
+use pack::PackFile;
+use pass::Pass;
+use scatter::Scatter;
+use tokenize::Tokenize;
 
 /// What is to be done. Everything that it needs is in it or in storage.
 #[derive(Debug, Serialize, Deserialize)]

@@ -1,16 +1,11 @@
 //! pack: an output file of packed sequences.
 
-use super::Worker;
-use crate::hash::{RowDigest, hex};
-use crate::output::{File, Output, Table};
-use crate::sql::engine::{put_file, scan};
-use crate::storage::Location;
-use crate::tables::column;
-use crate::{Error, Result, tables};
+use std::sync::Arc;
+
 use arrow::array::{
-    ArrayRef, Int32Array, Int32Builder, ListArray, ListBuilder, RecordBatch, StringBuilder, StructBuilder,
+    ArrayRef, BooleanArray, FixedSizeBinaryArray, Int32Array, Int32Builder, Int64Array, ListArray,
+    ListBuilder, RecordBatch, StringArray, StringBuilder, StructBuilder,
 };
-use arrow::array::{BooleanArray, FixedSizeBinaryArray, Int64Array, StringArray};
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::DataType;
 use bytes::Bytes;
@@ -22,7 +17,14 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 use parquet::schema::types::ColumnPath;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+
+use super::Worker;
+use crate::hash::{RowDigest, hex};
+use crate::output::{File, Output, Table};
+use crate::sql::engine::{put_file, scan};
+use crate::storage::Location;
+use crate::tables::column;
+use crate::{Error, Result, tables};
 
 /// What every packing job knows.
 #[derive(Clone, Debug, Serialize, Deserialize)]

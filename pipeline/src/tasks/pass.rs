@@ -1,5 +1,18 @@
 //! pass: a look at some of the mixture's spans, to find the cuts, or to draw once they are found.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use arrow::array::{
+    FixedSizeBinaryArray, FixedSizeBinaryBuilder, Float64Array, Int32Builder, Int64Array, Int64Builder,
+    RecordBatch, StringArray, StringBuilder,
+};
+use datafusion::common::runtime::SpawnedTask;
+use futures::TryStreamExt;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use super::Worker;
 use crate::algorithms::cut::{Cut, Rank, Tally, key};
 use crate::algorithms::strata::{Span, Stratum};
@@ -9,18 +22,8 @@ use crate::progress::Bar;
 use crate::sql::engine::{TableWriter, scan};
 use crate::stop::check_stop;
 use crate::storage::Location;
-use crate::tables::ONE;
-use crate::tables::column;
+use crate::tables::{ONE, column};
 use crate::{Error, Result, tables};
-use arrow::array::{FixedSizeBinaryArray, Float64Array, Int64Array, StringArray};
-use arrow::array::{FixedSizeBinaryBuilder, Int32Builder, Int64Builder, RecordBatch, StringBuilder};
-use datafusion::common::runtime::SpawnedTask;
-use futures::TryStreamExt;
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 /// What the draw needs to know beyond the mixture.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]

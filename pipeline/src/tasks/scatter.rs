@@ -1,17 +1,18 @@
 //! scatter: the drawn ids of a part, in the order of the output files.
 
+use std::sync::Arc;
+
+use arrow::array::{Array, FixedSizeBinaryArray, Int32Array, Int64Array, ListArray, RecordBatch};
+use futures::{Stream, StreamExt};
+use hashbrown::HashMap;
+use serde::{Deserialize, Serialize};
+
 use super::Worker;
 use crate::hash::RowDigest;
 use crate::output::{Output, Table};
 use crate::sql::engine::{put_file, scan};
 use crate::tables::column;
 use crate::{Error, Result, tables};
-use arrow::array::{Array, Int32Array, Int64Array, RecordBatch};
-use arrow::array::{FixedSizeBinaryArray, ListArray};
-use futures::{Stream, StreamExt};
-use hashbrown::HashMap;
-use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 
 /// What to copy out of one part: tokens `[start, stop)` of documents, in the order of the output.
 #[derive(Debug, Default, Serialize, Deserialize)]

@@ -1,16 +1,8 @@
 //! tokenize: a unit of source files becomes documents, ids and rejects, a part at a time.
 
-use super::Worker;
-use crate::conf;
-use crate::hash::{Digest, doc_id, text_id};
-use crate::output::Input;
-use crate::output::{Draft, Output};
-use crate::progress::Bar;
-use crate::source::{Part, Reader, Spec, Unit};
-use crate::sql::engine::TableWriter;
-use crate::stages::sources::{self};
-use crate::storage::Location;
-use crate::{Error, Result, tables};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use arrow::array::{
     ArrayRef, FixedSizeBinaryBuilder, Int32Builder, Int64Builder, ListArray, RecordBatch, StringBuilder,
     UInt16Array, UInt32Array,
@@ -18,11 +10,20 @@ use arrow::array::{
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::DataType;
 use futures::TryStreamExt;
+use globset::Glob;
 use hashbrown::HashSet;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
-use std::sync::Arc;
+
+use super::Worker;
+use crate::conf::{self, Domain, Format};
+use crate::hash::{Digest, doc_id, text_id};
+use crate::output::{Draft, Input, Output};
+use crate::progress::Bar;
+use crate::source::{self, Column, DomainRule, Part, Reader, Spec, Unit};
+use crate::sql::engine::TableWriter;
+use crate::storage::Location;
+use crate::{Error, Result, tables};
 
 /// A part's number: stable, and the same for the same unit and index.
 fn part_number(unit_key: &str, index: u32) -> i64 {
@@ -45,10 +46,41 @@ pub struct Tokenize {
     pub tokenizer_url: String,
 }
 
+/// What a source's conf says to its reader.
+///
+/// # Errors
+/// A glob of its domains is none.
+pub fn spec(conf: &conf::Source) -> Result<Spec, globset::Error> {
+    // `conf::check` has seen that it is one
+    let column = |path: &str| Column::parse(path).unwrap_or_default();
+    let domain = match &conf.domain {
+        Domain::Column(path) => DomainRule::Column(column(path)),
+        Domain::Const(constant) => DomainRule::Const(constant.domain.clone()),
+        Domain::Rules(rules) => DomainRule::Paths(
+            rules
+                .iter()
+                .map(|rule| Ok((Glob::new(&rule.glob)?.compile_matcher(), rule.domain.clone())))
+                .collect::<Result<_, globset::Error>>()?,
+        ),
+    };
+    let format = match conf.format {
+        Format::Jsonl => source::Format::Jsonl,
+        Format::Parquet => source::Format::Parquet,
+        Format::Text => source::Format::Text,
+    };
+    Ok(Spec {
+        origin: conf.name.clone(),
+        format,
+        text: conf.text.as_deref().map(column).unwrap_or_default(),
+        domain,
+        max_document_bytes: conf.max_document_bytes.0,
+    })
+}
+
 impl Tokenize {
     pub async fn perform(self, worker: &Worker, bar: &Bar) -> Result<Output> {
         let tokenizer = worker.tokenizer(self.tokenizer, &self.tokenizer_url).await?;
-        let spec = sources::spec(&self.source);
+        let spec = spec(&self.source);
         let spec = Arc::new(spec.map_err(|e| Error::data(e.to_string(), "mend the source's globs"))?);
         let reader = worker.reader(worker.stores.open(&self.source.url)?);
         let draft = Draft::begin(worker.stores.open(&self.folder)?, self.again).await?;
@@ -119,7 +151,7 @@ async fn tokenize(
     while let Some(part) = working.try_next().await? {
         account(&mut output, part);
     }
-    bar.add(sources::size(unit), 0, 0, 0);
+    bar.add(unit.bytes(), 0, 0, 0);
     let read = parts.files().iter();
     let inputs: Vec<Input> = read
         .map(|file| Input {

@@ -41,6 +41,17 @@ use place::{Places, nearest};
 use crate::Result;
 use crate::hash::Digest;
 
+/// The recipes of `sql/mixtures/`, by name.
+pub const RECIPES: [(&str, &str); 7] = [
+    ("cut_128k", include_str!("../../../../sql/mixtures/cut_128k.sql")),
+    ("cut_4k", include_str!("../../../../sql/mixtures/cut_4k.sql")),
+    ("per_source", include_str!("../../../../sql/mixtures/per_source.sql")),
+    ("global", include_str!("../../../../sql/mixtures/global.sql")),
+    ("upsample_domain", include_str!("../../../../sql/mixtures/upsample_domain.sql")),
+    ("length_power", include_str!("../../../../sql/mixtures/length_power.sql")),
+    ("prolong", include_str!("../../../../sql/mixtures/prolong.sql")),
+];
+
 /// Parameters that every recipe has: their values come from the run's conf, and all are of type bigint.
 pub const BUILTIN: [&str; 5] = ["budget", "long_tokens", "max_copies", "max_span", "seed"];
 

@@ -18,16 +18,6 @@ use proptest::prelude::*;
 
 use super::*;
 
-const RECIPES: [(&str, &str); 7] = [
-    ("cut_128k", include_str!("../../../../sql/mixtures/cut_128k.sql")),
-    ("cut_4k", include_str!("../../../../sql/mixtures/cut_4k.sql")),
-    ("per_source", include_str!("../../../../sql/mixtures/per_source.sql")),
-    ("global", include_str!("../../../../sql/mixtures/global.sql")),
-    ("upsample_domain", include_str!("../../../../sql/mixtures/upsample_domain.sql")),
-    ("length_power", include_str!("../../../../sql/mixtures/length_power.sql")),
-    ("prolong", include_str!("../../../../sql/mixtures/prolong.sql")),
-];
-
 fn recipe(name: &str) -> Recipe {
     let (_, text) = RECIPES.into_iter().find(|(n, _)| *n == name).unwrap();
     shown_error(Recipe::parse(&format!("sql/mixtures/{name}.sql"), text))

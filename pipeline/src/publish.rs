@@ -5,7 +5,7 @@ use std::collections::btree_map::Entry;
 
 use serde_json::Value;
 
-use super::{Attempt, Build, RunManifest, Summary, written};
+use crate::directory::{Attempt, Build, RunManifest, Summary, written};
 use crate::hash::Digest;
 use crate::output::{File, Published, StageKey, Table};
 use crate::run::{Run, Step};

@@ -7,8 +7,6 @@
 //!     manifest.json                        written last, if absent
 //! ```
 
-mod publish;
-
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
@@ -21,11 +19,8 @@ use crate::run::Step;
 use crate::source::Unread;
 use crate::stages::domains::Domain;
 use crate::stages::shuffle::Planned;
-use crate::storage::Location;
-use crate::storage::sealed;
+use crate::storage::{Location, sealed};
 use crate::{Error, Result};
-
-pub use publish::Dataset;
 
 /// All that a run was made of and all that it made. Nothing in it says when or where.
 #[derive(Clone, Debug, Serialize, Deserialize)]
