@@ -4,7 +4,6 @@ mod azure;
 mod bench;
 mod broken;
 mod caching;
-mod cluster;
 mod codes;
 mod disk;
 mod ecosystem;
