@@ -9,15 +9,15 @@ check:
     sqlfluff lint sql pipeline/src/cli/init
     cargo-deny --locked check bans licenses sources
     cargo fmt --all --check
-    cargo clippy --release --workspace --all-targets -- -D warnings
+    cargo clippy --release --workspace --features lengthwise/cluster --all-targets -- -D warnings
 
 # All tests but the slow proofs
 test:
-    cargo test --release --workspace
+    cargo test --release
 
 # A slow proof by a part of its name: twenty_kills, every_file, a_hundred_random_kills, …
 slow name:
-    cargo test --release --workspace --test e2e -- --ignored {{ name }} --nocapture
+    cargo test --release --test e2e -- --ignored {{ name }} --nocapture
 
 # Beside what others take for the same, as docs/measurements.md has it
 bench corpus tokenizer:

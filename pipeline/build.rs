@@ -9,7 +9,7 @@ const SOURCES: [&str; 3] = ["src", "../model/src", "../sql"];
 /// Libraries through which documents, ids, tables or weights go.
 const LIBRARIES: [&str; 11] = [
     "arrow",
-    "burn",
+    "burn-flex",
     "datafusion",
     "flate2",
     "libm",

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use burn::tensor::{FloatDType, Int, Tensor, TensorData};
+use burn_tensor::{FloatDType, Int, Tensor, TensorData};
 use lengthwise_model::backprop::LOGIT_ROWS;
 use lengthwise_model::comm::threads;
 use lengthwise_model::config::Config;

@@ -9,7 +9,7 @@
 
 use std::time::{Duration, Instant};
 
-use burn::tensor::{FloatDType, Tensor};
+use burn_tensor::{FloatDType, Tensor};
 use lengthwise_model::backprop::{Machine, Rows};
 use lengthwise_model::comm::threads;
 use lengthwise_model::config::Config;

@@ -2,7 +2,7 @@
 //! backward goes from the last layer to the first and computes the rest again. No rank ever has more than one layer's
 //! parameters whole, and the logits are never whole.
 
-use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn_tensor::{Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
 
 use crate::Result;
 use crate::attention::Kernel;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
-use burn::tensor::FloatDType;
+use burn_tensor::FloatDType;
 
 use crate::amount::{Count, Size};
 use crate::config::Config;

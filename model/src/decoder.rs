@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn_tensor::{Device, FloatDType, Tensor, TensorData};
 use tokio::runtime::Handle;
 
 use crate::Result;

@@ -1,6 +1,6 @@
 //! Devices by name: the one place that knows which backends this build has.
 
-use burn::tensor::{Device, FloatDType};
+use burn_tensor::{Device, FloatDType};
 
 use crate::attention::Kernel;
 use crate::{Error, Result};

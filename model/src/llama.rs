@@ -5,7 +5,7 @@
 //! and [`post`] (projection, residual, MLP). What a forward saves is what its backward takes; the trainer keeps it or
 //! computes it again.
 
-use burn::tensor::{FloatDType, IndexingUpdateOp, Int, Tensor, activation};
+use burn_tensor::{FloatDType, IndexingUpdateOp, Int, Tensor, activation};
 
 use crate::config::Config;
 use crate::rope::Rope;

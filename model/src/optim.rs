@@ -1,6 +1,6 @@
 //! AdamW on what a rank owns, with the norm of all ranks' gradients clipped, and the learning rate's schedule.
 
-use burn::tensor::{DType, Tensor, TensorData};
+use burn_tensor::{DType, Tensor, TensorData};
 
 use crate::Result;
 use crate::comm::Comm;
@@ -77,7 +77,7 @@ pub fn norm(comm: &dyn Comm, gradients: &[Tensor<1>]) -> Result<f64> {
 }
 
 /// The sums over ranks of some numbers.
-pub fn total(comm: &dyn Comm, numbers: &[f64], device: &burn::tensor::Device) -> Result<Vec<f64>> {
+pub fn total(comm: &dyn Comm, numbers: &[f64], device: &burn_tensor::Device) -> Result<Vec<f64>> {
     let data = TensorData::new(numbers.to_vec(), [numbers.len()]);
     let sum = comm.all_reduce(Tensor::from_data(data, (device, DType::F64)))?;
     Ok(sum.into_data().iter::<f64>().collect())
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
     use crate::comm::threads;
     use crate::shards::Unit;
-    use burn::tensor::Device;
+    use burn_tensor::Device;
     use serde_json::json;
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
+use burn_tensor::Tensor;
 use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt};
 use serde::{Deserialize, Serialize};
@@ -160,7 +160,7 @@ impl Resume {
         &self,
         units: Vec<Unit>,
         comm: &dyn Comm,
-        device: &burn::tensor::Device,
+        device: &burn_tensor::Device,
         weight_decay: f64,
         wait: &tokio::runtime::Handle,
     ) -> Result<(Shards, AdamW)> {

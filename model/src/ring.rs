@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
+use burn_tensor::Tensor;
 
 use crate::Result;
 use crate::attention::{Block, Gradients, Kernel, Partial};

@@ -1,6 +1,6 @@
 //! Rotary position embedding as Hugging Face's Llama computes it: halves are rotated, not neighbours.
 
-use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn_tensor::{Device, FloatDType, Tensor, TensorData};
 
 use crate::Result;
 use crate::config::{Config, Scaling};

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn_tensor::{DType, Device, FloatDType, Tensor, TensorData};
 
 use crate::Result;
 use crate::comm::Comm;

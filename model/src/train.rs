@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
-use burn::tensor::{FloatDType, Tensor};
+use burn_tensor::{FloatDType, Tensor};
 use bytes::Bytes;
 use serde_json::{Map, json};
 use tokio::runtime::Handle;

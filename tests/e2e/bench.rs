@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_lengthwise-under-test");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_lengthwise");
 
 /// A recipe of this repository.
 pub fn recipe(name: &str) -> String {
@@ -219,4 +219,17 @@ pub fn tree(folder: &Path) -> Vec<PathBuf> {
     }
     files.sort();
     files
+}
+
+/// Changes the bytes of a file, in a new one: a disk's error would not follow hard links.
+pub fn rewrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    let mut bytes = std::fs::read(path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    change(&mut bytes);
+    std::fs::write(path, bytes).unwrap();
+}
+
+pub fn flip(bytes: &mut [u8]) {
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
 }

@@ -2,20 +2,7 @@
 
 use std::path::Path;
 
-use crate::bench::{Bench, packed, said, tree};
-
-/// Changes the bytes of a file, in a new one: a disk's error would not follow hard links.
-pub fn rewrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
-    let mut bytes = std::fs::read(path).unwrap();
-    std::fs::remove_file(path).unwrap();
-    change(&mut bytes);
-    std::fs::write(path, bytes).unwrap();
-}
-
-pub fn flip(bytes: &mut [u8]) {
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-}
+use crate::bench::{Bench, flip, packed, rewrite, said, tree};
 
 fn cut(bytes: &mut Vec<u8>) {
     bytes.truncate(bytes.len() / 2);
@@ -49,7 +36,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     kills(1, 6);
 }
 
-/// The slow proof: `cargo test --release -p lengthwise-tests -- --ignored twenty_kills`
+/// The slow proof: `cargo test --release --test e2e -- --ignored twenty_kills`
 #[test]
 #[ignore = "a slow proof: run it by name"]
 fn twenty_kills_leave_the_same_bytes() {
@@ -146,7 +133,7 @@ fn a_file_that_breaks_before_the_first_run_has_ended_is_computed_again() {
     }
 }
 
-/// The slow proof: `cargo test --release -p lengthwise-tests -- --ignored every_file`
+/// The slow proof: `cargo test --release --test e2e -- --ignored every_file`
 #[test]
 #[ignore = "a slow proof: run it by name"]
 fn every_file_flipped_cut_short_or_gone_is_computed_again() {

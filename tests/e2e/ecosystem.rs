@@ -31,7 +31,7 @@ fn transformers_and_datasets_read_a_run_s_directory() {
     assert_eq!(ours.code, 0, "{ours:?}");
     let ours: Vec<i64> = ours.out.lines().map(|id| id.parse().unwrap()).collect();
     for python in pythons {
-        let script = format!("{}/e2e/ecosystem.py", env!("CARGO_MANIFEST_DIR"));
+        let script = format!("{}/../tests/e2e/ecosystem.py", env!("CARGO_MANIFEST_DIR"));
         let cache = bench.path("cache");
         let mut command = Command::new(&python);
         command.args([&script, run, text]).arg(&cache).env("HF_HUB_OFFLINE", "1").env("HF_HOME", &cache);

@@ -326,7 +326,7 @@ fn a_sweep_trains_each_recipe_on_the_same_tokens_and_compares_them() {
     let arguments =
         ["sweep", "conf.toml", "--recipes", &recipes, "--set", TRAIN, "--set", EVAL, "--set", shortfall];
     let said =
-        bench.say(&[&arguments[..], &["--html", "sweep.html", "--png", "sweep.png", "--json"]].concat());
+        bench.say(&[&arguments[..], &["--html", "sweep.html", "--svg", "sweep.svg", "--json"]].concat());
     assert_eq!(said.code, 0, "{}", said.err);
     let compared: Value = serde_json::from_str(&said.out).unwrap();
     assert_eq!(compared["names"], serde_json::json!(["cut_128k", "per_source-0.9"]));
@@ -344,7 +344,8 @@ fn a_sweep_trains_each_recipe_on_the_same_tokens_and_compares_them() {
     assert_eq!(manifests, 1, "the tokens stage is one for all");
     let page = std::fs::read_to_string(bench.path("sweep.html")).unwrap();
     assert!(page.contains("per_source-0.9") && page.contains("Loss of held-out documents"));
-    assert!(std::fs::read(bench.path("sweep.png")).unwrap().starts_with(b"\x89PNG"));
+    let picture = std::fs::read_to_string(bench.path("sweep.svg")).unwrap();
+    assert!(picture.starts_with("<svg") && picture.contains("per_source-0.9"), "{picture}");
 
     let runs: Vec<String> = compared["runs"]
         .as_array()

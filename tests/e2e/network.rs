@@ -204,21 +204,21 @@ fn a_run_outlasts(rounds: std::ops::Range<usize>) {
     assert!(table.values().sum::<usize>() > 20, "{table:?}");
 }
 
-/// `cargo test --release -p lengthwise-tests --test e2e -- --ignored requests_that_fail_once_in_five --nocapture`
+/// `cargo test --release --test e2e -- --ignored requests_that_fail_once_in_five --nocapture`
 #[test]
 #[ignore = "minutes: the library waits longer and longer between tries"]
 fn requests_that_fail_once_in_five_change_no_byte() {
     a_run_outlasts(0..5);
 }
 
-/// `cargo test --release -p lengthwise-tests --test e2e -- --ignored every_request_with_each_fault --nocapture`
+/// `cargo test --release --test e2e -- --ignored every_request_with_each_fault --nocapture`
 #[test]
 #[ignore = "minutes"]
 fn every_request_with_each_fault_changes_no_byte() {
     a_run_outlasts(0..5 * ALL.len());
 }
 
-/// `cargo test --release -p lengthwise-tests --test e2e -- --ignored storage_that_stays_away --nocapture`
+/// `cargo test --release --test e2e -- --ignored storage_that_stays_away --nocapture`
 #[test]
 #[ignore = "minutes: as long as storage is waited for"]
 fn storage_that_stays_away_ends_a_run_with_a_clear_error_and_the_next_one_goes_on() {

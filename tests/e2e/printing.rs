@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use crate::bench::{Bench, Said, said};
+use crate::bench::{Bench, Said, flip, rewrite, said};
 use crate::training::train;
 
 /// A command whose reader has gone away.
@@ -66,7 +66,7 @@ fn what_is_wrong_is_told_by_the_exit_code_to_whom_nothing_can_be_printed() {
     let bench = Bench::new(3);
     let run = bench.run(&[]);
     let data = crate::bench::tree(&run.join("data"));
-    crate::broken::rewrite(&data[0], |bytes| crate::broken::flip(bytes));
+    rewrite(&data[0], |bytes| flip(bytes));
     let verdict = unread(&bench, &["verify", run.to_str().unwrap()]);
     assert_eq!(verdict.code, 5, "{verdict:?}");
 }

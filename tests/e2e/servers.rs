@@ -8,8 +8,6 @@ use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutPayload};
 
-use crate::bench::PROGRAM;
-
 /// The S3 server's secret key; it may be found nowhere.
 pub const SECRET: &str = "planted-secret-8f3a";
 
@@ -34,7 +32,7 @@ pub struct Process(pub Child);
 
 impl Process {
     /// With SIGKILL.
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         // it may have ended by itself
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -128,56 +126,6 @@ fn serve(program: &str, dir: &std::path::Path, [master, volume, filer, port]: [u
         .args([format!("-filer.port={filer}"), format!("-s3.port={port}")])
         // whose ports are the same for all servers
         .args(["-s3.port.iceberg=0", "-s3.port.lance=0"]);
-    Process(quiet(&mut command).spawn().unwrap())
-}
-
-/// A scheduler and executors of one slot each.
-pub struct Cluster {
-    port: u16,
-    scheduler: Process,
-    executors: Vec<Process>,
-}
-
-impl Cluster {
-    pub fn start(executors: usize, with: impl Fn(&mut Command)) -> Self {
-        let [port] = free_ports();
-        let mut cluster = Self { port, scheduler: schedule(port), executors: vec![] };
-        for _ in 0..executors {
-            cluster.add(&with);
-        }
-        cluster
-    }
-
-    /// Starts one more executor.
-    pub fn add(&mut self, with: impl Fn(&mut Command)) {
-        let ([port], scheduler) = (free_ports(), format!("localhost:{}", self.port));
-        let mut command = Command::new(PROGRAM);
-        command.args(["cluster", "executor", "--scheduler", &scheduler, "--slots", "1"]);
-        command.args(["--port", &port.to_string()]);
-        with(&mut command);
-        self.executors.push(Process(quiet(&mut command).spawn().unwrap()));
-    }
-
-    /// Kills the scheduler with SIGKILL, and starts it again.
-    pub fn restart(&mut self) {
-        self.scheduler.kill();
-        self.scheduler = schedule(self.port);
-    }
-
-    /// Kills the executor that has been there the longest, with SIGKILL.
-    pub fn kill(&mut self) {
-        drop(self.executors.remove(0));
-    }
-
-    /// The `--set` that has a run use it.
-    pub fn set(&self) -> String {
-        format!("engine.url=df://localhost:{}", self.port)
-    }
-}
-
-fn schedule(port: u16) -> Process {
-    let mut command = Command::new(PROGRAM);
-    command.args(["cluster", "scheduler", "--port", &port.to_string()]);
     Process(quiet(&mut command).spawn().unwrap())
 }
 

@@ -7,8 +7,7 @@ use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, corpus, packed, recipe, tree};
-use crate::broken::{flip, rewrite};
+use crate::bench::{Bench, corpus, flip, packed, recipe, rewrite, tree};
 
 /// Files of an output whose paths have all of these parts.
 fn files(bench: &Bench, parts: &[&str]) -> Vec<PathBuf> {

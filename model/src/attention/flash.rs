@@ -5,9 +5,8 @@
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr::null_mut;
 
-use burn::backend::LibTorch;
-use burn::backend::libtorch::TchTensor;
-use burn::tensor::Tensor;
+use burn_tch::{LibTorch, TchTensor};
+use burn_tensor::Tensor;
 use tch::Tensor as Torch;
 use torch_sys::C_tensor;
 

@@ -10,7 +10,7 @@ mod plain;
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Tensor};
+use burn_tensor::{Device, Tensor};
 
 use crate::llama::wide;
 

@@ -1,6 +1,6 @@
 //! A block in plain tensor operations, on any device. Queries go in slices, so that memory is linear.
 
-use burn::tensor::{Bool, Int, Tensor};
+use burn_tensor::{Bool, Int, Tensor};
 
 use crate::llama::wide;
 

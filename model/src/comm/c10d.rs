@@ -11,9 +11,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use burn::backend::LibTorch;
-use burn::backend::libtorch::TchTensor;
-use burn::tensor::Tensor;
+use burn_tch::{LibTorch, TchTensor};
+use burn_tensor::Tensor;
 use tch::{Kind, Tensor as Torch};
 
 use super::{Comm, Pending, Place, caught};

@@ -6,7 +6,7 @@ pub mod threads;
 
 use std::time::Duration;
 
-use burn::tensor::Tensor;
+use burn_tensor::Tensor;
 
 use crate::conf::TrainConf;
 use crate::{Error, Result};

@@ -36,9 +36,9 @@ pub struct OutputArguments {
     /// Write the comparison as a page into this file
     #[arg(long, value_name = "FILE")]
     html: Option<std::path::PathBuf>,
-    /// Draw the comparison for a slide into this file
+    /// Draw the comparison as SVG for a slide into this file
     #[arg(long, value_name = "FILE")]
-    png: Option<std::path::PathBuf>,
+    svg: Option<std::path::PathBuf>,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -101,8 +101,8 @@ impl OutputArguments {
             let html = comparison::comparison(sides, &compared);
             write(path, html)?;
         }
-        if let Some(path) = &self.png {
-            let picture = slide::png(&compared.names.join(" · "), &slide::comparison(sides, &compared))?;
+        if let Some(path) = &self.svg {
+            let picture = slide::svg(&compared.names.join(" · "), &slide::comparison(sides, &compared))?;
             write(path, picture)?;
         }
         print(self.json, &compared, || comparison::text(&compared))

@@ -88,9 +88,9 @@ pub struct EvalArguments {
     /// Write a page with the result into this file, too
     #[arg(long, value_name = "FILE")]
     html: Option<std::path::PathBuf>,
-    /// Draw it for a slide into this file, too (needle, retrieval, loss)
+    /// Draw it as SVG for a slide into this file, too (needle, retrieval, loss)
     #[arg(long, value_name = "FILE")]
-    png: Option<std::path::PathBuf>,
+    svg: Option<std::path::PathBuf>,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -167,9 +167,9 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
         write(path, html)?;
     }
     let cases = done.folder.join("cases.jsonl").url();
-    if let Some(path) = &arguments.png {
+    if let Some(path) = &arguments.svg {
         let panels = report::slide::evaluation(evaluation.name(), notes);
-        let picture = report::slide::png(&arguments.target, &panels)?;
+        let picture = report::slide::svg(&arguments.target, &panels)?;
         write(path, picture)?;
     }
     let rows = match &beside {

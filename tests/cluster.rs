@@ -1,11 +1,68 @@
 //! Runs whose heavy tasks a cluster does: real schedulers and executors, some of which are killed.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::bench::{Bench, corpus, packed, random, said, tree};
-use crate::broken::{flip, rewrite};
-use crate::servers::{Cluster, S3, SECRET, free_ports};
+use bench::{Bench, PROGRAM, corpus, flip, packed, random, rewrite, said, tree};
+use servers::{Process, S3, SECRET, free_ports, quiet};
+
+// what the other end-to-end tests have, too
+#[allow(dead_code)]
+#[path = "e2e/bench.rs"]
+mod bench;
+#[path = "e2e/servers.rs"]
+mod servers;
+
+/// A scheduler and executors of one slot each.
+struct Cluster {
+    port: u16,
+    scheduler: Process,
+    executors: Vec<Process>,
+}
+
+impl Cluster {
+    fn start(executors: usize, with: impl Fn(&mut Command)) -> Self {
+        let [port] = free_ports();
+        let mut cluster = Self { port, scheduler: schedule(port), executors: vec![] };
+        for _ in 0..executors {
+            cluster.add(&with);
+        }
+        cluster
+    }
+
+    /// Starts one more executor.
+    fn add(&mut self, with: impl Fn(&mut Command)) {
+        let ([port], scheduler) = (free_ports(), format!("localhost:{}", self.port));
+        let mut command = Command::new(PROGRAM);
+        command.args(["cluster", "executor", "--scheduler", &scheduler, "--slots", "1"]);
+        command.args(["--port", &port.to_string()]);
+        with(&mut command);
+        self.executors.push(Process(quiet(&mut command).spawn().unwrap()));
+    }
+
+    /// Kills the scheduler with SIGKILL, and starts it again.
+    fn restart(&mut self) {
+        self.scheduler.kill();
+        self.scheduler = schedule(self.port);
+    }
+
+    /// Kills the executor that has been there the longest, with SIGKILL.
+    fn kill(&mut self) {
+        drop(self.executors.remove(0));
+    }
+
+    /// The `--set` that has a run use it.
+    fn set(&self) -> String {
+        format!("engine.url=df://localhost:{}", self.port)
+    }
+}
+
+fn schedule(port: u16) -> Process {
+    let mut command = Command::new(PROGRAM);
+    command.args(["cluster", "scheduler", "--port", &port.to_string()]);
+    Process(quiet(&mut command).spawn().unwrap())
+}
 
 /// A corpus of several units, which are tasks of their own; its run packs many files.
 fn bench() -> Bench {
@@ -184,7 +241,7 @@ fn a_cluster_on_s3_makes_the_same_bytes_and_leaks_no_secret() {
     assert!(!done.err.contains(SECRET));
 }
 
-/// The slow proof: `cargo test --release -p lengthwise-tests --test e2e -- --ignored a_hundred_random_kills --nocapture`
+/// The slow proof: `cargo test --release --features cluster --test cluster -- --ignored a_hundred_random_kills --nocapture`
 #[test]
 #[ignore = "a slow proof: run it by name"]
 fn a_hundred_random_kills_change_nothing() {
@@ -196,7 +253,7 @@ fn a_hundred_random_kills_change_nothing() {
         let text = std::fs::read(bench.path(&format!("in/{seed}.jsonl"))).unwrap();
         runtime.block_on(server.put_first(&format!("corpus/{seed}.jsonl"), text));
     }
-    let with = |server: &S3, command: &mut std::process::Command| _ = server.credentials(command, SECRET);
+    let with = |server: &S3, command: &mut Command| _ = server.credentials(command, SECRET);
     let mut cluster = Cluster::start(2, |command| with(&server, command));
     let kills: usize = std::env::var("KILLS").map_or(100, |kills| kills.parse().unwrap());
     let mut next = random(1);
