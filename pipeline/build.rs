@@ -48,6 +48,18 @@ fn versions(lock: &str) -> Vec<String> {
     packages.collect()
 }
 
+/// Writes the list of all SQL files, by their paths in the repository, for `sql::BUILT_IN`.
+fn built_in(sources: &[PathBuf]) {
+    let mut list = String::from("&[\n");
+    for path in sources.iter().filter(|path| path.extension().is_some_and(|ending| ending == "sql")) {
+        if let (Ok(name), Ok(whole)) = (path.strip_prefix(".."), path.canonicalize()) {
+            list += &format!("    ({name:?}, include_str!({whole:?})),\n");
+        }
+    }
+    let out = std::env::var_os("OUT_DIR").expect("cargo sets it");
+    std::fs::write(Path::new(&out).join("built_in.rs"), list + "]").expect("OUT_DIR can be written to");
+}
+
 fn main() {
     let mut sources = vec![];
     for folder in SOURCES {
@@ -55,6 +67,7 @@ fn main() {
         files(folder.as_ref(), &mut sources);
     }
     sources.sort();
+    built_in(&sources);
     let mut hash = 0x6c62272e07bb014262b821756295c58d;
     for path in sources {
         let bytes = std::fs::read(&path).unwrap_or_default();

@@ -13,14 +13,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use clap::ValueEnum;
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStoreExt};
 use serde::Serialize;
 
-use crate::hash::is_hex;
+use crate::layout;
 use crate::output::Manifest;
-use crate::stage::Stage;
 use crate::storage::{Location, sealed};
 use crate::{Error, Result};
 
@@ -81,27 +79,11 @@ async fn marks(folder: &Location) -> Result<Vec<ObjectMeta>> {
 async fn folders(output: &Location) -> Result<BTreeMap<String, Vec<(String, ObjectMeta)>>> {
     let mut folders: BTreeMap<String, Vec<_>> = BTreeMap::new();
     for (path, meta) in below(output, output.list().await?) {
-        if let Some(folder) = folder_of(&path) {
+        if let Some(folder) = layout::folder_of(&path) {
             folders.entry(folder).or_default().push((path, meta));
         }
     }
     Ok(folders)
-}
-
-/// The folder that a file is looked at with; `None` where it is none of ours.
-fn folder_of(path: &str) -> Option<String> {
-    let parts: Vec<&str> = path.split('/').collect();
-    let depth = match parts[..] {
-        ["stages", stage, key, _, ..] if is_stage(stage) && is_hex(key, 32) => 3,
-        ["runs", run, _, ..] if run.rsplit_once('-').is_some_and(|(_, key)| is_hex(key, 12)) => 2,
-        ["tasks", file] if file.strip_suffix(".json").is_some_and(|key| is_hex(key, 32)) => 1,
-        _ => return None,
-    };
-    Some(parts[..depth].join("/"))
-}
-
-fn is_stage(name: &str) -> bool {
-    Stage::value_variants().iter().any(|stage| stage.name() == name)
 }
 
 fn below(output: &Location, objects: Vec<ObjectMeta>) -> Vec<(String, ObjectMeta)> {

@@ -26,6 +26,7 @@ pub mod error;
 pub mod executor;
 pub mod gc;
 pub mod hash;
+mod layout;
 pub mod output;
 pub mod preview;
 pub mod progress;

@@ -12,7 +12,7 @@ use toml_edit::{DocumentMut, InlineTable, value};
 use super::{out, stores};
 use crate::error::Doing;
 use crate::source::{Format, list, reads};
-use crate::sql::recipe::RECIPES;
+use crate::sql::recipes;
 use crate::{Error, Result};
 
 /// The conf, over text of the project's own making.
@@ -43,7 +43,7 @@ pub async fn main(arguments: InitArguments) -> Result<()> {
         ]),
     }
     files.push(("sql/checks/catalog_has_domains_with_names.sql".into(), CHECK.into()));
-    files.extend(RECIPES.map(|(name, text)| (format!("sql/mixtures/{name}.sql"), text.into())));
+    files.extend(recipes().map(|(path, text)| (path.to_owned(), text.into())));
 
     let is_there = |(name, _): &&(String, String)| folder.join(name).symlink_metadata().is_ok();
     if let Some((name, _)) = files.iter().find(is_there) {

@@ -12,7 +12,7 @@ use super::files::{SourceFile, version};
 use super::local::{self, Found};
 use super::unread::{Unread, Why};
 use super::{Format, jsonl};
-use crate::hash::is_hex;
+use crate::layout;
 use crate::storage::whole;
 use crate::{Error, Result};
 
@@ -241,7 +241,7 @@ impl<'a> Pattern<'a> {
             })?;
         // one that names a folder of a run means it
         let is_named =
-            |own: &&str| below(&folder, own).is_some_and(|rest| !rest.is_empty() && is_of_runs(rest));
+            |own: &&str| below(&folder, own).is_some_and(|rest| !rest.is_empty() && layout::is_of_runs(rest));
         Ok(Self {
             own: own.iter().map(Path::as_ref).filter(|own| !is_named(own)).collect(),
             glob: glob.map(|glob| glob.compile_matcher()),
@@ -263,7 +263,7 @@ impl<'a> Pattern<'a> {
     fn skips(&self, path: &str) -> Option<Verdict> {
         let is_hidden = |part: &str| part.starts_with(self.private) && !part.starts_with(&*self.hidden);
         match () {
-            () if self.own.iter().any(|own| below(path, own).is_some_and(is_written_by_runs)) => {
+            () if self.own.iter().any(|own| below(path, own).is_some_and(layout::is_written_by_runs)) => {
                 Some(Verdict::Own)
             }
             () if self.rest(path).split('/').any(is_hidden) => Some(Verdict::Hidden),
@@ -294,26 +294,6 @@ impl<'a> Pattern<'a> {
             false if by_name == Verdict::Read && !self.names_files => Verdict::Unread(Why::Deeper),
             false => by_name,
         }
-    }
-}
-
-/// Whether a path in an output lies in one of the folders that runs write to.
-fn is_of_runs(path: &str) -> bool {
-    let first = path.split('/').next().unwrap_or_default();
-    ["stages", "runs", "latest", "reproduced", "tokenizers", "tasks"].contains(&first)
-}
-
-/// Whether a path in an output is what runs write there: somebody else's files may lie in folders of the same names.
-fn is_written_by_runs(path: &str) -> bool {
-    let parts: Vec<&str> = path.split('/').collect();
-    match parts[..] {
-        ["stages", _, key, ..] => is_hex(key, 32),
-        ["runs", run, ..] => run.rsplit_once('-').is_some_and(|(_, key)| is_hex(key, 12)),
-        ["latest", file] => file.ends_with(".json"),
-        ["tokenizers", file] => file.strip_suffix(".json").is_some_and(|key| is_hex(key, 64)),
-        ["tasks", file] => file.strip_suffix(".json").is_some_and(|key| is_hex(key, 32)),
-        ["reproduced", .., _] => is_written_by_runs(&path["reproduced/".len()..]),
-        _ => false,
     }
 }
 

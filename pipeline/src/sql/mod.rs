@@ -2,52 +2,29 @@
 
 pub mod engine;
 pub mod functions;
+mod parameters;
 pub mod recipe;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use datafusion::common::ScalarValue;
 use datafusion::prelude::{DataFrame, SessionContext};
 use datafusion::sql::parser::Statement as AnyStatement;
-use datafusion::sql::sqlparser::ast::{
-    Expr, Query, Statement, Value, ValueWithSpan, Visit, VisitMut, Visitor, VisitorMut,
-};
+use datafusion::sql::sqlparser::ast::{Query, Statement};
 
 use crate::error::Doing;
 use crate::sql::engine::query;
 use crate::sql::recipe::{Parsed, Text};
 use crate::{Error, Result};
 
-/// The SQL files of the stages and their checks, as this build carries them.
-const BUILT_IN: &[(&str, &str)] = &[
-    ("sql/stages/catalog.sql", include_str!("../../../sql/stages/catalog.sql")),
-    ("sql/stages/heldout.sql", include_str!("../../../sql/stages/heldout.sql")),
-    ("sql/stages/domains.sql", include_str!("../../../sql/stages/domains.sql")),
-    ("sql/stages/shares.sql", include_str!("../../../sql/stages/shares.sql")),
-    ("sql/stages/shuffle.sql", include_str!("../../../sql/stages/shuffle.sql")),
-    (
-        "sql/checks/catalog_has_each_document_once.sql",
-        include_str!("../../../sql/checks/catalog_has_each_document_once.sql"),
-    ),
-    (
-        "sql/checks/domains_add_up_to_the_documents.sql",
-        include_str!("../../../sql/checks/domains_add_up_to_the_documents.sql"),
-    ),
-    (
-        "sql/checks/domains_have_shares_that_sum_to_one.sql",
-        include_str!("../../../sql/checks/domains_have_shares_that_sum_to_one.sql"),
-    ),
-    (
-        "sql/checks/draw_respects_max_copies.sql",
-        include_str!("../../../sql/checks/draw_respects_max_copies.sql"),
-    ),
-    (
-        "sql/checks/mixture_has_spans_inside_their_documents.sql",
-        include_str!("../../../sql/checks/mixture_has_spans_inside_their_documents.sql"),
-    ),
-];
+/// All files of `sql/`, by their paths in the repository: stages, checks and recipes, as this build carries them.
+pub const BUILT_IN: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/built_in.rs"));
+
+/// The built-in recipes, by their paths.
+pub fn recipes() -> impl Iterator<Item = (&'static str, &'static str)> {
+    BUILT_IN.iter().filter(|(path, _)| path.starts_with("sql/mixtures/")).copied()
+}
 
 /// The stages over whose tables checks run.
 const CHECKED: [&str; 4] = ["catalog", "domains", "mixture", "draw"];
@@ -240,47 +217,29 @@ impl StageSql {
 
     /// The names of the parameters that it asks for.
     pub fn parameters(&self) -> BTreeSet<String> {
-        struct Used(BTreeSet<String>);
-        impl Visitor for Used {
-            type Break = ();
-            fn pre_visit_value(&mut self, value: &ValueWithSpan) -> ControlFlow<()> {
-                if let Value::Placeholder(name) = &value.value {
-                    self.0.insert(name.trim_start_matches('$').to_owned());
-                }
-                ControlFlow::Continue(())
-            }
-        }
-        let mut used = Used(BTreeSet::new());
-        let _ = self.query.visit(&mut used);
-        used.0
+        let used = parameters::used(&self.query).into_iter();
+        used.map(|(written, _)| written.trim_start_matches('$').to_owned()).collect()
     }
 
-    /// Plans the query, with `$name`s replaced by typed literals in the tree, never in the text.
+    /// Plans the query with its parameters.
+    ///
+    /// # Errors
+    /// It asks for a parameter that is not among `parameters`, or can't be planned.
     pub async fn plan(
         &self,
         session: &SessionContext,
         parameters: &BTreeMap<&str, i64>,
     ) -> Result<DataFrame> {
-        struct Bind<'a>(&'a BTreeMap<&'a str, i64>);
-        impl VisitorMut for Bind<'_> {
-            type Break = String;
-            fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<String> {
-                let Expr::Value(value) = expr else { return ControlFlow::Continue(()) };
-                let Value::Placeholder(name) = &value.value else { return ControlFlow::Continue(()) };
-                match self.0.get(name.trim_start_matches('$')) {
-                    Some(bound) => value.value = Value::Number(bound.to_string(), false),
-                    None => return ControlFlow::Break(name.clone()),
-                }
-                ControlFlow::Continue(())
-            }
-        }
-        let mut query_tree = self.query.clone();
-        if let ControlFlow::Break(name) = VisitMut::visit(&mut query_tree, &mut Bind(parameters)) {
+        let unknown = self.parameters().into_iter().find(|name| !parameters.contains_key(name.as_str()));
+        if let Some(name) = unknown {
             return Err(Error::data(
-                format!("{}: there is no parameter {name}", self.file),
+                format!("{}: there is no parameter ${name}", self.file),
                 "the header lists the parameters of this stage",
             ));
         }
+        let mut query_tree = self.query.clone();
+        let value = |(name, value): (&&str, &i64)| ((*name).to_owned(), ScalarValue::Int64(Some(*value)));
+        parameters::bind(&mut query_tree, &parameters.iter().map(value).collect());
         let doing = format!("cannot run {}", self.file);
         let statement = AnyStatement::Statement(Box::new(Statement::Query(query_tree)));
         let plan = session.state().statement_to_plan(statement).await;

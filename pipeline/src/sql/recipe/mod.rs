@@ -40,17 +40,7 @@ use place::{Places, nearest};
 
 use crate::Result;
 use crate::hash::Digest;
-
-/// The recipes of `sql/mixtures/`, by name.
-pub const RECIPES: [(&str, &str); 7] = [
-    ("cut_128k", include_str!("../../../../sql/mixtures/cut_128k.sql")),
-    ("cut_4k", include_str!("../../../../sql/mixtures/cut_4k.sql")),
-    ("per_source", include_str!("../../../../sql/mixtures/per_source.sql")),
-    ("global", include_str!("../../../../sql/mixtures/global.sql")),
-    ("upsample_domain", include_str!("../../../../sql/mixtures/upsample_domain.sql")),
-    ("length_power", include_str!("../../../../sql/mixtures/length_power.sql")),
-    ("prolong", include_str!("../../../../sql/mixtures/prolong.sql")),
-];
+use crate::sql::parameters;
 
 /// Parameters that every recipe has: their values come from the run's conf, and all are of type bigint.
 pub const BUILTIN: [&str; 5] = ["budget", "long_tokens", "max_copies", "max_span", "seed"];
@@ -201,7 +191,7 @@ impl Bound {
         let state = planner(session);
         let places = Places::of(&self.text, &self.query, &state);
         let mut query = self.query.clone();
-        let _ = VisitMut::visit(&mut query, &mut Literals(&self.values));
+        parameters::bind(&mut query, &self.values);
         let plan = planned(&state, query, &places).await?;
         rules::check_plan(&self.text, &places, &plan)?;
         let analyzed = state.analyzer().execute_and_check(plan.clone(), state.config_options(), |_, _| {});
@@ -394,18 +384,6 @@ fn one_select(text: &Text, tokens: Vec<TokenWithSpan>, what: &str, cure: &str) -
 /// The names of the parameters that a query uses, all of which have to be declared: `own`, of a recipe, beside those that
 /// every recipe has. What is no recipe has none.
 fn used_parameters(text: &Text, query: &Query, own: Option<&[Parameter]>) -> Result<BTreeSet<String>> {
-    struct Used(Vec<(String, Span)>);
-    impl Visitor for Used {
-        type Break = ();
-        fn pre_visit_value(&mut self, value: &ValueWithSpan) -> ControlFlow<()> {
-            if let Value::Placeholder(name) = &value.value {
-                self.0.push((name.clone(), value.span));
-            }
-            ControlFlow::Continue(())
-        }
-    }
-    let mut used = Used(vec![]);
-    let _ = Visit::visit(query, &mut used);
     let known = || own.into_iter().flat_map(|own| own.iter().map(|p| p.name.as_str()).chain(BUILTIN));
     let declared = |(written, span): (String, Span)| match written.strip_prefix('$') {
         _ if own.is_none() => {
@@ -439,43 +417,7 @@ fn used_parameters(text: &Text, query: &Query, own: Option<&[Parameter]>) -> Res
             ))
         }
     };
-    used.0.into_iter().map(declared).collect()
-}
-
-/// Replaces parameters by their values, as typed literals in the syntax tree: never as text.
-struct Literals<'a>(&'a BTreeMap<String, ScalarValue>);
-
-impl VisitorMut for Literals<'_> {
-    type Break = ();
-
-    // after the children, so that the new literal is not visited again
-    fn post_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
-        if let Expr::Value(ValueWithSpan { value: Value::Placeholder(name), span }) = expr
-            && let Some(value) = self.0.get(name.trim_start_matches('$'))
-        {
-            let (value, data_type) = literal(value);
-            let literal = Box::new(Expr::Value(ValueWithSpan { value, span: *span }));
-            *expr = Expr::Cast { kind: CastKind::Cast, expr: literal, data_type, array: false, format: None };
-        }
-        ControlFlow::Continue(())
-    }
-}
-
-/// A value as a literal of the syntax tree, and its SQL type.
-fn literal(value: &ScalarValue) -> (Value, DataType) {
-    let number = |text: Option<String>| text.map_or(Value::Null, |text| Value::Number(text, false));
-    match value {
-        ScalarValue::Int64(v) => (number(v.map(|v| v.to_string())), DataType::BigInt(None)),
-        // `{:?}` of a float reads back as the same float
-        ScalarValue::Float64(v) => {
-            (number(v.map(|v| format!("{v:?}"))), DataType::Double(ExactNumberInfo::None))
-        }
-        ScalarValue::Utf8(v) => {
-            (v.clone().map_or(Value::Null, Value::SingleQuotedString), DataType::Varchar(None))
-        }
-        ScalarValue::Boolean(v) => (v.map_or(Value::Null, Value::Boolean), DataType::Boolean),
-        other => unreachable!("no parameter has the type of {other:?}"),
-    }
+    parameters::used(query).into_iter().map(declared).collect()
 }
 
 /// A value of the conf, as its author wrote it.
