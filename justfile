@@ -1,4 +1,4 @@
-# Short names for the commands of .ci/run, CONTRIBUTING.md and docs/measurements.md.
+# Short names for the commands of .ci/run, CONTRIBUTING.md and docs/measurements/data.md.
 
 _list:
     @{{ just_executable() }} --list --unsorted
@@ -19,7 +19,7 @@ test:
 slow name:
     cargo test --release --test e2e -- --ignored {{ name }} --nocapture
 
-# Beside what others take for the same, as docs/measurements.md has it
+# Beside what others take for the same, as docs/measurements/data.md has it
 bench corpus tokenizer:
     cargo build --release
     python3 tests/peers.py target/release/lengthwise {{ corpus }} {{ tokenizer }} --rounds 5
