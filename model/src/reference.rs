@@ -1,4 +1,4 @@
-//! The same model as one graph in f64, with attention written as softmax over a mask: what tests compare with.
+//! The reference for tests: the same model as one autodiff graph in f64, with attention as a masked softmax.
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
 
@@ -14,11 +14,11 @@ type T3 = Tensor<3>;
 #[derive(Clone, Debug)]
 pub struct Case {
     pub config: Config,
-    /// Each unit's numbers.
+    /// The numbers of each unit.
     pub units: Vec<Vec<f32>>,
     pub ids: Vec<i32>,
     pub targets: Vec<i32>,
-    /// Where documents begin, if attention stays within them.
+    /// The starts of documents, if attention stays within them.
     pub starts: Option<Vec<usize>>,
 }
 
@@ -29,11 +29,11 @@ pub struct Reference {
 }
 
 impl Case {
-    /// Fresh weights, larger so that attention has something to say; ids, targets and documents from `salt`.
+    /// Random weights, enlarged so that attention matters. `salt` determines ids, targets and documents.
     pub fn new(config: Config, length: usize, masked: bool, salt: u64) -> Self {
         let units = Unit::all(&config);
         let numbers = |i: usize| {
-            let fresh = crate::checkpoint::fresh(&units, i, 0..units[i].length, salt);
+            let fresh = crate::checkpoint::initial_weights(&units, i, 0..units[i].length, salt);
             let norms = units[i].norms;
             let wiggled = |(j, w): (usize, f32)| {
                 if j < norms { 1.0 + 0.3 * ((j * 7 + i) as f32).sin() } else { w * 6.0 }
@@ -95,35 +95,35 @@ impl Case {
             let mean = (x.clone() * x.clone()).mean_dim(1);
             x * (mean + config.rms_norm_eps).sqrt().recip() * w
         };
-        let places: Vec<usize> = (0..s).map(|i| i - self.document(i)).collect();
-        let longest = places.iter().max().expect("a position") + 1;
+        let positions: Vec<usize> = (0..s).map(|i| i - self.document(i)).collect();
+        let longest = positions.iter().max().expect("a position") + 1;
         let (frequencies, factor) =
             frequencies(config, if self.starts.is_some() { longest } else { s }).unwrap();
         let table = |f: fn(f64) -> f64| -> T3 {
-            let angles: Vec<f64> = places
+            let angles: Vec<f64> = positions
                 .iter()
                 .flat_map(|p| frequencies.iter().chain(&frequencies).map(|f| f64::from(*p as f32 * f)))
                 .collect();
-            // what the model has of them is f32
+            // The model's tables are f32.
             let values: Vec<f64> = angles.iter().map(|a| f64::from((f(*a) * factor) as f32)).collect();
             let hd = 2 * frequencies.len();
             Tensor::from_data(TensorData::new(values, [1, s, hd]), (&device, DType::F64)).autodiff()
         };
         let (cos, sin) = (table(f64::cos), table(f64::sin));
-        let turn = |x: T3| {
+        let rotate = |x: T3| {
             let half = x.dims()[2] / 2;
-            let turned =
+            let rotated_half =
                 Tensor::cat(vec![x.clone().narrow(2, half, half).neg(), x.clone().narrow(2, 0, half)], 2);
-            x * cos.clone() + turned * sin.clone()
+            x * cos.clone() + rotated_half * sin.clone()
         };
-        let hidden: Vec<f64> = (0..s * s)
+        let mask_values: Vec<f64> = (0..s * s)
             .map(|i| {
                 let (query, key) = (i / s, i % s);
                 if key > query || self.document(key) != self.document(query) { -1e300 } else { 0.0 }
             })
             .collect();
         let mask: T3 =
-            Tensor::from_data(TensorData::new(hidden, [1, s, s]), (&device, DType::F64)).autodiff();
+            Tensor::from_data(TensorData::new(mask_values, [1, s, s]), (&device, DType::F64)).autodiff();
 
         let (heads, kv, hd) = (config.num_attention_heads, config.kv_heads(), config.head_dim());
         let mut x =
@@ -133,8 +133,8 @@ impl Case {
             let linear = |x: T2, name: &str| x.matmul(layer(name).transpose());
             let y = norm(x.clone(), layer("input_layernorm"));
             let split = |x: T2, heads: usize| x.reshape([s, heads, hd]).swap_dims(0, 1);
-            let q = turn(split(linear(y.clone(), "self_attn.q_proj"), heads));
-            let k = turn(split(linear(y.clone(), "self_attn.k_proj"), kv));
+            let q = rotate(split(linear(y.clone(), "self_attn.q_proj"), heads));
+            let k = rotate(split(linear(y.clone(), "self_attn.k_proj"), kv));
             let v = split(linear(y, "self_attn.v_proj"), kv);
             let repeat =
                 |t: T3| t.reshape([kv, 1, s, hd]).expand([kv, heads / kv, s, hd]).reshape([heads, s, hd]);
@@ -147,15 +147,14 @@ impl Case {
         }
         let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
         let logits = norm(x, get("model.norm.weight")).matmul(get(head).transpose());
-        let wanted = ids(self.targets.iter().map(|t| i64::from((*t).max(0))).collect()).reshape([s, 1]);
-        let counts = self.targets.iter().map(|t| if *t == NO_TARGET { 0.0 } else { 1.0 }).collect();
-        let chosen = activation::log_softmax(logits, 1).gather(1, wanted);
-        let loss = (chosen * number(counts, [s, 1])).sum().neg();
+        let targets = ids(self.targets.iter().map(|t| i64::from((*t).max(0))).collect()).reshape([s, 1]);
+        let weights = self.targets.iter().map(|t| if *t == NO_TARGET { 0.0 } else { 1.0 }).collect();
+        let chosen = activation::log_softmax(logits, 1).gather(1, targets);
+        let loss = (chosen * number(weights, [s, 1])).sum().neg();
         let value = loss.clone().inner().into_scalar::<f64>();
         let mut gradients = loss.backward();
         let numbers = |t: T2| t.into_data().iter::<f64>().collect::<Vec<f64>>();
-        let of = |t: &T2| t.grad_remove(&mut gradients).map(numbers).unwrap_or_default();
-        let mut of = of;
+        let mut of = |t: &T2| t.grad_remove(&mut gradients).map(numbers).unwrap_or_default();
         Reference { loss: value, gradients: named.iter().map(|(name, t)| (name.clone(), of(t))).collect() }
     }
 }
