@@ -75,12 +75,12 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let mut head = shards.all_gather(world, units.len() - 1, precision)?.into_iter();
         let (norm_weight, head) = (head.next().expect("a norm"), head.next().expect("a head"));
         let rows = LOGIT_ROWS.min(length);
-        let wanted = ids.narrow(0, 0, rows).reshape([rows, 1]);
-        let some = y.clone().narrow(0, 0, rows);
-        let counts = Tensor::ones([rows, 1], (&device, FloatDType::F32.into()));
+        let targets = ids.narrow(0, 0, rows).reshape([rows, 1]);
+        let last = y.clone().narrow(0, 0, rows);
+        let mask = Tensor::ones([rows, 1], (&device, FloatDType::F32.into()));
         let (loss, _) = timed(|| {
             let scale = 1.0 / length as f64;
-            Ok(llama::loss(&config, &norm_weight, &head, &some, wanted.clone(), counts.clone(), scale))
+            Ok(llama::loss(&config, &norm_weight, &head, &last, targets.clone(), mask.clone(), scale))
         })?;
 
         let (post_backward, (_, _, dout)) = timed(|| {

@@ -343,16 +343,16 @@ mod tests {
             let want = crate::decoder::tests::expected_losses(&ids, &logits);
             let checkpoint = crate::checkpoint::Checkpoint::open(&at).await.unwrap();
             let config = &checkpoint.config;
-            let wait = tokio::runtime::Handle::current();
+            let runtime = tokio::runtime::Handle::current();
             let mut targets = vec![NO_TARGET; 80];
             targets[64..79].copy_from_slice(&ids[65..]);
-            let largest = logits.iter().fold(0f32, |most, w| most.max(w.abs()));
+            let largest = logits.iter().fold(0f32, |max, w| max.max(w.abs()));
             for device in DeviceName::available() {
                 for ranks in [1, 2, 3, 4] {
                     let losses = tokio::task::block_in_place(|| {
                         threads::run(ranks, ranks, Duration::from_secs(60), |world, sequence| {
                             let units = Unit::all(config);
-                            let read = |i: usize, range| wait.block_on(checkpoint.read(&units[i], range));
+                            let read = |i: usize, range| runtime.block_on(checkpoint.read(&units[i], range));
                             let shards = Shards::new(units.clone(), world, &device.open()?, read)?;
                             let context = RankContext {
                                 config: config.clone(),

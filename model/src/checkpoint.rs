@@ -82,7 +82,7 @@ impl Checkpoint {
             Some(index) => indexed_files(folder, &index)?,
             None => ["model.safetensors".to_owned()].into(),
         };
-        let mut wanted: BTreeMap<String, [usize; 2]> = config.parameters().into_iter().collect();
+        let mut expected: BTreeMap<String, [usize; 2]> = config.parameters().into_iter().collect();
         let (mut files, mut readers, mut problems) = (BTreeMap::new(), vec![], vec![]);
         for (i, name) in names.into_iter().enumerate() {
             let reader = Reader::open(folder.join(&name)).await.map_err(|error| match error {
@@ -92,7 +92,7 @@ impl Checkpoint {
                 error => error,
             })?;
             for (name, info) in reader.metadata.tensors().into_iter().collect::<BTreeMap<_, _>>() {
-                let Some(shape) = wanted.remove(&name) else {
+                let Some(shape) = expected.remove(&name) else {
                     // Checkpoints with tied embeddings may contain the head, and old ones contain rotary tables.
                     if !(name == "lm_head.weight" || name.ends_with("rotary_emb.inv_freq")) {
                         problems.push(format!("unexpected {name}"));
@@ -107,7 +107,7 @@ impl Checkpoint {
             }
             readers.push(reader);
         }
-        problems.extend(wanted.into_keys().map(|name| format!("missing {name}")));
+        problems.extend(expected.into_keys().map(|name| format!("missing {name}")));
         if !problems.is_empty() {
             let more = problems.len().saturating_sub(8);
             problems.truncate(8);
@@ -233,6 +233,16 @@ pub async fn write(
         let index = json!({ "metadata": { "total_size": size }, "weight_map": map });
         files.push(folder.join(INDEX).put(serde_json::to_vec_pretty(&index).unwrap_or_default()).await?);
     }
+    let config = serde_json::to_vec_pretty(&config_json(config, precision)).unwrap_or_default();
+    files.push(folder.join("config.json").put(config).await?);
+    for (name, bytes) in companions {
+        files.push(folder.join(name).put(bytes.to_vec()).await?);
+    }
+    Ok(files)
+}
+
+/// The `config.json` of a checkpoint, with all keys that transformers 4 and 5 need.
+fn config_json(config: &Config, precision: Precision) -> Value {
     let mut written = serde_json::to_value(config).unwrap_or_default();
     written["architectures"] = json!(["LlamaForCausalLM"]);
     written["model_type"] = json!("llama");
@@ -256,12 +266,7 @@ pub async fn write(
     }
     let plain = matches!(config.scaling(), Ok(Scaling::None));
     written["rope_scaling"] = if plain { Value::Null } else { older };
-    files
-        .push(folder.join("config.json").put(serde_json::to_vec_pretty(&written).unwrap_or_default()).await?);
-    for (name, bytes) in companions {
-        files.push(folder.join(name).put(bytes.to_vec()).await?);
-    }
-    Ok(files)
+    written
 }
 
 #[cfg(test)]

@@ -244,6 +244,17 @@ impl Config {
         })
     }
 
+    /// Checks that a text's ids are in the vocabulary.
+    pub fn check_ids(&self, ids: &[i32]) -> Result<()> {
+        let vocab = self.vocab_size;
+        match ids.iter().find(|id| usize::try_from(**id).map_or(true, |id| id >= vocab)) {
+            None => Ok(()),
+            Some(id) => Err(Error::Conf(format!(
+                "id {id} of a text is not in the model's vocabulary of {vocab}; is it the model's own tokenizer?"
+            ))),
+        }
+    }
+
     /// Checks that the sizes are consistent.
     pub fn check(&self) -> Result<()> {
         let (heads, kv) = (self.num_attention_heads, self.kv_heads());

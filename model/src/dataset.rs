@@ -343,10 +343,10 @@ fn parse_sequence(batch: &RecordBatch, index: u64, vocab_size: usize) -> Result<
     let (domains, doc_ids) = (text("source")?, text("doc_id")?);
     let (domains, doc_ids) = (domains.as_string::<i32>(), doc_ids.as_string::<i32>());
     let (starts, ends) = (to_i64s(field("start")?)?, to_i64s(field("end")?)?);
-    let place = |place: i64| usize::try_from(place).unwrap_or(usize::MAX);
+    let bound = |bound: i64| usize::try_from(bound).unwrap_or(usize::MAX);
     let (mut all, mut end) = (vec![], 0);
     for row in 0..segments.len() {
-        let range = place(starts[row])..place(ends[row]);
+        let range = bound(starts[row])..bound(ends[row]);
         if range.start != end || range.end < end {
             return Err("the documents of a sequence don't follow one another".into());
         }
@@ -441,8 +441,8 @@ pub(crate) mod tests {
         ])
         .await;
         let mut dataset = Dataset::open(&folder, 10).await.unwrap();
-        for (place, first) in [(0, 5), (1, 7), (2, 5), (3, 7), (1, 7), (0, 5)] {
-            let sequence = dataset.sequence(place).await.unwrap();
+        for (sample, first) in [(0, 5), (1, 7), (2, 5), (3, 7), (1, 7), (0, 5)] {
+            let sequence = dataset.sequence(sample).await.unwrap();
             assert_eq!((sequence.ids, sequence.targets), (vec![first, 2], vec![2, 3]));
         }
     }
@@ -460,9 +460,9 @@ pub(crate) mod tests {
         let folder = folder(&files).await;
         let mut dataset = Dataset::open(&folder, 1000).await.unwrap();
         assert_eq!(dataset.sequences, 150);
-        for place in [0, 1, 3, 49, 50, 149, 150, 2, 1, 140, 77, 140 + 150] {
-            let sequence = dataset.sequence(place).await.unwrap();
-            assert_eq!((sequence.ids[0] as u64, sequence.index), (place % 150, place % 150));
+        for sample in [0, 1, 3, 49, 50, 149, 150, 2, 1, 140, 77, 140 + 150] {
+            let sequence = dataset.sequence(sample).await.unwrap();
+            assert_eq!((sequence.ids[0] as u64, sequence.index), (sample % 150, sample % 150));
             assert_eq!(sequence.starts(), [0, 1]);
         }
     }

@@ -67,12 +67,12 @@ impl KvBlock {
         Self { positions: self.positions[..rows].to_vec(), layers }
     }
 
-    fn concat(self, more: Self) -> Self {
-        let both = |([k, v], [more_k, more_v]): ([Tensor<3>; 2], [Tensor<3>; 2])| {
-            [Tensor::cat(vec![k, more_k], 1), Tensor::cat(vec![v, more_v], 1)]
+    fn concat(self, next: Self) -> Self {
+        let both = |([k, v], [next_k, next_v]): ([Tensor<3>; 2], [Tensor<3>; 2])| {
+            [Tensor::cat(vec![k, next_k], 1), Tensor::cat(vec![v, next_v], 1)]
         };
-        let layers = self.layers.into_iter().zip(more.layers).map(both).collect();
-        Self { positions: [self.positions, more.positions].concat(), layers }
+        let layers = self.layers.into_iter().zip(next.layers).map(both).collect();
+        Self { positions: [self.positions, next.positions].concat(), layers }
     }
 }
 
@@ -116,12 +116,12 @@ impl Model {
         checkpoint: &Checkpoint,
         name: DeviceName,
         precision: FloatDType,
-        wait: &Handle,
+        runtime: &Handle,
     ) -> Result<Self> {
         let (config, device) = (checkpoint.config.clone(), name.open()?);
         let mut units = vec![];
         for unit in Unit::all(&config) {
-            let numbers = wait.block_on(checkpoint.read(&unit, 0..unit.length))?;
+            let numbers = runtime.block_on(checkpoint.read(&unit, 0..unit.length))?;
             let flat = Tensor::<1>::from_data(TensorData::new(numbers, [unit.length]), &device);
             units.push(unit.unflatten(flat.cast(precision)));
         }
@@ -182,8 +182,8 @@ impl Model {
                 let at = first + from..first + from + n;
                 let x = x.clone().narrow(0, from, n);
                 let logits = llama::logits(&self.config, &self.norm, &self.head, &x);
-                let wanted = id_tensor(&targets[at.clone()], &self.device).reshape([n, 1]);
-                let losses = llama::cross_entropy(logits, wanted);
+                let targets = id_tensor(&targets[at.clone()], &self.device).reshape([n, 1]);
+                let losses = llama::cross_entropy(logits, targets);
                 for (index, loss) in at.zip(losses.into_data().iter::<f32>()) {
                     own[index] = loss;
                 }
@@ -230,8 +230,8 @@ impl Model {
         // Rows beyond the chunk's end are last, so no other row attends to them.
         let local = local_range(comm, chunk.len());
         let (share, before) = (local.len(), cache.ids.len());
-        let own: Vec<i32> = local.clone().map(|place| chunk.get(place).copied().unwrap_or(0)).collect();
-        let positions: Vec<usize> = local.clone().map(|place| before + place).collect();
+        let own: Vec<i32> = local.clone().map(|index| chunk.get(index).copied().unwrap_or(0)).collect();
+        let positions: Vec<usize> = local.clone().map(|index| before + index).collect();
         let rope = Rope::new(&self.config, &positions, length, &self.device, self.precision)?;
 
         let all = comm.size() * share;
@@ -350,11 +350,11 @@ pub mod tests {
             let at = fixture(scaling);
             let (ids, want) = expected(&at).await;
             let checkpoint = Checkpoint::open(&at).await.unwrap();
-            let wait = Handle::current();
+            let runtime = Handle::current();
             for device in DeviceName::available() {
                 for ranks in [1, 2, 3, 4, 7] {
                     let parts = tokio::task::block_in_place(|| {
-                        let model = Model::open(&checkpoint, device, FloatDType::F32, &wait)?;
+                        let model = Model::open(&checkpoint, device, FloatDType::F32, &runtime)?;
                         threads::run(ranks, ranks, TIMEOUT, |comm, _| {
                             let mut own = vec![];
                             model.forward(comm, &mut KvCache::default(), &ids, &mut |first, rows, x| {
@@ -398,10 +398,10 @@ pub mod tests {
             let at = fixture(scaling);
             let (ids, want) = expected(&at).await;
             let checkpoint = Checkpoint::open(&at).await.unwrap();
-            let wait = Handle::current();
+            let runtime = Handle::current();
             for device in DeviceName::available() {
                 let model = tokio::task::block_in_place(|| {
-                    Model::open(&checkpoint, device, FloatDType::F32, &wait).unwrap()
+                    Model::open(&checkpoint, device, FloatDType::F32, &runtime).unwrap()
                 });
                 for ranks in [1, 2, 3] {
                     for parts in [&[35][..], &[1, 20, 14], &[17, 1, 1, 1, 15]] {
@@ -424,10 +424,10 @@ pub mod tests {
         let want = expected_losses(&ids, &logits);
         assert_eq!(want.len(), 15);
         let checkpoint = Checkpoint::open(&at).await.unwrap();
-        let wait = Handle::current();
+        let runtime = Handle::current();
         for ranks in [1, 3] {
             let got = tokio::task::block_in_place(|| {
-                let model = Model::open(&checkpoint, DeviceName::Flex, FloatDType::F32, &wait)?;
+                let model = Model::open(&checkpoint, DeviceName::Flex, FloatDType::F32, &runtime)?;
                 threads::run(ranks, ranks, TIMEOUT, |comm, _| {
                     model.losses(comm, &mut KvCache::default(), &ids[..79], &ids[1..])
                 })

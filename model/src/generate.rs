@@ -42,16 +42,11 @@ pub async fn generate(job: &GenerateJob, on_token: &mut (dyn FnMut(u32) + Send))
         return Err(Error::Conf("the prompt is empty, and the tokenizer puts no token before it".into()));
     }
     let checkpoint = Checkpoint::open(&job.checkpoint).await?;
-    let vocab = checkpoint.config.vocab_size;
-    if let Some(id) = job.ids.iter().find(|id| **id < 0 || **id as usize >= vocab) {
-        return Err(Error::Conf(format!(
-            "id {id} of the prompt is not in the model's vocabulary of {vocab}"
-        )));
-    }
+    checkpoint.config.check_ids(&job.ids)?;
     let (sender, mut receiver) = unbounded_channel();
-    let (job, wait) = (job.clone(), Handle::current());
+    let (job, runtime) = (job.clone(), Handle::current());
     let working = tokio::task::spawn_blocking(move || {
-        let model = Model::open(&checkpoint, job.device, job.precision.into(), &wait)?;
+        let model = Model::open(&checkpoint, job.device, job.precision.into(), &runtime)?;
         let ranks = threads::run(job.ranks, job.ranks, TIMEOUT, |comm, _| {
             let sender = (comm.rank() == 0).then(|| sender.clone());
             let mut said = |id| {

@@ -167,10 +167,10 @@ impl TrainingCheckpoint {
         comm: &dyn Comm,
         device: &burn::tensor::Device,
         weight_decay: f64,
-        wait: &tokio::runtime::Handle,
+        runtime: &tokio::runtime::Handle,
     ) -> Result<(Shards, AdamW)> {
         let part = |part: &str| {
-            let read = |i: usize, range| wait.block_on(self.read(&units[i], i, part, range));
+            let read = |i: usize, range| runtime.block_on(self.read(&units[i], i, part, range));
             Shards::new(units.clone(), comm, device, read)
         };
         let [shards, first, second] = STATES.map(part);

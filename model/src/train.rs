@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::{Device, FloatDType, Tensor};
 use bytes::Bytes;
 use serde_json::{Map, json};
 use tokio::runtime::Handle;
@@ -61,6 +61,9 @@ pub struct Summary {
     pub logs: Vec<Written>,
 }
 
+/// How many ranges of positions the loss is reported for.
+const RANGES: usize = POSITION_RANGES.len();
+
 /// The file beside the checkpoints that holds the metrics of a training that diverged.
 const DIVERGED: &str = "metrics-diverged.jsonl";
 
@@ -87,11 +90,11 @@ pub async fn train(
     }
     // Capacity 1, so that a stop request takes effect within a step.
     let (sender, mut receiver) = channel(1);
-    let (job, stop, wait) = (job.clone(), stop.clone(), Handle::current());
+    let (job, stop, runtime) = (job.clone(), stop.clone(), Handle::current());
     let training = tokio::task::spawn_blocking(move || {
         let rank = |world: &dyn Comm, sequence: &dyn Comm| {
             let steps = (world.rank() == 0).then(|| sender.clone());
-            RankTrainer::new(&job, world, sequence, &wait)?.train(&stop, steps)
+            RankTrainer::new(&job, world, sequence, &runtime)?.train(&stop, steps)
         };
         match LaunchEnv::from_env()?.filter(|launch| launch.world_size > 1) {
             None => {
@@ -149,12 +152,31 @@ fn config_of_shape(shape: &Shape, vocab_size: usize, sequence_tokens: usize) -> 
     Ok(config)
 }
 
+/// This rank's shards before the first step: from the checkpoint that the training starts from, or of a new model.
+fn initial_shards(
+    job: &TrainJob,
+    units: Vec<Unit>,
+    world: &dyn Comm,
+    device: &Device,
+    runtime: &Handle,
+) -> Result<Shards> {
+    let pretrained = match &job.checkpoint {
+        Some(folder) => Some(runtime.block_on(Checkpoint::open(folder))?),
+        None => None,
+    };
+    let read = |i: usize, range| match &pretrained {
+        Some(checkpoint) => runtime.block_on(checkpoint.read(&units[i], range)),
+        None => Ok(initial_weights(&units, i, range, job.conf.seed)),
+    };
+    Shards::new(units.clone(), world, device, read)
+}
+
 /// The training loop of one rank.
 struct RankTrainer<'a> {
     job: &'a TrainJob,
     world: &'a dyn Comm,
     sequence: &'a dyn Comm,
-    wait: &'a Handle,
+    runtime: &'a Handle,
     device_name: DeviceName,
     config: Config,
     shards: Shards,
@@ -167,27 +189,35 @@ struct RankTrainer<'a> {
 }
 
 impl<'a> RankTrainer<'a> {
-    fn new(job: &'a TrainJob, world: &'a dyn Comm, sequence: &'a dyn Comm, wait: &'a Handle) -> Result<Self> {
+    fn new(
+        job: &'a TrainJob,
+        world: &'a dyn Comm,
+        sequence: &'a dyn Comm,
+        runtime: &'a Handle,
+    ) -> Result<Self> {
         let conf = &job.conf;
         let device_name =
             conf.device_of(LaunchEnv::from_env()?.map_or(world.rank(), |launch| launch.local_rank))?;
         let device = device_name.open()?;
         let config = model_config(conf, job.checkpoint.as_ref(), job.vocab_size, job.sequence_tokens);
-        let mut config = wait.block_on(config)?;
+        let mut config = runtime.block_on(config)?;
         if conf.shape.is_some() {
             config.bos_token_id = job.bos.map(Into::into);
             config.eos_token_id = job.eos.map(Into::into);
         }
         let units = Unit::all(&config);
         let settings = conf.content();
-        let saved =
-            wait.block_on(TrainingCheckpoint::find_latest(&job.checkpoints, &job.dataset_digest, &settings))?;
+        let saved = runtime.block_on(TrainingCheckpoint::find_latest(
+            &job.checkpoints,
+            &job.dataset_digest,
+            &settings,
+        ))?;
         let (shards, optimizer, history, metrics_jsonl) = match &saved {
             Some(saved) => {
-                wait.block_on(saved.verify(world))?;
-                let (shards, optimizer) = saved.restore(units, world, &device, conf.weight_decay, wait)?;
+                runtime.block_on(saved.verify(world))?;
+                let (shards, optimizer) = saved.restore(units, world, &device, conf.weight_decay, runtime)?;
                 let lines =
-                    wait.block_on(saved.folder.join("metrics.jsonl").get())?.unwrap_or_default().to_vec();
+                    runtime.block_on(saved.folder.join("metrics.jsonl").get())?.unwrap_or_default().to_vec();
                 let history = metrics::parse_steps(&lines).map_err(|e| Error::Checkpoint {
                     at: saved.folder.url(),
                     message: format!("metrics.jsonl: {e}"),
@@ -195,25 +225,17 @@ impl<'a> RankTrainer<'a> {
                 (shards, optimizer, history, lines)
             }
             None => {
-                let pretrained = match &job.checkpoint {
-                    Some(folder) => Some(wait.block_on(Checkpoint::open(folder))?),
-                    None => None,
-                };
-                let read = |i: usize, range| match &pretrained {
-                    Some(checkpoint) => wait.block_on(checkpoint.read(&units[i], range)),
-                    None => Ok(initial_weights(&units, i, range, conf.seed)),
-                };
-                let shards = Shards::new(units.clone(), world, &device, read)?;
+                let shards = initial_shards(job, units, world, &device, runtime)?;
                 let optimizer = AdamW::new(&shards, conf.weight_decay);
                 (shards, optimizer, vec![], vec![])
             }
         };
-        let dataset = wait.block_on(Dataset::open(&job.dataset, config.vocab_size))?;
+        let dataset = runtime.block_on(Dataset::open(&job.dataset, config.vocab_size))?;
         let new = Self {
             job,
             world,
             sequence,
-            wait,
+            runtime,
             device_name,
             config,
             shards,
@@ -307,23 +329,12 @@ impl<'a> RankTrainer<'a> {
         let targets = inputs.iter().flat_map(|shard| &shard.targets).filter(|t| **t != NO_TARGET).count();
         let targets = all_reduce_sum(self.world, &[targets as f64], &context.device)?[0].max(1.0);
 
-        // What the ranks sum: losses and counts by range of positions, whether a rank was told to stop, each rank's memory.
-        const RANGES: usize = POSITION_RANGES.len();
-        let mut sums = vec![0.0; 2 * RANGES + 1];
-        let mut accumulated: Vec<Option<Tensor<1>>> = self.shards.units.iter().map(|_| None).collect();
-        for shard in inputs {
-            let losses = context.backprop(&self.shards, &shard, 1.0 / targets, &mut accumulated)?;
-            let rows = losses.into_iter().zip(&shard.targets).zip(shard.sharding.indices());
-            for ((loss, _), index) in rows.filter(|((_, target), _)| **target != NO_TARGET) {
-                sums[range_index(index)] += f64::from(loss);
-                sums[RANGES + range_index(index)] += 1.0;
-            }
-        }
-        sums[2 * RANGES] = f64::from(stop.load(Ordering::Relaxed));
+        // The ranks sum losses and counts by range of positions, whether they were told to stop, and each rank's memory.
+        let (gradients, mut sums) = self.accumulate(context, inputs, 1.0 / targets)?;
+        sums.push(f64::from(stop.load(Ordering::Relaxed)));
         sums.extend(self.one_hot(self.device_name.peak_memory().unwrap_or(0) as f64));
         let sums = all_reduce_sum(self.world, &sums, &context.device)?;
         let memory = sums[2 * RANGES + 1..].iter().copied().fold(0.0, f64::max);
-        let gradients: Vec<Tensor<1>> = accumulated.into_iter().flatten().collect();
         let grad_norm = global_norm(self.world, &gradients)?;
         let loss = sums[..RANGES].iter().sum::<f64>() / targets;
         self.check_divergence(step, loss, grad_norm, samples)?;
@@ -356,6 +367,27 @@ impl<'a> RankTrainer<'a> {
         Ok(sums[2 * RANGES] > 0.0)
     }
 
+    /// Backpropagates this rank's inputs. Returns its shards of the accumulated gradients of `scale` × the loss, and its sums
+    /// of losses and counts of targets in each range of positions.
+    fn accumulate(
+        &self,
+        context: &RankContext<'_>,
+        inputs: Vec<SequenceShard>,
+        scale: f64,
+    ) -> Result<(Vec<Tensor<1>>, Vec<f64>)> {
+        let mut accumulated: Vec<Option<Tensor<1>>> = self.shards.units.iter().map(|_| None).collect();
+        let mut sums = vec![0.0; 2 * RANGES];
+        for shard in inputs {
+            let losses = context.backprop(&self.shards, &shard, scale, &mut accumulated)?;
+            let rows = losses.into_iter().zip(&shard.targets).zip(shard.sharding.indices());
+            for ((loss, _), index) in rows.filter(|((_, target), _)| **target != NO_TARGET) {
+                sums[range_index(index)] += f64::from(loss);
+                sums[RANGES + range_index(index)] += 1.0;
+            }
+        }
+        Ok((accumulated.into_iter().flatten().collect(), sums))
+    }
+
     /// This rank's shard of each of the samples that its group computes.
     fn read_shards(&mut self, samples: Range<u64>) -> Result<Vec<SequenceShard>> {
         let group_size = self.sequence.size();
@@ -364,7 +396,7 @@ impl<'a> RankTrainer<'a> {
         let mut shards = vec![];
         for first in samples.clone().step_by(groups) {
             let own = first + group;
-            let sequence = self.wait.block_on(self.dataset.sequence(own.min(samples.end - 1)))?;
+            let sequence = self.runtime.block_on(self.dataset.sequence(own.min(samples.end - 1)))?;
             let mut shard = self.shard(&sequence);
             if own >= samples.end {
                 // No sample is left for this group. It takes part in the collectives with a sequence without loss.
@@ -412,7 +444,7 @@ impl<'a> RankTrainer<'a> {
             return Ok(());
         };
         let sequences = samples.map(|sample| sample % self.dataset.sequences).collect();
-        let saved = self.wait.block_on(TrainingCheckpoint::find_latest(
+        let saved = self.runtime.block_on(TrainingCheckpoint::find_latest(
             &self.job.checkpoints,
             &self.job.dataset_digest,
             &self.job.conf.content(),
@@ -425,7 +457,7 @@ impl<'a> RankTrainer<'a> {
         if self.world.rank() == 0 {
             // The metrics so far explain the divergence, and no checkpoint will contain them.
             let at = self.job.checkpoints.join(DIVERGED);
-            if let Err(error) = self.wait.block_on(at.put(self.metrics_jsonl.clone())) {
+            if let Err(error) = self.runtime.block_on(at.put(self.metrics_jsonl.clone())) {
                 tracing::warn!("{error}");
             }
         }
@@ -459,7 +491,7 @@ impl<'a> RankTrainer<'a> {
     fn save_checkpoint(&self, step: u64) -> Result<()> {
         let folder = self.job.checkpoints.join(&format!("step-{step}"));
         let own = resume::write_optimizer_shard(&folder, self.world, &self.shards, &self.optimizer);
-        let own = self.wait.block_on(own)?;
+        let own = self.runtime.block_on(own)?;
         let shards = self.gather_written(&own)?;
         let mut files = self.write_model(&folder)?;
         // Logs contain times, so the manifest does not list them.
@@ -473,7 +505,7 @@ impl<'a> RankTrainer<'a> {
                 settings: self.job.conf.content(),
                 files: files.into_iter().map(Into::into).collect(),
             };
-            self.wait.block_on(resume::publish(&self.job.checkpoints, &manifest))?;
+            self.runtime.block_on(resume::publish(&self.job.checkpoints, &manifest))?;
         }
         self.world.barrier()
     }
@@ -487,7 +519,7 @@ impl<'a> RankTrainer<'a> {
             ("metrics.jsonl", self.metrics_jsonl.clone()),
             ("events.out.tfevents.0.lengthwise", metrics::tensorboard(&self.history)),
         ];
-        files.into_iter().map(|(name, bytes)| self.wait.block_on(folder.join(name).put(bytes))).collect()
+        files.into_iter().map(|(name, bytes)| self.runtime.block_on(folder.join(name).put(bytes))).collect()
     }
 
     /// Rank 0 writes the model in Hugging Face's layout and returns the files it wrote.
@@ -510,7 +542,7 @@ impl<'a> RankTrainer<'a> {
         let mut config = self.config.clone();
         config.max_position_embeddings = self.max_positions();
         let companions = checkpoint::companion_files(&config, self.job.tokenizer.as_deref());
-        self.wait.block_on(checkpoint::write(
+        self.runtime.block_on(checkpoint::write(
             folder,
             &config,
             &self.shards.units,

@@ -70,9 +70,9 @@ fn assign_rows(x: Tensor<3>, rows: &Range<usize>, new: Tensor<3>) -> Tensor<3> {
     if rows.len() == n { new } else { x.slice_assign([0..heads, rows.clone(), 0..width], new) }
 }
 
-fn add_to_rows(sum: Tensor<3>, at: &Range<usize>, more: Tensor<3>) -> Tensor<3> {
-    let new = select_rows(&sum, at) + to_f32(more);
-    assign_rows(sum, at, new)
+fn add_to_rows(sum: Tensor<3>, rows: &Range<usize>, addend: Tensor<3>) -> Tensor<3> {
+    let new = select_rows(&sum, rows) + to_f32(addend);
+    assign_rows(sum, rows, new)
 }
 
 /// The lse of a query that attended to nothing. It is finite because −∞ − −∞ is NaN.

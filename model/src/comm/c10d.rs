@@ -561,8 +561,8 @@ mod tests {
             // Two exchanges are in progress at once.
             let first = world.exchange(to, from, vec![tensor(vec![rank as f32]), tensor(vec![7.0, 8.0])])?;
             let second = world.exchange(to, from, vec![tensor(vec![10.0 + rank as f32])])?;
-            let came: Vec<Vec<f32>> = first()?.into_iter().chain(second()?).map(numbers).collect();
-            Ok(json!([gathered, part, sum, came]))
+            let received: Vec<Vec<f32>> = first()?.into_iter().chain(second()?).map(numbers).collect();
+            Ok(json!([gathered, part, sum, received]))
         });
         match result {
             Ok(value) => println!("said: {value}"),

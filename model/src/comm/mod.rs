@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_knows_its_place_from_what_launchers_set() {
+    fn a_process_reads_its_rank_from_the_launchers_environment() {
         assert_eq!(launch(&[("RANK", "1")]).unwrap(), None);
         let all = [
             ("WORLD_SIZE", "4"),

@@ -55,7 +55,7 @@ impl ThreadGroup {
     }
 
     /// Records this rank's failure, which makes the calls of all other ranks fail. The first failure counts.
-    fn fail(&self, why: &str) {
+    fn record_failure(&self, why: &str) {
         let mut failed = self.shared.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         failed.get_or_insert((self.first + self.rank, why.to_owned()));
     }
@@ -84,7 +84,7 @@ impl ThreadGroup {
                     } else {
                         continue;
                     };
-                    self.fail(&message);
+                    self.record_failure(&message);
                     return Err(Error::Rank { rank, message });
                 }
             }
@@ -199,7 +199,7 @@ pub fn run<T: Send>(
             scope.spawn(move || {
                 let result = catch_panic(world.rank, || work(&world, &sequence));
                 if let Err(error) = &result {
-                    world.fail(&error.to_string());
+                    world.record_failure(&error.to_string());
                 }
                 result
             })

@@ -69,7 +69,7 @@ impl EvalModel {
         devices: &[DeviceName],
         ranks: usize,
         precision: Precision,
-        wait: &Handle,
+        runtime: &Handle,
     ) -> Result<Self> {
         if devices.is_empty() || ranks == 0 || devices.len() > 1 && devices.len() != ranks {
             let devices = devices.len();
@@ -77,7 +77,7 @@ impl EvalModel {
                 "{ranks} ranks on {devices} devices; several devices have one rank each"
             )));
         }
-        let open = |device: &DeviceName| Model::open(checkpoint, *device, precision.into(), wait);
+        let open = |device: &DeviceName| Model::open(checkpoint, *device, precision.into(), runtime);
         let models = devices.iter().map(open).collect::<Result<_>>()?;
         let prefixes = (0..ranks).map(|_| Mutex::default()).collect();
         Ok(Self { models, prefixes })
@@ -102,7 +102,7 @@ impl EvalModel {
 
     /// The greedy continuation of `ids`, of at most `tokens` tokens. The first `shared` ids are cached for later texts.
     pub fn reply(&self, ids: &[i32], shared: usize, tokens: usize) -> Result<Reply> {
-        self.check(ids)?;
+        self.check_ids(ids)?;
         self.on_ranks(|model, comm, prefix| {
             let mut cache = model.reusable_prefix(prefix, ids);
             let reused = cache.ids().len();
@@ -118,8 +118,8 @@ impl EvalModel {
 
     /// The log-likelihood of each of several continuations of `ids`.
     pub fn likelihoods(&self, ids: &[i32], continuations: &[Vec<i32>]) -> Result<Vec<f64>> {
-        self.check(ids)?;
-        continuations.iter().try_for_each(|ids| self.check(ids))?;
+        self.check_ids(ids)?;
+        continuations.iter().try_for_each(|ids| self.check_ids(ids))?;
         self.on_ranks(|model, comm, _| {
             let (last, before) = ids.split_last().expect("there is a text");
             let mut read = KvCache::default();
@@ -135,21 +135,17 @@ impl EvalModel {
 
     /// The loss of each id but the first, given those before it.
     pub fn losses(&self, ids: &[i32]) -> Result<Vec<f32>> {
-        self.check(ids)?;
+        self.check_ids(ids)?;
         self.on_ranks(|model, comm, _| {
             model.losses(comm, &mut KvCache::default(), &ids[..ids.len() - 1], &ids[1..])
         })
     }
 
-    fn check(&self, ids: &[i32]) -> Result<()> {
-        let vocab = self.config().vocab_size;
-        match ids.iter().find(|id| **id < 0 || **id as usize >= vocab) {
-            _ if ids.is_empty() => Err(Error::Conf("there is no text to read".into())),
-            None => Ok(()),
-            Some(id) => Err(Error::Conf(format!(
-                "id {id} of a text is not in the model's vocabulary of {vocab}; is it the model's own tokenizer?"
-            ))),
+    fn check_ids(&self, ids: &[i32]) -> Result<()> {
+        if ids.is_empty() {
+            return Err(Error::Conf("there is no text to read".into()));
         }
+        self.config().check_ids(ids)
     }
 }
 
@@ -255,9 +251,9 @@ pub mod tests {
 
     async fn subject(ranks: usize) -> EvalModel {
         let checkpoint = Checkpoint::open(&fixture("llama3")).await.unwrap();
-        let wait = Handle::current();
+        let runtime = Handle::current();
         tokio::task::block_in_place(|| {
-            EvalModel::open(&checkpoint, &[DeviceName::Flex], ranks, Precision::F32, &wait).unwrap()
+            EvalModel::open(&checkpoint, &[DeviceName::Flex], ranks, Precision::F32, &runtime).unwrap()
         })
     }
 

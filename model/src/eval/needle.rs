@@ -42,7 +42,7 @@ pub struct Haystack<'a> {
     settings: &'a NeedleConf,
     text: &'a TextTokenizer,
     /// The prompt before and after the context.
-    around: (String, String),
+    template: (String, String),
     /// As many ids as the longest length.
     essays: Vec<i32>,
     needle: Vec<i32>,
@@ -62,7 +62,7 @@ impl<'a> Haystack<'a> {
         let longest = settings.lengths.iter().copied().max().unwrap_or(0);
         if let Some(short) = settings.lengths.iter().find(|length| **length < BUFFER + needle.len() + 1) {
             return Err(Error::Conf(format!(
-                "a needle of {} tokens and what stands around it need more than the {short} tokens of a length",
+                "a needle of {} tokens and the prompt around it need more than the {short} tokens of a length",
                 needle.len()
             )));
         }
@@ -73,7 +73,7 @@ impl<'a> Haystack<'a> {
             return Err(Error::Conf("the needle's prompt has no {context}".into()));
         };
         let asked = |text: &str| text.replace("{question}", &settings.question);
-        let around = (asked(before), asked(after));
+        let template = (asked(before), asked(after));
         let once = text.ids(essays, false)?;
         if once.is_empty() {
             return Err(Error::Conf("the haystack is empty".into()));
@@ -86,13 +86,13 @@ impl<'a> Haystack<'a> {
                 periods.insert(*id);
             }
         }
-        let mut new = Self { settings, text, around, essays, needle, plain: vec![], periods };
-        new.plain = text.ids(&new.around(&text.text(&new.essays)?), true)?;
+        let mut new = Self { settings, text, template, essays, needle, plain: vec![], periods };
+        new.plain = text.ids(&new.fill_template(&text.text(&new.essays)?), true)?;
         Ok(new)
     }
 
-    fn around(&self, context: &str) -> String {
-        let (before, after) = &self.around;
+    fn fill_template(&self, context: &str) -> String {
+        let (before, after) = &self.template;
         format!("{before}{context}{after}")
     }
 
@@ -107,7 +107,7 @@ impl<'a> Haystack<'a> {
             }
         }
         let all = [&context[..at], &self.needle, &context[at..]].concat();
-        Ok(self.around(&self.text.text(&all)?))
+        Ok(self.fill_template(&self.text.text(&all)?))
     }
 
     /// Asks for the needle at a depth of a length.
