@@ -52,7 +52,7 @@ pub struct KvCache {
     blocks: Vec<KvBlock>,
 }
 
-/// KvBlock and values `[kv_heads, rows, head_dim]` of some positions, in ascending order, layer by layer.
+/// The keys and values `[kv_heads, rows, head_dim]` of ascending positions, layer by layer.
 #[derive(Clone)]
 struct KvBlock {
     positions: Vec<usize>,
