@@ -1,4 +1,4 @@
-//! Compiles what of LibTorch `tch` does not bind, and has tests find LibTorch's libraries where they are.
+//! Compiles the shims for the parts of LibTorch that `tch` does not bind, and sets the path at which tests find LibTorch.
 
 fn main() {
     println!("cargo:rustc-check-cfg=cfg(gloo)");
@@ -32,6 +32,6 @@ fn libtorch() {
     }
     build.compile("lengthwise_torch");
     println!("cargo:rustc-link-search=native={}/lib", root.display());
-    // as DT_RPATH, so that the libraries find each other too
+    // Use DT_RPATH, so that the libraries find each other, too.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}/lib,--disable-new-dtags", root.display());
 }

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Puts a LibTorch 2.9.0 together that cargo can build with, from PyPI's wheels alone, and prints where it is:
+# Assembles a LibTorch 2.9.0 for cargo from PyPI's wheels, and prints its folder:
 #
 #   export LIBTORCH=$(model/libtorch.sh DIR)           CPU: 1 GB to download, 600 MB on disk
 #   export LIBTORCH=$(model/libtorch.sh DIR --cuda)    CUDA 12.8: 3 GB to download, 6 GB on disk
 #
-# Gloo's headers, which ranks as processes on CPUs need, come from Debian's libgloo-dev, where apt-get has it.
+# Ranks as processes on CPUs need Gloo's headers. They come from Debian's libgloo-dev, if apt-get has it.
 set -euo pipefail
 dir=${1:?usage: model/libtorch.sh DIR [--cuda]}
 cuda=${2:-}
@@ -21,10 +21,10 @@ fetch() {
         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 \
         --platform manylinux2010_x86_64 "$@" >&2
 }
-# Of the CPU's build no symbol of the CUDA libraries is used, but libtorch_cpu.so names these two.
+# The CPU build uses no CUDA symbols, but libtorch_cpu.so links to these two libraries.
 case $cuda in
 '') fetch --no-deps torch==2.9.0 nvidia-cuda-runtime-cu12==12.8.90 nvidia-cuda-cupti-cu12==12.8.90 ;;
-# The headers of CUDA's runtime include its compiler's and its C++ library's.
+# The headers of CUDA's runtime include those of its compiler and its C++ library.
 --cuda)
     fetch torch==2.9.0
     fetch --no-deps nvidia-cuda-nvcc-cu12==12.8.93 nvidia-cuda-cccl-cu12==12.8.90
@@ -44,7 +44,7 @@ for wheel in sorted(wheels.glob("*.whl")):
             if name.startswith("torch/include/"):
                 to = out / name.removeprefix("torch/")
             elif cuda and name.startswith("nvidia/") and "/include/" in name:
-                # of CUDA and NCCL
+                # Headers of CUDA and NCCL.
                 to = out / "include" / name.split("/include/", 1)[1]
             elif "/lib/" in name and ".so" in name.rsplit("/", 1)[1]:
                 file = name.rsplit("/", 1)[1]
@@ -60,7 +60,7 @@ for wheel in sorted(wheels.glob("*.whl")):
     wheel.unlink()
 PY
 if [ -z "$cuda" ]; then
-    # the real one would drag libtorch_cuda.so in
+    # A stub, because the real libtorch.so links to libtorch_cuda.so.
     echo | gcc -shared -fPIC -x c - -o "$dir/lib/libtorch.so" -Wl,-soname,libtorch.so
 fi
 if ! (cd "$wheels" && apt-get download -qq libgloo-dev >&2 && dpkg -x libgloo-dev*.deb "$dir/gloo"); then

@@ -1,10 +1,11 @@
-"""Greedy continuations by transformers beside those of `lengthwise generate`: ten prompts of 100 to 4,000 tokens.
+"""Compares greedy continuations of transformers and `lengthwise generate`, for ten prompts of 100 to 4,000 tokens.
 
     pip install torch==2.9.0 transformers==4.57.3
     python greedy.py LENGTHWISE CHECKPOINT TEXTS.txt [--device DEVICE]... [--ranks N]...
 
-TEXTS.txt is any long text; LENGTHWISE the program. Prints a line for each prompt, device and number of ranks: whether the ids
-are the same, and where they part by how much transformers' own logits differ there. Ends with 1 if a gap is no rounding.
+LENGTHWISE is the program, and TEXTS.txt any long text. Prints a line for each prompt, device and number of ranks: whether the
+ids are the same and, if not, by how much transformers' logits differ where they part. Exits with 1 if that is more than
+rounding.
 """
 
 import argparse
@@ -23,7 +24,7 @@ arguments.add_argument("--ranks", action="append")
 arguments.add_argument("--tokens", type=int, default=40)
 arguments = arguments.parse_args()
 
-# both compute in f32: what differs is only the order of sums
+# Both compute in f32, so they differ only in the order of sums.
 model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, torch_dtype=torch.float32).eval()
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=arguments.checkpoint + "/tokenizer.json")
 text = open(arguments.texts, encoding="utf-8").read()

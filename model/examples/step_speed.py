@@ -1,9 +1,9 @@
-"""The same training step as step_speed.rs in PyTorch: transformers' Llama with SDPA, and one written by hand.
+"""Measures the training step of step_speed.rs in PyTorch, with transformers' Llama and SDPA or a model written by hand.
 
     pip install torch==2.9.0 transformers==4.57.3
     python step_speed.py transformers|by-hand SEQUENCE_TOKENS f32|bf16 [--checkpointing] [--steps N] [--device cuda] [--config FILE]
 
-Prints a line of JSON: the median step, and the most memory, on a CPU above that of the process without the model.
+Prints a line of JSON: the median step and the peak memory. On a CPU that is the process's memory less that without a model.
 """
 
 import json
@@ -51,8 +51,8 @@ class Layer(torch.nn.Module):
         b, s, _ = x.shape
         y = self.before(x)
         split = lambda t, h: t.view(b, s, h, HD).transpose(1, 2)
-        turn = lambda t: t * cos + torch.cat((-t[..., HD // 2 :], t[..., : HD // 2]), -1) * sin
-        q, k, v = turn(split(self.q(y), HEADS)), turn(split(self.k(y), KV)), split(self.v(y), KV)
+        rotate = lambda t: t * cos + torch.cat((-t[..., HD // 2 :], t[..., : HD // 2]), -1) * sin
+        q, k, v = rotate(split(self.q(y), HEADS)), rotate(split(self.k(y), KV)), split(self.v(y), KV)
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.o(a.transpose(1, 2).reshape(b, s, D))
         y = self.after(x)
@@ -79,13 +79,13 @@ class ByHand(torch.nn.Module):
         return self.head(self.norm(x))
 
 
-def memory(what):
+def memory(field):
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(what))
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
 def step_of(model, logits):
-    # f32 parameters; bf16 by autocast of copies, as mixed-precision training does it
+    # Parameters are f32; bf16 copies come from autocast, as in mixed-precision training.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
     ids = torch.tensor([[(i * i * 31 + i * 7) % VOCAB for i in range(length)]])
 
@@ -122,7 +122,7 @@ def by_hand():
     return step_of(ByHand(), lambda m, i: m(i))
 
 
-most = torch.cuda.max_memory_allocated if device == "cuda" else lambda: memory("VmHWM:") - before
+peak_memory = torch.cuda.max_memory_allocated if device == "cuda" else lambda: memory("VmHWM:") - before
 before = memory("VmRSS:")
 with open("/proc/self/clear_refs", "w") as clear:
     clear.write("5")
@@ -132,9 +132,9 @@ for _ in range(steps):
     started = time.time()
     step()
     times.append(time.time() - started)
-# the first one warms up
+# The first step warms up.
 measured = sorted(times[1:] or times)
 print(json.dumps({
     "model": name, "tokens": length, "checkpointing": checkpointing, "threads": torch.get_num_threads(),
-    "seconds": round(measured[len(measured) // 2], 3), "megabytes": most() // 1_000_000,
+    "seconds": round(measured[len(measured) // 2], 3), "megabytes": peak_memory() // 1_000_000,
 }))

@@ -1,23 +1,22 @@
-//! Seconds and memory of training steps of a small Llama (256 wide, 4 layers, 8/4 heads, vocabulary 2,048), or of one of
-//! the shape that a config.json says:
+//! Measures time and memory of training steps of a small Llama (256 wide, 4 layers, 8/4 heads, vocabulary 2,048), or of the
+//! shape in a config.json:
 //!
 //!     cargo run --release --features libtorch --example step_speed -- DEVICE SEQUENCE_TOKENS f32|bf16
 //!         [--keep] [--ranks N] [--steps N] [--config FILE]
 //!
-//! `--keep` is recompute = false. Prints a line of JSON: the median step, and the most memory of all ranks together on a GPU,
-//! or on a CPU above that of the process without a model, beside what `lengthwise plan` says.
+//! `--keep` sets recompute = false. Prints a line of JSON: the median step, and the peak memory beside the estimate of
+//! `lengthwise plan`. On a GPU it is the memory of all ranks; on a CPU, that of the process less its memory without a model.
 
 use std::time::{Duration, Instant};
 
 use burn_tensor::{FloatDType, Tensor};
-use lengthwise_model::backprop::{Machine, Rows};
+use lengthwise_model::backprop::{RankContext, SequenceShard};
 use lengthwise_model::comm::threads;
 use lengthwise_model::config::Config;
-use lengthwise_model::device::Name;
-use lengthwise_model::optim::{AdamW, norm};
+use lengthwise_model::device::DeviceName;
+use lengthwise_model::optim::{AdamW, global_norm};
 use lengthwise_model::plan::Plan;
 use lengthwise_model::ring::Sharding;
-use lengthwise_model::rope::Rope;
 use lengthwise_model::shards::{Shards, Unit};
 use lengthwise_model::{checkpoint, device};
 use serde_json::json;
@@ -30,7 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let number = |name: &str| option(name)?.parse::<usize>().ok();
     let [name, length, precision] = &arguments[..3] else { return Err("see the top of the file".into()) };
-    let name = Name::parse(name)?;
+    let name = DeviceName::parse(name)?;
     let length: usize = length.parse()?;
     let precision = if precision == "bf16" { FloatDType::BF16 } else { FloatDType::F32 };
     let recompute = !arguments.iter().any(|argument| argument == "--keep");
@@ -47,16 +46,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let device = name.open()?;
         world.barrier()?;
         let mut before = 0;
-        if world.rank() == 0 && name.host().is_none() {
-            before = device::resident().unwrap_or(0);
-            // the system counts the most anew
+        if world.rank() == 0 && name.host_device().is_none() {
+            before = device::resident_memory().unwrap_or(0);
+            // Resets the system's peak counter.
             let _ = std::fs::write("/proc/self/clear_refs", "5");
         }
         let units = Unit::all(&config);
-        let read = |i: usize, range| Ok(checkpoint::fresh(&units, i, range, 1));
+        let read = |i: usize, range| Ok(checkpoint::initial_weights(&units, i, range, 1));
         let mut shards = Shards::new(units.clone(), world, &device, read)?;
         let mut optimizer = AdamW::new(&shards, 0.1);
-        let machine = Machine {
+        let context = RankContext {
             config: config.clone(),
             world,
             sequence,
@@ -67,26 +66,25 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             offload: None,
         };
         let sharding = Sharding::new(sequence.rank(), ranks, length, None);
-        let rope = Rope::new(&config, &sharding.positions(), length, &device, precision)?;
-        let own = sharding.take(&ids, 0);
-        let rows = Rows { targets: own.clone(), ids: own, sharding, rope };
+        let own = sharding.local_rows(&ids, 0);
+        let shard = SequenceShard { targets: own.clone(), ids: own, sharding };
         let mut seconds = vec![];
         for _ in 0..steps {
             world.barrier()?;
             let started = Instant::now();
             let mut sums: Vec<Option<Tensor<1>>> = units.iter().map(|_| None).collect();
-            machine.backprop(&shards, &rows, 1.0 / length as f64, &mut sums)?;
+            context.backprop(&shards, &shard, 1.0 / length as f64, &mut sums)?;
             let gradients: Vec<Tensor<1>> = sums.into_iter().flatten().collect();
-            let size = norm(world, &gradients)?;
+            let size = global_norm(world, &gradients)?;
             optimizer.step(world, &mut shards, gradients, size, 1e-3);
             world.barrier()?;
             seconds.push(started.elapsed().as_secs_f64());
         }
-        Ok((seconds, name.peak().unwrap_or(0).saturating_sub(before)))
+        Ok((seconds, name.peak_memory().unwrap_or(0).saturating_sub(before)))
     })?;
     let (mut seconds, memory) = results.into_iter().next().ok_or("no rank")?;
     if seconds.len() > 1 {
-        // the first one warms up
+        // The first step warms up.
         seconds.remove(0);
     }
     seconds.sort_by(f64::total_cmp);

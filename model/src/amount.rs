@@ -1,4 +1,4 @@
-//! Numbers of tokens and of bytes, as people write them: `"5B"`, `"512MB"`.
+//! Amounts of tokens and bytes in the form that people write: `"5B"`, `"512MB"`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,7 +17,7 @@ pub struct Count(pub u64);
 pub struct Size(pub u64);
 
 struct Units {
-    /// What is accepted, for messages.
+    /// The accepted forms, for messages.
     accepted: &'static str,
     /// Largest first, so that printing finds the shortest form.
     units: &'static [(&'static str, u64)],
@@ -69,7 +69,7 @@ impl Units {
         if !product.is_multiple_of(u128::from(divisor)) {
             return wrong("is not whole");
         }
-        // TOML, in which the resolved conf is written, ends at 2⁶³ − 1.
+        // The largest integer of TOML, in which the resolved conf is written, is 2⁶³ − 1.
         match i64::try_from(product / u128::from(divisor)) {
             Ok(amount) => Ok(amount.unsigned_abs()),
             Err(_) => wrong("is too large"),
@@ -145,7 +145,7 @@ impl<'de> Deserialize<'de> for Size {
     }
 }
 
-// As plain numbers: a resolved conf says exactly what was used.
+// Amounts are serialized as plain numbers, so that a resolved conf is exact.
 
 impl Serialize for Count {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {

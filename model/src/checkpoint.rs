@@ -1,4 +1,4 @@
-//! Checkpoints as Hugging Face writes them: `config.json` and safetensors, single or sharded with an index.
+//! Checkpoints in Hugging Face's layout: `config.json` and safetensors, in one file or in several with an index.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -6,20 +6,21 @@ use std::ops::Range;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
+use crate::conf::Precision;
 use crate::config::{Config, Scaling};
 use crate::shards::Unit;
-use crate::tensors::{Kind, Reader, Writer};
+use crate::tensors::{Reader, Writer};
 use crate::{Error, Location, Result, Written};
 
 const INDEX: &str = "model.safetensors.index.json";
 
-/// How a checkpoint is to generate: what ends a text.
+/// The file with the settings for generation, such as the end-of-text ids.
 const GENERATION: &str = "generation_config.json";
 
-/// A file of a checkpoint we write has at most so many numbers, unless one unit has more.
-const NUMBERS_A_FILE: usize = 1 << 30;
+/// A file that is written has at most this many numbers, unless a single unit has more.
+const MAX_NUMBERS_PER_FILE: usize = 1 << 30;
 
-/// The names of the files that a checkpoint consists of.
+/// The names of a checkpoint's files.
 pub async fn checkpoint_parts(folder: &Location) -> Result<Vec<String>> {
     let mut parts = vec!["config.json".to_owned()];
     if folder.join(GENERATION).get().await?.is_some() {
@@ -28,7 +29,7 @@ pub async fn checkpoint_parts(folder: &Location) -> Result<Vec<String>> {
     match folder.join(INDEX).get().await? {
         Some(index) => {
             parts.push(INDEX.to_owned());
-            parts.extend(shards(folder, &index)?);
+            parts.extend(indexed_files(folder, &index)?);
         }
         None => parts.push("model.safetensors".to_owned()),
     }
@@ -40,48 +41,48 @@ fn wrong(folder: &Location, message: String) -> Error {
 }
 
 /// The files that an index names.
-fn shards(folder: &Location, index: &[u8]) -> Result<BTreeSet<String>> {
+fn indexed_files(folder: &Location, index: &[u8]) -> Result<BTreeSet<String>> {
     let index: Value = serde_json::from_slice(index).map_err(|e| wrong(folder, format!("{INDEX}: {e}")))?;
     let map =
         index["weight_map"].as_object().ok_or_else(|| wrong(folder, format!("{INDEX} has no weight_map")))?;
     Ok(map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect())
 }
 
-/// The config of a checkpoint in Hugging Face's layout.
+/// Reads the config of a checkpoint in Hugging Face's layout.
 ///
 /// # Errors
-/// There is none, or it is of a model that is not computed here.
-pub async fn config(folder: &Location) -> Result<Config> {
+/// There is none, or its model is not supported.
+pub async fn read_config(folder: &Location) -> Result<Config> {
     let config = folder.join("config.json").get().await?;
     let config = config.ok_or_else(|| wrong(folder, "there is no config.json".into()))?;
     let mut config = Config::parse(&config).map_err(|e| wrong(folder, format!("config.json: {e}")))?;
     if let Some(generation) = folder.join(GENERATION).get().await? {
         let generation: Value =
             serde_json::from_slice(&generation).map_err(|e| wrong(folder, format!("{GENERATION}: {e}")))?;
-        // transformers does not look into config.json then, even where this file names none
+        // transformers ignores config.json then, even if this file has no such key.
         config.generation_eos = Some(generation["eos_token_id"].clone());
     }
     Ok(config)
 }
 
-/// A checkpoint whose tensors are known to be those of its config.
+/// A checkpoint whose tensors match its config.
 pub struct Checkpoint {
     pub config: Config,
-    /// The file of each tensor.
+    /// The index of each tensor's file.
     files: BTreeMap<String, usize>,
     readers: Vec<Reader>,
 }
 
 impl Checkpoint {
     /// # Errors
-    /// Names every tensor that is missing, unexpected or misshapen.
+    /// The error names the tensors that are missing, unexpected or of the wrong shape.
     pub async fn open(folder: &Location) -> Result<Self> {
-        let config = config(folder).await?;
+        let config = read_config(folder).await?;
         let names = match folder.join(INDEX).get().await? {
-            Some(index) => shards(folder, &index)?,
+            Some(index) => indexed_files(folder, &index)?,
             None => ["model.safetensors".to_owned()].into(),
         };
-        let mut wanted: BTreeMap<String, [usize; 2]> = config.parameters().into_iter().collect();
+        let mut expected: BTreeMap<String, [usize; 2]> = config.parameters().into_iter().collect();
         let (mut files, mut readers, mut problems) = (BTreeMap::new(), vec![], vec![]);
         for (i, name) in names.into_iter().enumerate() {
             let reader = Reader::open(folder.join(&name)).await.map_err(|error| match error {
@@ -90,23 +91,23 @@ impl Checkpoint {
                 }
                 error => error,
             })?;
-            for (name, entry) in &reader.entries {
-                let Some(shape) = wanted.remove(name) else {
-                    // tied checkpoints may carry the head too; rotary tables were once saved
+            for (name, info) in reader.metadata.tensors().into_iter().collect::<BTreeMap<_, _>>() {
+                let Some(shape) = expected.remove(&name) else {
+                    // Checkpoints with tied embeddings may contain the head, and old ones contain rotary tables.
                     if !(name == "lm_head.weight" || name.ends_with("rotary_emb.inv_freq")) {
                         problems.push(format!("unexpected {name}"));
                     }
                     continue;
                 };
-                // norms are vectors
-                if entry.shape != shape && !(shape[0] == 1 && entry.shape == [shape[1]]) {
-                    problems.push(format!("{name} has shape {:?} instead of {shape:?}", entry.shape));
+                // Norms are stored as vectors.
+                if info.shape != shape && !(shape[0] == 1 && info.shape == [shape[1]]) {
+                    problems.push(format!("{name} has shape {:?} instead of {shape:?}", info.shape));
                 }
                 files.insert(name.clone(), i);
             }
             readers.push(reader);
         }
-        problems.extend(wanted.into_keys().map(|name| format!("missing {name}")));
+        problems.extend(expected.into_keys().map(|name| format!("missing {name}")));
         if !problems.is_empty() {
             let more = problems.len().saturating_sub(8);
             problems.truncate(8);
@@ -116,7 +117,7 @@ impl Checkpoint {
         Ok(Self { config, files, readers })
     }
 
-    /// Some of a unit's numbers.
+    /// Reads a range of a unit's numbers.
     pub async fn read(&self, unit: &Unit, range: Range<usize>) -> Result<Vec<f32>> {
         let (mut numbers, mut from) = (Vec::with_capacity(range.len()), 0);
         for (name, [rows, columns]) in &unit.parameters {
@@ -132,15 +133,15 @@ impl Checkpoint {
     }
 }
 
-/// The numbers in a range of a fresh model's unit: normal with deviation 0.02, norms 1; the same for the same seed, however
-/// they are split over ranks.
-pub fn fresh(units: &[Unit], unit: usize, range: Range<usize>, seed: u64) -> Vec<f32> {
+/// The initial weights of a new model, in a range of a unit: norms are 1, others are normal with standard deviation 0.02.
+/// They depend on the seed, not on how units are split over ranks.
+pub fn initial_weights(units: &[Unit], unit: usize, range: Range<usize>, seed: u64) -> Vec<f32> {
     let before: usize = units[..unit].iter().map(|unit| unit.length).sum();
     let one = |i: usize| if i < units[unit].norms { 1.0 } else { normal(seed, (before + i) as u64) };
     range.map(one).collect()
 }
 
-/// The `i`-th of numbers in [0, 1) (SplitMix64).
+/// The `i`-th of the seed's uniform random numbers in [0, 1) (SplitMix64).
 pub fn uniform(seed: u64, i: u64) -> f64 {
     let mut z = seed
         .wrapping_mul(0xBF58_476D_1CE4_E5B9)
@@ -150,19 +151,19 @@ pub fn uniform(seed: u64, i: u64) -> f64 {
     ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// The `i`-th of normal numbers with deviation 0.02 (Box–Muller).
+/// The `i`-th of the seed's normal random numbers with standard deviation 0.02 (Box–Muller).
 fn normal(seed: u64, i: u64) -> f32 {
     let radius = (-2.0 * (1.0 - uniform(seed, 2 * i)).ln()).sqrt();
     (0.02 * radius * (std::f64::consts::TAU * uniform(seed, 2 * i + 1)).cos()) as f32
 }
 
-/// What else `transformers` looks for beside a model: how to generate, and which class its tokenizer is of.
-pub fn companions(config: &Config, tokenizer: Option<&[u8]>) -> Vec<(String, Bytes)> {
+/// The other files that `transformers` reads beside a model: the settings for generation, and the tokenizer with its class.
+pub fn companion_files(config: &Config, tokenizer: Option<&[u8]>) -> Vec<(String, Bytes)> {
     let file = |name: &str, value: Value| {
         (name.to_owned(), Bytes::from(serde_json::to_vec_pretty(&value).unwrap_or_default()))
     };
     let mut generation = json!({ "do_sample": false });
-    for (key, id) in [("bos_token_id", config.bos_token_id.as_ref()), ("eos_token_id", config.end())] {
+    for (key, id) in [("bos_token_id", config.bos_token_id.as_ref()), ("eos_token_id", config.eos())] {
         if let Some(id) = id {
             generation[key] = id.clone();
         }
@@ -187,19 +188,20 @@ pub fn companions(config: &Config, tokenizer: Option<&[u8]>) -> Vec<(String, Byt
     files
 }
 
-/// Writes a folder that `transformers` loads, the tokenizer's files beside it. `whole` gives each unit's numbers, in order.
+/// Writes a folder that `transformers` loads, with its companion files. `read_unit` returns each unit's numbers; it is called
+/// in order.
 pub async fn write(
     folder: &Location,
     config: &Config,
     units: &[Unit],
-    kind: Kind,
-    beside: &[(String, Bytes)],
-    mut whole: impl AsyncFnMut(usize) -> Result<Vec<f32>>,
+    precision: Precision,
+    companions: &[(String, Bytes)],
+    mut read_unit: impl AsyncFnMut(usize) -> Result<Vec<f32>>,
 ) -> Result<Vec<Written>> {
     let mut groups: Vec<Vec<usize>> = vec![];
     let mut numbers = usize::MAX;
     for (i, unit) in units.iter().enumerate() {
-        if numbers.saturating_add(unit.length) > NUMBERS_A_FILE {
+        if numbers.saturating_add(unit.length) > MAX_NUMBERS_PER_FILE {
             groups.push(vec![]);
             numbers = 0;
         }
@@ -220,29 +222,41 @@ pub async fn write(
             })
             .collect();
         map.extend(tensors.iter().map(|(tensor, _)| (tensor.clone(), json!(name))));
-        let mut writer = Writer::create(folder.join(&name), kind, &tensors).await?;
+        let mut writer = Writer::create(folder.join(&name), precision, &tensors).await?;
         for unit in group {
-            writer.write(&whole(*unit).await?).await?;
+            writer.write(&read_unit(*unit).await?).await?;
         }
         files.push(writer.finish().await?);
     }
     if groups.len() > 1 {
-        let width = if kind == Kind::F32 { 4 } else { 2 };
-        let index =
-            json!({ "metadata": { "total_size": config.parameter_count() * width }, "weight_map": map });
+        let size = config.parameter_count() * precision.bytes() as u64;
+        let index = json!({ "metadata": { "total_size": size }, "weight_map": map });
         files.push(folder.join(INDEX).put(serde_json::to_vec_pretty(&index).unwrap_or_default()).await?);
     }
+    let config = serde_json::to_vec_pretty(&config_json(config, precision)).unwrap_or_default();
+    files.push(folder.join("config.json").put(config).await?);
+    for (name, bytes) in companions {
+        files.push(folder.join(name).put(bytes.to_vec()).await?);
+    }
+    Ok(files)
+}
+
+/// The `config.json` of a checkpoint, with all keys that transformers 4 and 5 need.
+fn config_json(config: &Config, precision: Precision) -> Value {
     let mut written = serde_json::to_value(config).unwrap_or_default();
     written["architectures"] = json!(["LlamaForCausalLM"]);
     written["model_type"] = json!("llama");
     written["hidden_act"] = json!("silu");
     written["attention_bias"] = json!(false);
     written["mlp_bias"] = json!(false);
-    written["torch_dtype"] = json!(if kind == Kind::F32 { "float32" } else { "bfloat16" });
+    written["torch_dtype"] = json!(match precision {
+        Precision::F32 => "float32",
+        Precision::Bf16 => "bfloat16",
+    });
     written["num_key_value_heads"] = json!(config.kv_heads());
     written["head_dim"] = json!(config.head_dim());
     written["rope_theta"] = json!(config.theta());
-    // transformers 4 reads the one, transformers 5 the other
+    // transformers 5 reads `rope_parameters`, transformers 4 `rope_scaling`.
     let scaling = config.scaling_table().cloned().unwrap_or_else(|| json!({ "rope_type": "default" }));
     written["rope_parameters"] = scaling.clone();
     written["rope_parameters"]["rope_theta"] = json!(config.theta());
@@ -252,12 +266,7 @@ pub async fn write(
     }
     let plain = matches!(config.scaling(), Ok(Scaling::None));
     written["rope_scaling"] = if plain { Value::Null } else { older };
-    files
-        .push(folder.join("config.json").put(serde_json::to_vec_pretty(&written).unwrap_or_default()).await?);
-    for (name, bytes) in beside {
-        files.push(folder.join(name).put(bytes.to_vec()).await?);
-    }
-    Ok(files)
+    written
 }
 
 #[cfg(test)]
@@ -273,13 +282,20 @@ mod tests {
         .unwrap()
     }
 
-    async fn written(config: &Config, kind: Kind) -> Location {
+    async fn written(config: &Config, precision: Precision) -> Location {
         let folder = folder(&[]).await;
         let units = Unit::all(config);
-        let whole = async |i: usize| Ok(fresh(&units, i, 0..units[i].length, 1));
-        write(&folder, config, &units, kind, &[("tokenizer.json".into(), Bytes::from_static(b"{}"))], whole)
-            .await
-            .unwrap();
+        let whole = async |i: usize| Ok(initial_weights(&units, i, 0..units[i].length, 1));
+        write(
+            &folder,
+            config,
+            &units,
+            precision,
+            &[("tokenizer.json".into(), Bytes::from_static(b"{}"))],
+            whole,
+        )
+        .await
+        .unwrap();
         folder
     }
 
@@ -287,16 +303,16 @@ mod tests {
     async fn a_checkpoint_is_read_back_as_it_was_written_in_any_ranges() {
         for tied in [true, false] {
             let config = config(tied);
-            let read = Checkpoint::open(&written(&config, Kind::F32).await).await.unwrap();
+            let read = Checkpoint::open(&written(&config, Precision::F32).await).await.unwrap();
             assert_eq!(read.config.parameters(), config.parameters());
             let units = Unit::all(&config);
             for (i, unit) in units.iter().enumerate() {
-                let want = fresh(&units, i, 0..unit.length, 1);
+                let want = initial_weights(&units, i, 0..unit.length, 1);
                 assert_eq!(read.read(unit, 0..unit.length).await.unwrap(), want);
                 for ranks in [2, 3, 7] {
                     let mut parts = vec![];
                     for rank in 0..ranks {
-                        parts.extend(read.read(unit, unit.owned(rank, ranks)).await.unwrap());
+                        parts.extend(read.read(unit, unit.shard_range(rank, ranks)).await.unwrap());
                     }
                     assert_eq!(parts, want);
                 }
@@ -307,9 +323,9 @@ mod tests {
     #[tokio::test]
     async fn bf16_is_read_back_to_its_precision() {
         let config = config(false);
-        let read = Checkpoint::open(&written(&config, Kind::BF16).await).await.unwrap();
+        let read = Checkpoint::open(&written(&config, Precision::Bf16).await).await.unwrap();
         let units = Unit::all(&config);
-        let want = fresh(&units, 1, 0..units[1].length, 1);
+        let want = initial_weights(&units, 1, 0..units[1].length, 1);
         for (got, want) in read.read(&units[1], 0..want.len()).await.unwrap().into_iter().zip(want) {
             assert!((got - want).abs() <= want.abs() / 256.0, "{got} {want}");
         }
@@ -317,7 +333,7 @@ mod tests {
 
     #[tokio::test]
     async fn tensors_that_are_missing_unexpected_or_misshapen_are_named() {
-        let folder = written(&config(false), Kind::F32).await;
+        let folder = written(&config(false), Precision::F32).await;
         let bytes = folder.join("config.json").get().await.unwrap().unwrap();
         let mut other: Value = serde_json::from_slice(&bytes).unwrap();
         other["num_hidden_layers"] = json!(3);
@@ -333,7 +349,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_llama_here_does_not_compute_is_refused() {
-        let folder = written(&config(false), Kind::F32).await;
+        let folder = written(&config(false), Precision::F32).await;
         let bytes = folder.join("config.json").get().await.unwrap().unwrap();
         for (key, value) in
             [("hidden_act", json!("gelu")), ("attention_bias", json!(true)), ("model_type", json!("gpt2"))]
@@ -348,13 +364,13 @@ mod tests {
 
     #[tokio::test]
     async fn what_ends_a_text_is_what_generation_config_says_and_goes_into_what_is_written() {
-        let folder = written(&config(false), Kind::F32).await;
+        let folder = written(&config(false), Precision::F32).await;
         let parts = checkpoint_parts(&folder).await.unwrap();
         let bytes = folder.join("config.json").get().await.unwrap().unwrap();
         let mut file: Value = serde_json::from_slice(&bytes).unwrap();
         file["eos_token_id"] = json!(2);
         folder.join("config.json").put(file.to_string().into_bytes()).await.unwrap();
-        assert_eq!(Checkpoint::open(&folder).await.unwrap().config.ends(), [2]);
+        assert_eq!(Checkpoint::open(&folder).await.unwrap().config.eos_ids(), [2]);
         for (generation, want) in [
             (json!({ "eos_token_id": 5 }), vec![5]),
             (json!({ "eos_token_id": [5, 6] }), vec![5, 6]),
@@ -363,13 +379,13 @@ mod tests {
         ] {
             folder.join(GENERATION).put(generation.to_string().into_bytes()).await.unwrap();
             let config = Checkpoint::open(&folder).await.unwrap().config;
-            assert_eq!((config.ends(), &config.eos_token_id), (want, &Some(json!(2))), "{generation}");
-            let (name, beside) = &companions(&config, None)[0];
+            assert_eq!((config.eos_ids(), &config.eos_token_id), (want, &Some(json!(2))), "{generation}");
+            let (name, beside) = &companion_files(&config, None)[0];
             let beside: Value = serde_json::from_slice(beside).unwrap();
             assert_eq!(name, GENERATION);
             assert_eq!(beside["eos_token_id"], generation["eos_token_id"]);
         }
-        // another one makes another model of it
+        // The file is part of the checkpoint, so that a change of it is noticed.
         assert_eq!(checkpoint_parts(&folder).await.unwrap().len(), parts.len() + 1);
         folder.join(GENERATION).put(b"{".to_vec()).await.unwrap();
         let error = Checkpoint::open(&folder).await.err().unwrap().to_string();

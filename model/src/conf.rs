@@ -7,20 +7,20 @@ use burn_tensor::FloatDType;
 
 use crate::amount::{Count, Size};
 use crate::config::Config;
-use crate::device::Name;
+use crate::device::DeviceName;
 use crate::{Error, Result};
 
 /// `[train]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConf {
-    /// The folder of a Hugging Face Llama to go on from.
+    /// The folder of a Hugging Face Llama to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<String>,
-    /// The shape of a fresh model, where there is no checkpoint.
+    /// The shape of a new model, if there is no checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<Shape>,
-    /// How long to train: this, or `tokens`.
+    /// How long to train, in steps. Set either this or `tokens`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
     #[serde(default, deserialize_with = "count", skip_serializing_if = "Option::is_none")]
@@ -28,60 +28,60 @@ pub struct TrainConf {
     /// 2e-5 by default (paper §4).
     #[serde(default = "default_rate")]
     pub learning_rate: f64,
-    /// After the warm-up; constant by default (paper §4).
+    /// The schedule after the warm-up; constant by default (paper §4).
     #[serde(default)]
     pub schedule: Schedule,
     #[serde(default)]
     pub warmup_steps: u64,
-    /// Tokens a step, rounded to whole sequences; one sequence by default. The paper's are 4M.
+    /// Tokens per step, rounded to whole sequences; one sequence by default. The paper uses 4M.
     #[serde(default, deserialize_with = "count", skip_serializing_if = "Option::is_none")]
     pub batch_tokens: Option<u64>,
     #[serde(default = "default_decay")]
     pub weight_decay: f64,
-    /// The base of RoPE, where it is not the checkpoint's: the paper's runs raise it (§4).
+    /// The base of RoPE, in place of the checkpoint's. The paper raises it (§4).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_theta: Option<f64>,
-    /// RoPE's scaling, as in `config.json`, where it is not the checkpoint's.
+    /// RoPE's scaling as in `config.json`, in place of the checkpoint's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<Value>,
-    /// Attention stays within documents, and positions begin anew in each. Off in the paper (§4).
+    /// Whether attention stays within documents and positions restart in each. The paper does not mask (§4).
     #[serde(default)]
     pub document_mask: bool,
-    /// What matrices are multiplied in. Parameters, sums of gradients and the optimizer are f32 either way.
+    /// The type of matrix products. Parameters, accumulated gradients and the optimizer's state are always f32.
     #[serde(default)]
     pub precision: Precision,
-    /// Whether backward computes a layer's insides again, rather than forward keeping them.
+    /// Whether the backward pass recomputes a layer's intermediates, so that the forward pass need not keep them.
     #[serde(default = "yes")]
     pub recompute: bool,
-    /// Whether what forward keeps waits in the host's memory.
+    /// Whether saved activations wait in the host's memory.
     #[serde(default)]
     pub offload: bool,
-    /// Whether GPUs take kernels whose sums have an order, which is slower: with them a training that was stopped has the
-    /// losses, to the last bit, of one that was not. CPUs always do.
+    /// Whether GPUs use deterministic kernels, which are slower. With them, a training that was stopped and resumed has
+    /// bit-identical losses. CPUs are always deterministic.
     #[serde(default)]
     pub deterministic: bool,
-    /// `["flex"]`, `["libtorch-cpu"]`, or `["libtorch-cuda:0", …]` with a rank each.
+    /// `["flex"]`, `["libtorch-cpu"]`, or `["libtorch-cuda:0", …]` with one rank for each.
     #[serde(default = "default_devices")]
     pub devices: Vec<String>,
-    /// As many as devices, unless several share one, or there are more machines.
+    /// The number of ranks; one per device by default. Set it if ranks share a device, or for several machines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranks: Option<usize>,
-    /// How many ranks share a sequence; all by default. The rest is data parallel.
+    /// How many ranks share a sequence (context parallelism); all by default. The groups are data parallel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sequence_ranks: Option<usize>,
-    /// Steps between checkpoints; none but at the end and at a stop, if not set.
+    /// Steps between checkpoints. If it is not set, a checkpoint is written only when the training is stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint_every: Option<u64>,
-    /// What a device can do at most, in 10¹² operations a second, to say what fraction of it is reached.
+    /// A device's peak in 10¹² operations per second, to report the fraction reached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_tflops: Option<f64>,
-    /// The fraction of it that `plan` reckons with.
+    /// The fraction of the peak that `plan` assumes.
     #[serde(default = "default_fraction")]
     pub peak_fraction: f64,
-    /// Bytes of a device's memory, such as "80GB", for `plan` to say whether the training fits.
+    /// A device's memory, such as "80GB", with which `plan` reports whether the training fits.
     #[serde(default, deserialize_with = "bytes", skip_serializing_if = "Option::is_none")]
     pub device_memory: Option<u64>,
-    /// Of a fresh model's weights.
+    /// The seed of a new model's weights.
     #[serde(default)]
     pub seed: u64,
 }
@@ -94,7 +94,7 @@ pub struct Shape {
     pub intermediate_size: usize,
     pub layers: usize,
     pub heads: usize,
-    /// As many as heads by default.
+    /// As many as `heads` by default.
     #[serde(default)]
     pub kv_heads: Option<usize>,
     #[serde(default)]
@@ -106,7 +106,7 @@ pub struct Shape {
 pub enum Schedule {
     #[default]
     Constant,
-    /// Down to a tenth at the last step.
+    /// A cosine that falls to a tenth of the peak at the last step.
     Cosine,
 }
 
@@ -118,6 +118,16 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// Bytes per number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        }
+    }
+}
+
 impl std::str::FromStr for Precision {
     type Err = String;
 
@@ -125,7 +135,7 @@ impl std::str::FromStr for Precision {
         match name {
             "f32" => Ok(Precision::F32),
             "bf16" => Ok(Precision::Bf16),
-            _ => Err("there are f32 and bf16".into()),
+            _ => Err("it has to be f32 or bf16".into()),
         }
     }
 }
@@ -168,11 +178,11 @@ fn count<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
 }
 
 impl TrainConf {
-    /// Whether the table makes sense, before anything is computed.
+    /// Checks the table, before anything is computed.
     pub fn check(&self) -> Result<()> {
         let wrong = |message: String| Err(Error::Conf(format!("train{message}")));
         match (&self.checkpoint, &self.shape) {
-            (None, None) => return wrong(": set `checkpoint`, or `shape` for a fresh model".into()),
+            (None, None) => return wrong(": set `checkpoint`, or `shape` for a new model".into()),
             (Some(_), Some(_)) => {
                 let message = ": `checkpoint` has a shape of its own; set one of `checkpoint` and `shape`";
                 return wrong(message.into());
@@ -210,44 +220,46 @@ impl TrainConf {
                 serde_json::from_value(probe).map_err(|e| Error::Conf(format!("train: {e}")))?;
             probe.scaling().map_err(|e| Error::Conf(format!("train.{e}")))?;
         }
-        let names = self.names()?;
+        let names = self.device_names()?;
         let (ranks, devices) = (self.ranks(), names.len());
         if devices == 0 {
             return wrong(".devices is empty; name one, such as \"flex\"".into());
         }
         if ranks == 0 || !ranks.is_multiple_of(devices) {
             return wrong(format!(
-                ".ranks is {ranks} with {devices} devices; there have to be as many ranks on each, here or on other machines"
+                ".ranks is {ranks} with {devices} devices; it has to be a multiple of the number of devices"
             ));
         }
         if self.sequence_ranks() == 0 || !ranks.is_multiple_of(self.sequence_ranks()) {
             let shared = self.sequence_ranks();
             return wrong(format!(".sequence_ranks is {shared}, which does not divide {ranks} ranks"));
         }
-        if self.offload && names.iter().any(|name| name.host().is_none()) {
+        if self.offload && names.iter().any(|name| name.host_device().is_none()) {
             return wrong(
                 ".offload is for devices with a memory of their own, such as \"libtorch-cuda:0\"".into(),
             );
         }
         if self.offload && !self.recompute {
-            return wrong(".offload moves what is small; with it, `recompute` has to stay true".into());
+            return wrong(
+                ".offload moves only what `recompute = true` keeps, so that has to be set, too".into(),
+            );
         }
         Ok(())
     }
 
-    /// Whether this build has the devices named.
+    /// Checks that the named devices exist.
     pub fn available(&self) -> Result<()> {
-        self.names()?.into_iter().try_for_each(|name| name.open().map(drop))
+        self.device_names()?.into_iter().try_for_each(|name| name.open().map(drop))
     }
 
-    /// The devices named.
-    pub fn names(&self) -> Result<Vec<Name>> {
-        self.devices.iter().map(|name| Name::parse(name)).collect()
+    /// The named devices.
+    pub fn device_names(&self) -> Result<Vec<DeviceName>> {
+        self.devices.iter().map(|name| DeviceName::parse(name)).collect()
     }
 
-    /// The device of a rank, by its number among those of its machine.
-    pub fn device_of(&self, local: usize) -> Result<Name> {
-        let names = self.names()?;
+    /// The device of a rank, by its local rank.
+    pub fn device_of(&self, local: usize) -> Result<DeviceName> {
+        let names = self.device_names()?;
         names
             .get(local % names.len().max(1))
             .copied()
@@ -262,19 +274,19 @@ impl TrainConf {
         self.sequence_ranks.unwrap_or(self.ranks())
     }
 
-    /// Sequences a step.
+    /// Sequences per step.
     pub fn batch(&self, sequence_tokens: usize) -> u64 {
         let whole = |tokens: u64| (tokens as f64 / sequence_tokens as f64).round().max(1.0) as u64;
         self.batch_tokens.map_or(1, whole)
     }
 
-    /// Steps in all; the last may go beyond `tokens`.
+    /// The number of steps. The last one may exceed `tokens`.
     pub fn steps(&self, sequence_tokens: usize) -> u64 {
         let step = self.batch(sequence_tokens) * sequence_tokens as u64;
         self.steps.unwrap_or_else(|| self.tokens.unwrap_or(0).div_ceil(step))
     }
 
-    /// The settings that decide what comes out: not on what it is computed, nor how memory is saved.
+    /// The settings that determine the trained model, without those for devices, speed and memory.
     pub fn content(&self) -> Value {
         let mut settings = json!(self);
         if let Some(settings) = settings.as_object_mut() {

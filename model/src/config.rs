@@ -1,11 +1,11 @@
-//! `config.json` of a Hugging Face Llama, as far as the computation depends on it.
+//! `config.json` of a Hugging Face Llama: the keys on which the computation depends.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
-/// The keys of `config.json`. Others are dropped.
+/// The keys of `config.json` that are used. Others are dropped.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     pub hidden_size: usize,
@@ -21,23 +21,23 @@ pub struct Config {
     pub rms_norm_eps: f64,
     #[serde(default)]
     pub rope_theta: Option<f64>,
-    /// How transformers 4 writes RoPE's scaling.
+    /// RoPE's scaling as transformers 4 writes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<Value>,
-    /// How transformers 5 writes theta and scaling.
+    /// RoPE's theta and scaling as transformers 5 writes them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_parameters: Option<Value>,
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    /// Transformers' own default, where the file says none.
+    /// The default is that of transformers.
     #[serde(default = "default_positions")]
     pub max_position_embeddings: usize,
     #[serde(default)]
     pub bos_token_id: Option<Value>,
     #[serde(default)]
     pub eos_token_id: Option<Value>,
-    /// What the `generation_config.json` beside it says in place of `eos_token_id`; null where it says nothing. `None`
-    /// where there is no such file.
+    /// `eos_token_id` of the `generation_config.json` beside it, which replaces the key above; null if it has none. `None`
+    /// if there is no such file.
     #[serde(skip)]
     pub generation_eos: Option<Value>,
 }
@@ -50,33 +50,33 @@ fn default_positions() -> usize {
     2048
 }
 
-/// How RoPE's frequencies are stretched for positions beyond those that a model was pretrained on.
+/// How RoPE's frequencies are scaled for positions beyond the pretraining length.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scaling {
     None,
-    /// All frequencies by one factor (position interpolation).
+    /// All frequencies are divided by one factor (position interpolation).
     Linear {
         factor: f64,
     },
-    /// The base grows with the sequence (dynamic NTK).
+    /// The base grows with the sequence length (dynamic NTK).
     Dynamic {
         factor: f64,
     },
-    /// High frequencies stay, low ones are interpolated, between them a ramp (YaRN, Peng et al. 2023).
+    /// High frequencies stay and low ones are interpolated, with a ramp between (YaRN, Peng et al. 2023).
     Yarn {
         factor: f64,
         attention_factor: f64,
         beta_fast: f64,
         beta_slow: f64,
-        original: f64,
+        original_positions: f64,
         truncate: bool,
     },
-    /// As Llama 3.1 does it.
+    /// Llama 3.1's scaling.
     Llama3 {
         factor: f64,
-        low: f64,
-        high: f64,
-        original: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_positions: f64,
     },
 }
 
@@ -89,10 +89,10 @@ impl Config {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
 
-    /// From the text of a `config.json`, as `transformers` reads it: null is as good as nothing.
+    /// Parses a `config.json` as `transformers` does: a null counts as a missing key.
     ///
     /// # Errors
-    /// Names the key of what is not computed here, or can't be.
+    /// The error names the key that is wrong or not supported.
     pub fn parse(json: &[u8]) -> Result<Self> {
         let wrong = |message: String| Error::Conf(message);
         let mut file: Map<String, Value> = serde_json::from_slice(json).map_err(|e| wrong(e.to_string()))?;
@@ -104,7 +104,7 @@ impl Config {
             _ => Ok(()),
         };
         is("model_type", &["llama"])?;
-        // two names of one function
+        // Both name the same function.
         is("hidden_act", &["silu", "swish"])?;
         for key in ["attention_bias", "mlp_bias"] {
             if file.get(key).is_some_and(|value| *value != Value::Bool(false)) {
@@ -124,14 +124,14 @@ impl Config {
         Ok(config)
     }
 
-    /// What ends a text, as a file has it: an id or several.
-    pub fn end(&self) -> Option<&Value> {
+    /// The end-of-text id, or a list of ids, as the file has it.
+    pub fn eos(&self) -> Option<&Value> {
         self.generation_eos.as_ref().or(self.eos_token_id.as_ref()).filter(|end| !end.is_null())
     }
 
-    /// The ids that end a text.
-    pub fn ends(&self) -> Vec<i64> {
-        match self.end() {
+    /// The end-of-text ids.
+    pub fn eos_ids(&self) -> Vec<i64> {
+        match self.eos() {
             Some(Value::Array(several)) => several.iter().filter_map(Value::as_i64).collect(),
             Some(one) => one.as_i64().into_iter().collect(),
             None => vec![],
@@ -144,18 +144,18 @@ impl Config {
         newer.or(self.rope_theta).unwrap_or(10_000.0)
     }
 
-    /// Sets the base of RoPE, wherever the file has it.
+    /// Sets the base of RoPE, under whichever keys the file has it.
     pub fn set_theta(&mut self, theta: f64) {
         self.rope_theta = Some(theta);
         for table in [&mut self.rope_scaling, &mut self.rope_parameters].into_iter().flatten() {
-            // an empty one is none
+            // An empty table counts as none.
             if let Some(keys) = table.as_object_mut().filter(|keys| !keys.is_empty()) {
                 keys.insert("rope_theta".to_owned(), theta.into());
             }
         }
     }
 
-    /// Sets RoPE's scaling, wherever the file has it.
+    /// Sets RoPE's scaling, under whichever keys the file has it.
     pub fn set_scaling(&mut self, scaling: Value) {
         let theta = self.theta();
         if self.rope_parameters.is_some() {
@@ -165,24 +165,24 @@ impl Config {
         self.set_theta(theta);
     }
 
-    /// The key and the table that say how RoPE is scaled. Where a file has both, `transformers` reads the older one.
-    fn table(&self) -> Option<(&'static str, &Value)> {
+    /// The table with RoPE's scaling, and its key. If a file has both, `transformers` reads the older one.
+    fn rope_table(&self) -> Option<(&'static str, &Value)> {
         let tables = [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)];
         let mut there = tables.into_iter().filter_map(|(key, table)| Some((key, table.as_ref()?)));
         there.find(|(_, table)| !table.is_null() && table.as_object().is_none_or(|keys| !keys.is_empty()))
     }
 
-    /// The table that says how RoPE is scaled, wherever the file has it.
+    /// The table with RoPE's scaling, under whichever key the file has it.
     pub fn scaling_table(&self) -> Option<&Value> {
-        self.table().map(|(_, table)| table)
+        self.rope_table().map(|(_, table)| table)
     }
 
     /// RoPE's scaling.
     ///
     /// # Errors
-    /// Names the key that is missing or wrong, or the type that is not computed.
+    /// The error names the key that is missing or wrong, or the type that is not supported.
     pub fn scaling(&self) -> Result<Scaling> {
-        let Some((key, table)) = self.table() else { return Ok(Scaling::None) };
+        let Some((key, table)) = self.rope_table() else { return Ok(Scaling::None) };
         let wrong = |message: String| Error::Conf(format!("{key}: {message}"));
         let kind = table.get("rope_type").or_else(|| table.get("type")).and_then(Value::as_str);
         let optional = |name: &str| match table.get(name) {
@@ -192,7 +192,7 @@ impl Config {
                 _ => Err(wrong(format!("`{name}` has to be a positive number, not {value}"))),
             },
         };
-        // transformers takes a 0 here for one that is not there
+        // transformers treats a 0 here as missing.
         let if_not_zero = |name: &str| match table.get(name).and_then(Value::as_f64) {
             Some(0.0) => Ok(None),
             _ => optional(name),
@@ -209,7 +209,7 @@ impl Config {
             Some("dynamic") => Scaling::Dynamic { factor: needed("factor")? },
             Some("yarn") => {
                 let factor = needed("factor")?;
-                // the paper's 0.1 ln(s) + 1, and DeepSeek's two-sided form of it
+                // The paper's 0.1 ln(s) + 1, and DeepSeek's ratio of two such terms.
                 let mscale = |weight: f64| if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 };
                 let attention_factor = match (
                     optional("attention_factor")?,
@@ -225,26 +225,37 @@ impl Config {
                     attention_factor,
                     beta_fast: if_not_zero("beta_fast")?.unwrap_or(32.0),
                     beta_slow: if_not_zero("beta_slow")?.unwrap_or(1.0),
-                    original: if_not_zero("original_max_position_embeddings")?.unwrap_or(positions),
-                    // a null is no
+                    original_positions: if_not_zero("original_max_position_embeddings")?.unwrap_or(positions),
+                    // A null counts as false.
                     truncate: table.get("truncate").is_none_or(|truncate| truncate == true),
                 }
             }
             Some("llama3") => Scaling::Llama3 {
                 factor: needed("factor")?,
-                low: needed("low_freq_factor")?,
-                high: needed("high_freq_factor")?,
-                original: needed("original_max_position_embeddings")?,
+                low_freq_factor: needed("low_freq_factor")?,
+                high_freq_factor: needed("high_freq_factor")?,
+                original_positions: needed("original_max_position_embeddings")?,
             },
             Some(other) => {
                 return Err(wrong(format!(
-                    "type `{other}` is not computed; default, linear, dynamic, yarn and llama3 are"
+                    "type `{other}` is not supported; default, linear, dynamic, yarn and llama3 are"
                 )));
             }
         })
     }
 
-    /// Whether the sizes go together.
+    /// Checks that a text's ids are in the vocabulary.
+    pub fn check_ids(&self, ids: &[i32]) -> Result<()> {
+        let vocab = self.vocab_size;
+        match ids.iter().find(|id| usize::try_from(**id).map_or(true, |id| id >= vocab)) {
+            None => Ok(()),
+            Some(id) => Err(Error::Conf(format!(
+                "id {id} of a text is not in the model's vocabulary of {vocab}; is it the model's own tokenizer?"
+            ))),
+        }
+    }
+
+    /// Checks that the sizes are consistent.
     pub fn check(&self) -> Result<()> {
         let (heads, kv) = (self.num_attention_heads, self.kv_heads());
         let sizes =
@@ -256,16 +267,16 @@ impl Config {
         } else if self.head_dim.is_none() && !self.hidden_size.is_multiple_of(heads) {
             format!("hidden_size {} is not divisible by {heads} heads", self.hidden_size)
         } else if !self.head_dim().is_multiple_of(2) {
-            format!("a head of {} can't be rotated: it has to be even", self.head_dim())
+            format!("a head of {} can't be rotated; it has to be even", self.head_dim())
         } else {
             return self.scaling().map(drop);
         };
         Err(Error::Conf(wrong))
     }
 
-    /// The units that are gathered together, each with the names, as in Hugging Face's checkpoints, and shapes of its
-    /// parameters: the embedding, the layers, and what comes after them. Norms come first in each, and are written
-    /// `[hidden_size]` and computed with as `[1, hidden_size]`.
+    /// The sharding units: the embedding, each layer, and the final norm with the head. Each lists the names, as in Hugging
+    /// Face's checkpoints, and the shapes of its parameters, norms first. Norms are stored as `[hidden_size]` and computed
+    /// with as `[1, hidden_size]`.
     pub fn units(&self) -> Vec<Vec<(String, [usize; 2])>> {
         let (d, ff, hd) = (self.hidden_size, self.intermediate_size, self.head_dim());
         let (q, kv) = (self.num_attention_heads * hd, self.kv_heads() * hd);
@@ -292,12 +303,12 @@ impl Config {
         [embed].into_iter().chain((0..self.num_hidden_layers).map(layer)).chain([last]).collect()
     }
 
-    /// Names and shapes of all parameters, unit by unit.
+    /// The names and shapes of all parameters, unit by unit.
     pub fn parameters(&self) -> Vec<(String, [usize; 2])> {
         self.units().into_iter().flatten().collect()
     }
 
-    /// How many numbers the parameters are.
+    /// The number of parameters.
     pub fn parameter_count(&self) -> u64 {
         self.parameters().iter().map(|(_, [rows, columns])| (rows * columns) as u64).sum()
     }
@@ -330,7 +341,7 @@ mod tests {
         assert_eq!(config(json!({ "rope_scaling": null })).scaling().unwrap(), Scaling::None);
     }
 
-    /// From a file with more keys.
+    /// Parses a small config with extra keys.
     fn parsed(extra: Value) -> Result<Config> {
         let mut all = json!({
             "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -376,7 +387,7 @@ mod tests {
 
     #[test]
     fn of_two_tables_of_rope_the_one_that_transformers_reads_counts() {
-        // as transformers 5.24 and, but for the last, 4.57 read them
+        // transformers 5.24 reads them so; 4.57, too, except for the last.
         for (extra, theta, factor) in [
             (
                 json!({ "rope_theta": 5e5, "rope_parameters": { "rope_type": "linear", "factor": 2.0 } }),
@@ -429,7 +440,7 @@ mod tests {
                 attention_factor: 0.1 * 4f64.ln() + 1.0,
                 beta_fast: 32.0,
                 beta_slow: 1.0,
-                original: 512.0,
+                original_positions: 512.0,
                 truncate: true,
             }
         );
@@ -454,7 +465,10 @@ mod tests {
     #[test]
     fn a_scaling_that_cannot_be_computed_is_named() {
         for (scaling, message) in [
-            (json!({ "type": "longrope" }), "rope_scaling: type `longrope` is not computed; default, linear"),
+            (
+                json!({ "type": "longrope" }),
+                "rope_scaling: type `longrope` is not supported; default, linear",
+            ),
             (json!({ "rope_type": "yarn" }), "type `yarn` needs `factor`"),
             (json!({ "rope_type": "linear", "factor": -1 }), "`factor` has to be a positive number, not -1"),
             (json!({ "rope_type": "llama3", "factor": 8 }), "type `llama3` needs `low_freq_factor`"),

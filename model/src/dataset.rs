@@ -1,4 +1,4 @@
-//! The packed dataset as a trainer reads it: sequences by their place, round and round.
+//! The packed dataset as the trainer reads it: sequences by index, repeated after the last.
 
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
@@ -26,18 +26,18 @@ use parquet::file::serialized_reader::SerializedPageReader;
 
 use crate::{Error, Location, Result, headers};
 
-/// A position without loss.
+/// The target of a position without loss.
 pub const NO_TARGET: i32 = -100;
 
 /// A training example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
-    /// Its place in the dataset, to name it by.
+    /// Its index in the dataset.
     pub index: u64,
     pub ids: Vec<i32>,
-    /// The id after each; [`NO_TARGET`] where there is none, or where it is padding.
+    /// The id after each; [`NO_TARGET`] where there is none or it is padding.
     pub targets: Vec<i32>,
-    /// Its documents, in order, and its padding: they tile it.
+    /// Its documents and its padding in order, which cover it without gaps.
     pub segments: Vec<Segment>,
 }
 
@@ -45,26 +45,26 @@ pub struct Sequence {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Segment {
     pub domain: String,
-    /// Empty where it is padding.
+    /// Empty for padding.
     pub doc_id: String,
-    /// Places in the sequence.
+    /// Indices in the sequence.
     pub range: Range<usize>,
 }
 
-/// Sequences of a folder's `*.parquet`, in the order of their names. One row group is in memory at a time.
+/// The sequences of a folder's `*.parquet` files, in the order of their names. One row group is in memory at a time.
 pub struct Dataset {
     folder: Location,
-    /// Each with the number of sequences in the files before it.
+    /// Each file, with the number of sequences in the files before it.
     files: Vec<(Path, u64)>,
     pub sequences: u64,
     vocab_size: usize,
     length: Option<usize>,
-    /// The file that is being read, and the sequence that it gives next.
-    reading: Option<(usize, u64, ParquetRecordBatchStream<Object>)>,
+    /// The file that is being read, and the index of its next sequence.
+    reading: Option<(usize, u64, ParquetRecordBatchStream<ParquetObject>)>,
 }
 
 impl Dataset {
-    /// `vocab_size` is the model's: no id may reach it.
+    /// `vocab_size` is the model's. Every id has to be below it.
     pub async fn open(folder: &Location, vocab_size: usize) -> Result<Self> {
         let listed: Vec<_> = folder
             .store
@@ -85,7 +85,8 @@ impl Dataset {
         };
         for path in paths {
             let builder = new.builder(&path).await?;
-            check(builder.schema()).map_err(|message| Error::Dataset { file: new.url(&path), message })?;
+            check_schema(builder.schema())
+                .map_err(|message| Error::Dataset { file: new.url(&path), message })?;
             let rows = builder.metadata().file_metadata().num_rows() as u64;
             new.files.push((path, new.sequences));
             new.sequences += rows;
@@ -98,29 +99,29 @@ impl Dataset {
         Ok(new)
     }
 
-    /// What a person can paste.
+    /// A file's URL.
     fn url(&self, path: &Path) -> String {
         Location { path: path.clone(), ..self.folder.clone() }.url()
     }
 
-    async fn builder(&self, path: &Path) -> Result<ParquetRecordBatchStreamBuilder<Object>> {
+    async fn builder(&self, path: &Path) -> Result<ParquetRecordBatchStreamBuilder<ParquetObject>> {
         let meta = self.folder.store.head(path).await;
         let meta = meta.map_err(|source| Error::Storage { doing: "read", path: self.url(path), source })?;
         let store = self.folder.store.clone();
-        let object = Object { store, path: path.clone(), size: meta.size, metadata: None };
-        let builder = unbroken(ParquetRecordBatchStreamBuilder::new(object)).await;
+        let object = ParquetObject { store, path: path.clone(), size: meta.size, metadata: None };
+        let builder = catch_parquet_panic(ParquetRecordBatchStreamBuilder::new(object)).await;
         builder.map_err(|message| Error::Dataset { file: self.url(path), message })
     }
 
-    /// A sequence by its place in training: after the last one comes the first.
-    pub async fn sequence(&mut self, place: u64) -> Result<Sequence> {
-        let index = place % self.sequences;
+    /// The sequence of a sample of training. After the dataset's last sequence comes its first.
+    pub async fn sequence(&mut self, sample: u64) -> Result<Sequence> {
+        let index = sample % self.sequences;
         let file = self.files.partition_point(|(_, before)| *before <= index) - 1;
         let (path, before) = self.files[file].clone();
         let url = self.url(&path);
         let wrong = |message: String| Error::Dataset { file: url.clone(), message };
         let (mut next, mut stream) = match self.reading.take() {
-            // a few sequences on are read over, rather than sought
+            // Reading past a few sequences is cheaper than opening the file again.
             Some((same, next, stream))
                 if same == file && (index.saturating_sub(64)..=index).contains(&next) =>
             {
@@ -133,11 +134,11 @@ impl Dataset {
             }
         };
         loop {
-            let batch = unbroken(stream.try_next()).await.map_err(wrong)?;
-            let batch = batch.ok_or_else(|| wrong("it has fewer rows than its footer says".into()))?;
+            let batch = catch_parquet_panic(stream.try_next()).await.map_err(wrong)?;
+            let batch = batch.ok_or_else(|| wrong("it has fewer rows than its footer claims".into()))?;
             next += 1;
             if next > index {
-                let sequence = sequence(&batch, index, self.vocab_size).map_err(wrong)?;
+                let sequence = parse_sequence(&batch, index, self.vocab_size).map_err(wrong)?;
                 let length = sequence.ids.len();
                 if *self.length.get_or_insert(length) != length {
                     return Err(wrong("its sequences have different lengths".into()));
@@ -149,23 +150,23 @@ impl Dataset {
     }
 }
 
-/// What the Parquet library makes of a file; of bytes that it did not expect it may panic.
-async fn unbroken<T>(read: impl Future<Output = Result<T, ParquetError>>) -> Result<T, String> {
+/// Runs a call of the Parquet library, which may panic on damaged files.
+async fn catch_parquet_panic<T>(read: impl Future<Output = Result<T, ParquetError>>) -> Result<T, String> {
     match AssertUnwindSafe(read).catch_unwind().await {
         Ok(read) => read.map_err(|e| e.to_string()),
         Err(_) => Err("its pages are damaged".into()),
     }
 }
 
-/// A file as the Parquet library reads it.
-struct Object {
+/// A file in object storage, for the Parquet library.
+struct ParquetObject {
     store: Arc<dyn ObjectStore>,
     path: Path,
     size: u64,
     metadata: Option<Arc<ParquetMetaData>>,
 }
 
-impl AsyncFileReader for Object {
+impl AsyncFileReader for ParquetObject {
     fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ParquetError>> {
         let read = async move {
             let read = self.store.get_range(&self.path, range.clone()).await;
@@ -188,7 +189,7 @@ impl AsyncFileReader for Object {
             let tail = FooterTail::try_from(self.get_bytes(end..self.size).await?.as_ref())?;
             let start = end.checked_sub(tail.metadata_length() as u64).ok_or_else(short)?;
             let footer = self.get_bytes(start..end).await?;
-            headers::footer(&footer)?;
+            headers::check_footer(&footer)?;
             let metadata = ParquetMetaDataReader::decode_metadata(&footer)?;
             Ok(self.metadata.insert(Arc::new(metadata)).clone())
         }
@@ -196,8 +197,8 @@ impl AsyncFileReader for Object {
     }
 }
 
-/// Refuses pages whose headers the Parquet library must not read, and dictionaries that have fewer bytes than their headers
-/// say values: it makes room for as many as are said, up to 16 GiB, before it looks.
+/// Refuses pages whose headers the Parquet library must not read, and dictionaries with fewer bytes than their headers claim
+/// values. For those the library would allocate up to 16 GiB before it looks at the data.
 fn check_pages(metadata: &ParquetMetaData, range: Range<u64>, bytes: &Bytes) -> Result<(), ParquetError> {
     let mut columns = metadata.row_groups().iter().flat_map(|group| group.columns());
     let Some(column) = columns.find(|column| {
@@ -206,11 +207,13 @@ fn check_pages(metadata: &ParquetMetaData, range: Range<u64>, bytes: &Bytes) -> 
     }) else {
         return Ok(());
     };
-    headers::pages(bytes.len() as u64, |range| Ok(bytes.slice(range.start as usize..range.end as usize)))?;
+    headers::check_page_headers(bytes.len() as u64, |range| {
+        Ok(bytes.slice(range.start as usize..range.end as usize))
+    })?;
     let chunk = Arc::new(Chunk { start: range.start, bytes: bytes.clone() });
-    // rows are wanted only where an index says where pages are
+    // The number of rows is needed only with an index of pages.
     let mut pages = SerializedPageReader::new(chunk, column, 0, None)?;
-    // what else is wrong is said by who reads the values
+    // The reader of the values reports other errors.
     while let Ok(Some(page)) = pages.peek_next_page() {
         if !page.is_dict {
             pages.skip_next_page()?;
@@ -224,7 +227,7 @@ fn check_pages(metadata: &ParquetMetaData, range: Range<u64>, bytes: &Bytes) -> 
     Ok(())
 }
 
-/// A column's part of a file, at its place in it.
+/// A column chunk, at its position in its file.
 struct Chunk {
     start: u64,
     bytes: Bytes,
@@ -248,9 +251,9 @@ impl ChunkReader for Chunk {
     }
 }
 
-/// The layout of the authors' published dataset, with doc_id; in whichever kinds of lists, whole numbers and texts another
-/// program has saved it.
-fn check(schema: &Schema) -> Result<(), String> {
+/// Checks for the schema of the authors' published dataset, with doc_id. Another program may have saved it with other types
+/// of lists, integers and texts.
+fn check_schema(schema: &Schema) -> Result<(), String> {
     let kind = |name: &str| match schema.field_with_name(name) {
         Ok(field) => Ok(field.data_type()),
         Err(_) => {
@@ -261,7 +264,7 @@ fn check(schema: &Schema) -> Result<(), String> {
         DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => {
             Ok(item.data_type())
         }
-        other => Err(format!("column `{name}` is {other}, a list is wanted")),
+        other => Err(format!("column `{name}` is {other}, not a list")),
     };
     if !list_of("input_ids")?.is_integer() {
         return Err("column `input_ids` has to be a list of whole numbers".into());
@@ -294,8 +297,8 @@ fn is_text(kind: &DataType) -> bool {
     }
 }
 
-/// The list in the first row of a column.
-fn list(column: &ArrayRef) -> Result<ArrayRef, String> {
+/// The list in the first row of a column of lists.
+fn first_list(column: &ArrayRef) -> Result<ArrayRef, String> {
     match column.data_type() {
         DataType::List(_) => Ok(column.as_list::<i32>().value(0)),
         DataType::LargeList(_) => Ok(column.as_list::<i64>().value(0)),
@@ -304,54 +307,54 @@ fn list(column: &ArrayRef) -> Result<ArrayRef, String> {
     }
 }
 
-/// A column as one of a type.
-fn of_type(column: &ArrayRef, kind: &DataType) -> Result<ArrayRef, String> {
+/// Casts a column; nulls and values that do not fit are errors.
+fn cast_strict(column: &ArrayRef, kind: &DataType) -> Result<ArrayRef, String> {
     let strict = CastOptions { safe: false, ..Default::default() };
     let column = cast_with_options(column, kind, &strict).map_err(|e| e.to_string())?;
     if column.logical_null_count() > 0 {
-        return Err("there is a null where a value has to be".into());
+        return Err("a value is null".into());
     }
     Ok(column)
 }
 
-fn numbers(column: &ArrayRef) -> Result<Vec<i64>, String> {
-    Ok(of_type(column, &DataType::Int64)?.as_primitive::<Int64Type>().values().to_vec())
+fn to_i64s(column: &ArrayRef) -> Result<Vec<i64>, String> {
+    Ok(cast_strict(column, &DataType::Int64)?.as_primitive::<Int64Type>().values().to_vec())
 }
 
-/// The one row of a batch.
-fn sequence(batch: &RecordBatch, index: u64, vocab_size: usize) -> Result<Sequence, String> {
+/// Parses the only row of a batch.
+fn parse_sequence(batch: &RecordBatch, index: u64, vocab_size: usize) -> Result<Sequence, String> {
     let column =
         |name: &str| batch.column_by_name(name).ok_or_else(|| format!("there is no column `{name}`"));
     let id = |what: &str, id: i64| match i32::try_from(id) {
         Ok(known) if known >= 0 && (known as usize) < vocab_size => Ok(known),
         _ => Err(format!("{what} {id} is not in the model's vocabulary of {vocab_size}")),
     };
-    let ids = numbers(&list(column("input_ids")?)?)?;
+    let ids = to_i64s(&first_list(column("input_ids")?)?)?;
     let ids = ids.into_iter().map(|one| id("id", one)).collect::<Result<Vec<i32>, _>>()?;
     let mut targets: Vec<i32> = ids.iter().skip(1).copied().collect();
-    targets.push(match numbers(column("labels")?)?[0] {
+    targets.push(match to_i64s(column("labels")?)?[0] {
         label if label == i64::from(NO_TARGET) => NO_TARGET,
         label => id("label", label)?,
     });
-    let segments = list(column("source")?)?;
+    let segments = first_list(column("source")?)?;
     let segments = segments.as_struct();
     let field = |name: &str| segments.column_by_name(name).ok_or_else(|| format!("`source` has no `{name}`"));
-    let text = |name: &str| of_type(field(name)?, &DataType::Utf8);
+    let text = |name: &str| cast_strict(field(name)?, &DataType::Utf8);
     let (domains, doc_ids) = (text("source")?, text("doc_id")?);
     let (domains, doc_ids) = (domains.as_string::<i32>(), doc_ids.as_string::<i32>());
-    let (starts, ends) = (numbers(field("start")?)?, numbers(field("end")?)?);
-    let place = |place: i64| usize::try_from(place).unwrap_or(usize::MAX);
+    let (starts, ends) = (to_i64s(field("start")?)?, to_i64s(field("end")?)?);
+    let bound = |bound: i64| usize::try_from(bound).unwrap_or(usize::MAX);
     let (mut all, mut end) = (vec![], 0);
     for row in 0..segments.len() {
-        let range = place(starts[row])..place(ends[row]);
+        let range = bound(starts[row])..bound(ends[row]);
         if range.start != end || range.end < end {
             return Err("the documents of a sequence don't follow one another".into());
         }
         if range.end > ids.len() {
-            return Err("a document of a sequence ends after it does".into());
+            return Err("a document ends after its sequence".into());
         }
         if doc_ids.value(row).is_empty() {
-            // nothing is predicted from padding, and padding isn't predicted
+            // Padding is not predicted, and nothing is predicted from it.
             targets[range.start.saturating_sub(1)..range.end].fill(NO_TARGET);
         }
         end = range.end;
@@ -359,13 +362,13 @@ fn sequence(batch: &RecordBatch, index: u64, vocab_size: usize) -> Result<Sequen
         all.push(Segment { domain, doc_id, range });
     }
     if end != ids.len() {
-        return Err("the documents of a sequence end before it does".into());
+        return Err("the documents of a sequence end before the sequence".into());
     }
     Ok(Sequence { index, ids, targets, segments: all })
 }
 
 impl Sequence {
-    /// Where its documents begin, in ascending order.
+    /// The starts of its documents, in ascending order.
     pub fn starts(&self) -> Vec<usize> {
         self.segments.iter().map(|segment| segment.range.start).collect()
     }
@@ -380,7 +383,7 @@ pub(crate) mod tests {
     use arrow::datatypes::{Field, Fields};
     use std::time::{Duration, Instant};
 
-    /// A packed file: ids, label, and segments as (doc_id, start, end).
+    /// A packed file of rows with ids, a label, and segments as (doc_id, start, end).
     pub(crate) fn packed(rows: &[(Vec<i32>, i32, Vec<(&str, i32, i32)>)]) -> Vec<u8> {
         let mut ids = ListBuilder::new(Int32Builder::new());
         let fields: Fields = vec![
@@ -438,8 +441,8 @@ pub(crate) mod tests {
         ])
         .await;
         let mut dataset = Dataset::open(&folder, 10).await.unwrap();
-        for (place, first) in [(0, 5), (1, 7), (2, 5), (3, 7), (1, 7), (0, 5)] {
-            let sequence = dataset.sequence(place).await.unwrap();
+        for (sample, first) in [(0, 5), (1, 7), (2, 5), (3, 7), (1, 7), (0, 5)] {
+            let sequence = dataset.sequence(sample).await.unwrap();
             assert_eq!((sequence.ids, sequence.targets), (vec![first, 2], vec![2, 3]));
         }
     }
@@ -457,9 +460,9 @@ pub(crate) mod tests {
         let folder = folder(&files).await;
         let mut dataset = Dataset::open(&folder, 1000).await.unwrap();
         assert_eq!(dataset.sequences, 150);
-        for place in [0, 1, 3, 49, 50, 149, 150, 2, 1, 140, 77, 140 + 150] {
-            let sequence = dataset.sequence(place).await.unwrap();
-            assert_eq!((sequence.ids[0] as u64, sequence.index), (place % 150, place % 150));
+        for sample in [0, 1, 3, 49, 50, 149, 150, 2, 1, 140, 77, 140 + 150] {
+            let sequence = dataset.sequence(sample).await.unwrap();
+            assert_eq!((sequence.ids[0] as u64, sequence.index), (sample % 150, sample % 150));
             assert_eq!(sequence.starts(), [0, 1]);
         }
     }
@@ -479,16 +482,16 @@ pub(crate) mod tests {
         let mut writer = parquet::arrow::ArrowWriter::try_new(Vec::new(), batch.schema(), None).unwrap();
         writer.write(&batch).unwrap();
         let mut lying = packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 3)])]);
-        // Thrift's fields of a page's header: the one of dictionaries, and in it the number of values, two for each
+        // In the page header, find the dictionary's field and in it the number of values, which Thrift doubles.
         let at = lying.windows(3).position(|bytes| bytes == [0x4c, 0x15, 2 * 3]).unwrap();
         lying[at + 2] = 2 * 63;
         for (bytes, message) in [
             (lying, "a dictionary of 63 values has 12 bytes"),
             (good, "id 12 is not in the model's vocabulary of 10"),
             (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 1), ("b", 2, 3)])]), "don't follow one another"),
-            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 2)])]), "end before it does"),
-            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 4)])]), "ends after it does"),
-            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 2), ("b", 2, -1)])]), "ends after it does"),
+            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 2)])]), "end before the sequence"),
+            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 4)])]), "ends after its sequence"),
+            (packed(&[(vec![1, 2, 3], 4, vec![("a", 0, 2), ("b", 2, -1)])]), "ends after its sequence"),
             (writer.into_inner().unwrap(), "there is no column `input_ids`"),
             (b"no parquet".to_vec(), "memory:///data/train-00000-of-00001.parquet: "),
         ] {
@@ -503,7 +506,7 @@ pub(crate) mod tests {
         assert!(error.contains("there is no *.parquet"), "{error}");
     }
 
-    /// A column as one of other types.
+    /// Casts a column to another type.
     fn cast(column: &ArrayRef, kind: &DataType) -> ArrayRef {
         let strict = CastOptions { safe: false, ..Default::default() };
         cast_with_options(column, kind, &strict).unwrap()
@@ -547,7 +550,7 @@ pub(crate) mod tests {
                 Field::new("start", number.clone(), true),
                 Field::new("end", number.clone(), true),
             ]));
-            // a label may be negative
+            // A label may be negative.
             let label = if number == DataType::Int64 { number.clone() } else { DataType::Int32 };
             let fixed = matches!(list(item(&number)), DataType::FixedSizeList(..));
             let segments = if fixed { DataType::LargeList(item(&segment)) } else { list(item(&segment)) };
@@ -594,7 +597,7 @@ pub(crate) mod tests {
         let whole = file();
         assert_eq!(read(whole.clone()).await.unwrap(), 400);
         for kind in [wire::TRUE, wire::FALSE, wire::DOUBLE, wire::UUID] {
-            // in place of the first column's pages
+            // Overwrite the first column's pages.
             let mut lying = whole.clone();
             let evil = endless(1000, kind);
             lying[4..4 + evil.len()].copy_from_slice(&evil);
@@ -617,7 +620,7 @@ pub(crate) mod tests {
             let size = (footer.len() as u32).to_le_bytes();
             [&whole[..end - length], &footer, &size, b"PAR1"].concat()
         };
-        // a field that is not known, of a kind that is read over
+        // An unknown field, of a type that the library skips.
         assert_eq!(read(with(&[UNKNOWN | wire::I32, 5])).await.unwrap(), 400);
         let map = [vec![UNKNOWN | wire::MAP], list(0, i32::MAX as u32)[1..].to_vec(), vec![0x11]].concat();
         let row_groups = [vec![0x08 | 1, 8], list(wire::STRUCT, i32::MAX as u32)].concat();

@@ -1,13 +1,13 @@
-//! Devices by name: the one place that knows which backends this build has.
+//! Devices by name. Only this module knows which backends this build has.
 
 use burn_tensor::{Device, FloatDType};
 
 use crate::attention::Kernel;
 use crate::{Error, Result};
 
-/// What `[train] devices` may name.
+/// A name in `[train] devices`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Name {
+pub enum DeviceName {
     /// Pure Rust, on the CPU.
     Flex,
     /// LibTorch on the CPU.
@@ -16,7 +16,7 @@ pub enum Name {
     LibtorchCuda(usize),
 }
 
-impl Name {
+impl DeviceName {
     /// # Errors
     /// There is no such device.
     pub fn parse(name: &str) -> Result<Self> {
@@ -33,17 +33,17 @@ impl Name {
         })
     }
 
-    /// Devices of this build that compute on this machine, its first GPU among them.
+    /// The devices that this build can open on this machine; of several GPUs the first.
     #[cfg(test)]
-    pub fn at_hand() -> Vec<Self> {
+    pub fn available() -> Vec<Self> {
         let names = [Self::Flex, Self::LibtorchCpu, Self::LibtorchCuda(0)];
         names.into_iter().filter(|name| name.open().is_ok()).collect()
     }
 
-    /// The device itself.
+    /// Opens the device.
     ///
     /// # Errors
-    /// This build doesn't have it.
+    /// This build or this machine does not have it.
     pub fn open(self) -> Result<Device> {
         match self {
             Self::Flex => Ok(Device::flex()),
@@ -67,34 +67,34 @@ impl Name {
         }
     }
 
-    /// The most bytes that this process has had on this device, where anyone counts them: the system for the host's
-    /// memory, LibTorch's allocator for a GPU's.
-    pub fn peak(self) -> Option<u64> {
+    /// The peak memory of this process on this device in bytes, if it is known: the operating system counts the host's
+    /// memory, LibTorch's allocator a GPU's.
+    pub fn peak_memory(self) -> Option<u64> {
         match self {
             #[cfg(feature = "libtorch")]
             Self::LibtorchCuda(i) => {
                 unsafe extern "C" {
                     fn lw_cuda_peak(device: std::ffi::c_int) -> i64;
                 }
-                // Safety: reads a count of the allocator's
+                // Safety: this only reads a counter of the allocator
                 u64::try_from(unsafe { lw_cuda_peak(i.try_into().ok()?) }).ok()
             }
-            _ => memory("VmHWM:"),
+            _ => proc_status_bytes("VmHWM:"),
         }
     }
 
-    /// The host's memory beside this device, if it has its own.
-    pub fn host(self) -> Option<Self> {
+    /// The device for the host's memory, if this device has a memory of its own.
+    pub fn host_device(self) -> Option<Self> {
         matches!(self, Self::LibtorchCuda(_)).then_some(Self::LibtorchCpu)
     }
 
-    /// What computes attention with heads of this width here.
+    /// The attention kernel for heads of this width.
     #[cfg_attr(not(feature = "libtorch"), allow(unused_variables))]
     pub fn kernel(self, precision: FloatDType, head_dim: usize) -> Kernel {
         match (self, precision) {
             #[cfg(feature = "libtorch")]
             (Self::LibtorchCpu, FloatDType::F32 | FloatDType::BF16) => Kernel::Flash,
-            // CUDA's takes no other type, and no other width
+            // CUDA's kernel supports no other type and no other width.
             #[cfg(feature = "libtorch")]
             (Self::LibtorchCuda(_), FloatDType::BF16) if head_dim.is_multiple_of(8) && head_dim <= 256 => {
                 Kernel::Flash
@@ -104,19 +104,19 @@ impl Name {
     }
 }
 
-/// Has LibTorch take kernels whose sums have an order. What this process has computed before is not computed again.
-pub fn be_deterministic() {
+/// Makes LibTorch use deterministic kernels from now on.
+pub fn use_deterministic_kernels() {
     #[cfg(feature = "libtorch")]
     {
         unsafe extern "C" {
             fn lw_deterministic();
         }
-        // Safety: sets a switch of LibTorch's, before any rank computes
+        // Safety: this sets a switch of LibTorch before any rank computes
         unsafe { lw_deterministic() };
     }
 }
 
-impl std::fmt::Display for Name {
+impl std::fmt::Display for DeviceName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Flex => write!(f, "flex"),
@@ -126,14 +126,14 @@ impl std::fmt::Display for Name {
     }
 }
 
-/// Bytes of this process that are in memory, where the system says so.
-pub fn resident() -> Option<u64> {
-    memory("VmRSS:")
+/// The resident memory of this process in bytes, if the system reports it.
+pub fn resident_memory() -> Option<u64> {
+    proc_status_bytes("VmRSS:")
 }
 
-fn memory(what: &str) -> Option<u64> {
+fn proc_status_bytes(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with(what))?;
+    let line = status.lines().find(|line| line.starts_with(field))?;
     let kilobytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kilobytes * 1024)
 }

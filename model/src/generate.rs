@@ -1,66 +1,69 @@
-//! The continuation of a prompt: the likeliest token after the other, or drawn at a temperature.
+//! Generation: the continuation of a prompt, by greedy decoding or by sampling with a temperature.
 
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::checkpoint::{Checkpoint, uniform};
-use crate::comm::{Comm, PATIENCE, threads};
+use crate::comm::{Comm, TIMEOUT, threads};
 use crate::conf::Precision;
-use crate::decoder::{Cache, Model};
-use crate::device::Name;
+use crate::decoder::{KvCache, Model};
+use crate::device::DeviceName;
 use crate::{Error, Location, Result};
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Choice {
-    /// The likeliest; of several the first.
+pub enum Sampling {
+    /// The likeliest token; of equals the lowest id.
     Greedy,
-    /// At random, by the seed: a token's odds are its probability to the power of 1 / temperature.
-    Sampled { temperature: f64, seed: u64 },
+    /// A random token, drawn with probabilities proportional to p^(1 / temperature).
+    Temperature { temperature: f64, seed: u64 },
 }
 
-/// What to continue, with what.
+/// A prompt, and the model and settings with which to continue it.
 #[derive(Clone, Debug)]
 pub struct GenerateJob {
-    /// A Hugging Face Llama's folder.
+    /// The folder of a Hugging Face Llama.
     pub checkpoint: Location,
-    pub device: Name,
-    /// What matrices are multiplied in, and what keys and values are kept in.
+    pub device: DeviceName,
+    /// The type of matrix products and of cached keys and values.
     pub precision: Precision,
-    pub choice: Choice,
+    pub sampling: Sampling,
     /// How many ranks share the sequence.
     pub ranks: usize,
-    /// The prompt; at least one id.
+    /// The prompt, at least one id.
     pub ids: Vec<i32>,
-    /// How many tokens to add at most; the checkpoint's own EOS ends sooner.
+    /// The largest number of tokens to add. The checkpoint's end-of-text id ends generation sooner.
     pub tokens: usize,
 }
 
-/// Calls `on_token` with each id as it comes, and returns all.
+/// Calls `on_token` with each new id as it is generated, and returns all new ids.
 pub async fn generate(job: &GenerateJob, on_token: &mut (dyn FnMut(u32) + Send)) -> Result<Vec<u32>> {
     if job.ids.is_empty() {
         return Err(Error::Conf("the prompt is empty, and the tokenizer puts no token before it".into()));
     }
     let checkpoint = Checkpoint::open(&job.checkpoint).await?;
-    let vocab = checkpoint.config.vocab_size;
-    if let Some(id) = job.ids.iter().find(|id| **id < 0 || **id as usize >= vocab) {
-        return Err(Error::Conf(format!(
-            "id {id} of the prompt is not in the model's vocabulary of {vocab}"
-        )));
-    }
+    checkpoint.config.check_ids(&job.ids)?;
     let (sender, mut receiver) = unbounded_channel();
-    let (job, wait) = (job.clone(), Handle::current());
+    let (job, runtime) = (job.clone(), Handle::current());
     let working = tokio::task::spawn_blocking(move || {
-        let model = Model::open(&checkpoint, job.device, job.precision.into(), &wait)?;
-        let ranks = threads::run(job.ranks, job.ranks, PATIENCE, |comm, _| {
+        let model = Model::open(&checkpoint, job.device, job.precision.into(), &runtime)?;
+        let ranks = threads::run(job.ranks, job.ranks, TIMEOUT, |comm, _| {
             let sender = (comm.rank() == 0).then(|| sender.clone());
             let mut said = |id| {
                 if let Some(sender) = &sender {
-                    // the continuation is returned whole, too: nobody has to listen
+                    // Nobody has to listen: the whole continuation is returned, too.
                     let _ = sender.send(id as u32);
                 }
             };
-            continued(&model, comm, &mut Cache::default(), &job.ids, job.tokens, job.choice, &mut said)
+            continue_tokens(
+                &model,
+                comm,
+                &mut KvCache::default(),
+                &job.ids,
+                job.tokens,
+                job.sampling,
+                &mut said,
+            )
         });
         ranks.map(|mut ranks| ranks.swap_remove(0))
     });
@@ -71,39 +74,39 @@ pub async fn generate(job: &GenerateJob, on_token: &mut (dyn FnMut(u32) + Send))
     Ok(new.into_iter().map(|id| id as u32).collect())
 }
 
-/// Reads `ids`, at least one, after what is in the cache, and adds at most `tokens` tokens; the checkpoint's own end of text
-/// ends sooner. Every rank returns the same.
-pub fn continued(
+/// Reads `ids`, at least one, after the cached text, and generates at most `tokens` tokens. The checkpoint's end-of-text id
+/// ends it sooner. Every rank returns the same ids.
+pub fn continue_tokens(
     model: &Model,
     comm: &dyn Comm,
-    cache: &mut Cache,
+    cache: &mut KvCache,
     ids: &[i32],
     tokens: usize,
-    choice: Choice,
+    sampling: Sampling,
     on_token: &mut dyn FnMut(i32),
 ) -> Result<Vec<i32>> {
-    let ends = model.config.ends();
+    let eos = model.config.eos_ids();
     let mut new: Vec<i32> = vec![];
     while new.len() < tokens {
-        let logits = model.next(comm, cache, new.last().map_or(ids, std::slice::from_ref))?;
-        let next = choice.of(&logits, new.len() as u64);
+        let logits = model.next_logits(comm, cache, new.last().map_or(ids, std::slice::from_ref))?;
+        let next = sampling.next_id(&logits, new.len() as u64);
         new.push(next);
         on_token(next);
-        if ends.contains(&i64::from(next)) {
+        if eos.contains(&i64::from(next)) {
             break;
         }
     }
     Ok(new)
 }
 
-impl Choice {
-    /// The id that comes next, after `place` others.
-    fn of(self, logits: &[f32], place: u64) -> i32 {
-        let most = |a: (usize, f32), b: (usize, f32)| if b.1 > a.1 { b } else { a };
-        let best = logits.iter().copied().enumerate().reduce(most).unwrap_or_default();
-        let Choice::Sampled { temperature, seed } = self else { return best.0 as i32 };
+impl Sampling {
+    /// Chooses the next id, after `index` generated ones.
+    fn next_id(self, logits: &[f32], index: u64) -> i32 {
+        let likelier = |a: (usize, f32), b: (usize, f32)| if b.1 > a.1 { b } else { a };
+        let best = logits.iter().copied().enumerate().reduce(likelier).unwrap_or_default();
+        let Sampling::Temperature { temperature, seed } = self else { return best.0 as i32 };
         let weights = logits.iter().map(|logit| (f64::from(logit - best.1) / temperature).exp());
-        let mut left = uniform(seed, place) * weights.clone().sum::<f64>();
+        let mut left = uniform(seed, index) * weights.clone().sum::<f64>();
         let chosen = weights.enumerate().find(|(_, weight)| {
             left -= weight;
             left < 0.0
@@ -117,19 +120,19 @@ mod tests {
     use super::*;
     use crate::decoder::tests::fixture;
 
-    fn job(device: Name, ranks: usize, choice: Choice) -> GenerateJob {
+    fn job(device: DeviceName, ranks: usize, sampling: Sampling) -> GenerateJob {
         let (checkpoint, ids) = (fixture("llama3"), vec![1, 40, 7]);
-        GenerateJob { checkpoint, device, precision: Precision::F32, choice, ranks, ids, tokens: 12 }
+        GenerateJob { checkpoint, device, precision: Precision::F32, sampling, ranks, ids, tokens: 12 }
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_continuation_is_the_same_on_any_ranks_and_devices() {
-        for choice in [Choice::Greedy, Choice::Sampled { temperature: 1.0, seed: 3 }] {
+        for sampling in [Sampling::Greedy, Sampling::Temperature { temperature: 1.0, seed: 3 }] {
             let mut all = vec![];
-            for device in Name::at_hand() {
+            for device in DeviceName::available() {
                 for ranks in [1, 2, 4] {
                     let mut said = vec![];
-                    let new = generate(&job(device, ranks, choice), &mut |id| said.push(id)).await.unwrap();
+                    let new = generate(&job(device, ranks, sampling), &mut |id| said.push(id)).await.unwrap();
                     assert_eq!(new, said);
                     assert!(!new.is_empty());
                     all.push(new);
@@ -148,7 +151,7 @@ mod tests {
             folder.join(&name).put(bytes.to_vec()).await.unwrap();
         }
         let all = |folder: Location| async {
-            let job = GenerateJob { checkpoint: folder, ..job(Name::Flex, 1, Choice::Greedy) };
+            let job = GenerateJob { checkpoint: folder, ..job(DeviceName::Flex, 1, Sampling::Greedy) };
             generate(&job, &mut |_| {}).await.unwrap()
         };
         let want = all(folder.clone()).await;
@@ -162,16 +165,16 @@ mod tests {
 
     #[test]
     fn tokens_are_drawn_as_often_as_their_probability_says() {
-        // at temperature 2, odds of 1 : 4 : 16 are 1 : 2 : 4
+        // At temperature 2, odds of 1 : 4 : 16 become 1 : 2 : 4.
         let logits = [0.0, 4f32.ln(), 16f32.ln(), f32::NEG_INFINITY];
-        let draw = |seed| Choice::Sampled { temperature: 2.0, seed }.of(&logits, seed % 7);
+        let draw = |seed| Sampling::Temperature { temperature: 2.0, seed }.next_id(&logits, seed % 7);
         let mut counts = [0; 4];
         (0..7_000).for_each(|seed| counts[draw(seed) as usize] += 1);
         for (count, want) in counts.into_iter().zip([1_000, 2_000, 4_000, 0]) {
             assert!(i32::abs(count - want) <= 120, "{counts:?}");
         }
-        assert_eq!(Choice::Greedy.of(&logits, 0), 2);
-        assert_eq!(Choice::Sampled { temperature: 1e-3, seed: 1 }.of(&logits, 0), 2);
-        assert_eq!(Choice::Greedy.of(&[1.0, 3.0, 3.0], 0), 1);
+        assert_eq!(Sampling::Greedy.next_id(&logits, 0), 2);
+        assert_eq!(Sampling::Temperature { temperature: 1e-3, seed: 1 }.next_id(&logits, 0), 2);
+        assert_eq!(Sampling::Greedy.next_id(&[1.0, 3.0, 3.0], 0), 1);
     }
 }

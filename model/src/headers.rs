@@ -1,21 +1,22 @@
-//! The headers of a Parquet file, walked through before the Parquet library reads them.
+//! A check of a Parquet file's headers, before the Parquet library reads them.
 //!
-//! The library passes over what it does not know a value at a time, and some values have no bytes there: seven bytes of
-//! a header say that there are two billion booleans, and a header of three kilobytes can say so for minutes. It makes room
-//! for as many children of a column as are said, and goes down into them as deep as they are said to lie, too. So a header
-//! is read on only where each of its values has a byte at least, and its columns are a tree of some depth.
+//! The library skips unknown fields value by value, and some values have no bytes: seven bytes of a header can claim two
+//! billion booleans, and a header of three kilobytes can keep the library busy for minutes. It also allocates as many
+//! children of a column as the file claims, and recurses as deep as the file claims. So a header is accepted only if each of
+//! its values has at least one byte, and its columns form a tree of limited depth.
 //!
-//! The library takes what it knows for what it should be, whatever the file says that it is. A walk that went by what the
-//! file says would lose its way; so here it is known, too, and what is said to be something else is refused.
+//! The library reads known fields with the type that they should have, whatever type the file declares. A check that follows
+//! the declared types would read other bytes than the library does. So this module knows the types, too, and refuses fields
+//! of another declared type.
 
 use std::ops::Range;
 
 use bytes::Bytes;
 use parquet::errors::ParquetError;
 
-/// What a field is.
+/// The type of a field.
 #[derive(Clone, Copy)]
-enum Is {
+enum Type {
     Bool,
     Byte,
     I16,
@@ -23,37 +24,37 @@ enum Is {
     I64,
     Double,
     Binary,
-    List(&'static Is),
+    List(&'static Type),
     Struct(Fields),
-    /// [`COLUMN`]'s.
+    /// A struct with the fields of [`COLUMN`].
     Column,
 }
 
-/// The fields of a struct, by their ids.
-type Fields = &'static [(i16, Is)];
+/// The fields of a struct: ids and types.
+type Fields = &'static [(i16, Type)];
 
-use Is::*;
+use Type::*;
 
-/// A page's.
+/// The fields of a page header.
 const PAGE: Fields = &[
     (1, I32),
     (2, I32),
     (3, I32),
     (4, I32),
     (5, Struct(&[(1, I32), (2, I32), (3, I32), (4, I32), (5, STATISTICS)])),
-    (6, NOTHING),
+    (6, EMPTY),
     (7, Struct(&[(1, I32), (2, I32), (3, Bool)])),
     (8, Struct(&[(1, I32), (2, I32), (3, I32), (4, I32), (5, I32), (6, I32), (7, Bool), (8, STATISTICS)])),
 ];
 
-/// The fields of [`PAGE`] that say what kind of page it is, and how many bytes follow its header.
+/// The fields of [`PAGE`] with the kind of page, and with the number of bytes after its header.
 const PAGE_KIND: usize = 1;
 const PAGE_BYTES: usize = 3;
 
-/// A page that the library takes for none, and reads what is in it for the next one's header.
+/// The kind of an index page. The library ignores its header and takes its contents for the next header.
 const INDEX_PAGE: i64 = 1;
 
-/// The file's.
+/// The fields of the file's footer.
 const FILE: Fields = &[
     (1, I32),
     (2, List(&Column)),
@@ -61,12 +62,12 @@ const FILE: Fields = &[
     (4, List(&ROW_GROUP)),
     (5, List(&KEY_VALUE)),
     (6, Binary),
-    (7, List(&Struct(&[(1, NOTHING), (2, NOTHING)]))),
+    (7, List(&Struct(&[(1, EMPTY), (2, EMPTY)]))),
     (8, Struct(&[(1, ALGORITHM), (2, ALGORITHM)])),
     (9, Binary),
 ];
 
-/// A column's name and type, or a group's of columns.
+/// The fields of a column's schema, or of a group of columns.
 const COLUMN: Fields = &[
     (1, I32),
     (2, I32),
@@ -80,32 +81,32 @@ const COLUMN: Fields = &[
     (10, LOGICAL_TYPE),
 ];
 
-/// The field of [`COLUMN`] that says how many of those after it are in it.
+/// The field of [`COLUMN`] with the number of its children, which follow it.
 const COLUMN_CHILDREN: usize = 5;
 
-const LOGICAL_TYPE: Is = Struct(&[
-    (1, NOTHING),
-    (2, NOTHING),
-    (3, NOTHING),
-    (4, NOTHING),
+const LOGICAL_TYPE: Type = Struct(&[
+    (1, EMPTY),
+    (2, EMPTY),
+    (3, EMPTY),
+    (4, EMPTY),
     (5, Struct(&[(1, I32), (2, I32)])),
-    (6, NOTHING),
+    (6, EMPTY),
     (7, Struct(&[(1, Bool), (2, TIME_UNIT)])),
     (8, Struct(&[(1, Bool), (2, TIME_UNIT)])),
     (10, Struct(&[(1, Byte), (2, Bool)])),
-    (11, NOTHING),
-    (12, NOTHING),
-    (13, NOTHING),
-    (14, NOTHING),
-    (15, NOTHING),
+    (11, EMPTY),
+    (12, EMPTY),
+    (13, EMPTY),
+    (14, EMPTY),
+    (15, EMPTY),
     (16, Struct(&[(1, Byte)])),
     (17, Struct(&[(1, Binary)])),
     (18, Struct(&[(1, Binary), (2, I32)])),
 ]);
 
-const TIME_UNIT: Is = Struct(&[(1, NOTHING), (2, NOTHING), (3, NOTHING)]);
+const TIME_UNIT: Type = Struct(&[(1, EMPTY), (2, EMPTY), (3, EMPTY)]);
 
-const ROW_GROUP: Is = Struct(&[
+const ROW_GROUP: Type = Struct(&[
     (1, List(&CHUNK)),
     (2, I64),
     (3, I64),
@@ -115,8 +116,8 @@ const ROW_GROUP: Is = Struct(&[
     (7, I16),
 ]);
 
-/// A column's part of a row group.
-const CHUNK: Is = Struct(&[
+/// A column chunk of a row group.
+const CHUNK: Type = Struct(&[
     (1, Binary),
     (2, I64),
     (3, CHUNK_METADATA),
@@ -124,11 +125,11 @@ const CHUNK: Is = Struct(&[
     (5, I32),
     (6, I64),
     (7, I32),
-    (8, Struct(&[(1, NOTHING), (2, Struct(&[(1, List(&Binary)), (2, Binary)]))])),
+    (8, Struct(&[(1, EMPTY), (2, Struct(&[(1, List(&Binary)), (2, Binary)]))])),
     (9, Binary),
 ]);
 
-const CHUNK_METADATA: Is = Struct(&[
+const CHUNK_METADATA: Type = Struct(&[
     (1, I32),
     (2, List(&I32)),
     (3, List(&Binary)),
@@ -148,14 +149,14 @@ const CHUNK_METADATA: Is = Struct(&[
     (17, Struct(&[(1, BOX), (2, List(&I32))])),
 ]);
 
-const STATISTICS: Is =
+const STATISTICS: Type =
     Struct(&[(1, Binary), (2, Binary), (3, I64), (4, I64), (5, Binary), (6, Binary), (7, Bool), (8, Bool)]);
 
-const KEY_VALUE: Is = Struct(&[(1, Binary), (2, Binary)]);
+const KEY_VALUE: Type = Struct(&[(1, Binary), (2, Binary)]);
 
-const ALGORITHM: Is = Struct(&[(1, Binary), (2, Binary), (3, Bool)]);
+const ALGORITHM: Type = Struct(&[(1, Binary), (2, Binary), (3, Bool)]);
 
-const BOX: Is = Struct(&[
+const BOX: Type = Struct(&[
     (1, Double),
     (2, Double),
     (3, Double),
@@ -166,16 +167,16 @@ const BOX: Is = Struct(&[
     (8, Double),
 ]);
 
-const NOTHING: Is = Struct(&[]);
+const EMPTY: Type = Struct(&[]);
 
-/// So many bytes are read for a page's header at first.
+/// How many bytes are read first for a page's header.
 const HEADER_BYTES: u64 = 256;
 
-/// So deep may values lie in each other: the library's own bound for those that it passes over.
-const DEPTH: usize = 64;
+/// The deepest nesting of values, which is the library's own limit for fields that it skips.
+const MAX_DEPTH: usize = 64;
 
-/// So deep may columns lie in each other.
-const COLUMN_DEPTH: usize = 64;
+/// The deepest nesting of columns.
+const MAX_COLUMN_DEPTH: usize = 64;
 
 /// The types of Thrift's compact protocol.
 pub(crate) mod wire {
@@ -194,16 +195,16 @@ pub(crate) mod wire {
     pub const UUID: u8 = 13;
 }
 
-/// Walks through what a file's footer holds, without its last eight bytes.
+/// Checks a file's footer, without its last eight bytes.
 ///
 /// # Errors
-/// The library must not read it.
-pub fn footer(bytes: &[u8]) -> Result<(), ParquetError> {
-    let mut walk = Walk { rest: bytes, children: vec![] };
-    walk.fields(Some(FILE), DEPTH)?;
-    // how many columns are yet to come in each group that is open
+/// The library must not read the footer.
+pub fn check_footer(bytes: &[u8]) -> Result<(), ParquetError> {
+    let mut walk = Walker { rest: bytes, children: vec![] };
+    walk.fields(Some(FILE), MAX_DEPTH)?;
+    // How many children are left in each open group.
     let mut open: Vec<i64> = vec![];
-    let mut said = 0;
+    let mut claimed = 0;
     for children in walk.children {
         while open.pop_if(|left| *left == 0).is_some() {}
         if let Some(left) = open.last_mut() {
@@ -212,20 +213,20 @@ pub fn footer(bytes: &[u8]) -> Result<(), ParquetError> {
         if children > 0 {
             open.push(children);
         }
-        said += children.max(0);
-        if open.len() > COLUMN_DEPTH || said > bytes.len() as i64 {
-            return Err(damaged("its columns are too many, or lie too deep"));
+        claimed += children.max(0);
+        if open.len() > MAX_COLUMN_DEPTH || claimed > bytes.len() as i64 {
+            return Err(damaged("its columns are too many or nested too deeply"));
         }
     }
     Ok(())
 }
 
-/// Walks through the headers of a column's pages, which are so many bytes. `read` gives a range of them; of pages
-/// themselves it gives no more than the few bytes that come with a header.
+/// Checks the page headers of a column chunk of `size` bytes. `read` returns a range of its bytes. Of the pages' contents,
+/// only the few bytes that are read along with a header are needed.
 ///
 /// # Errors
-/// The library must not read them, or `read` fails.
-pub fn pages(
+/// The library must not read the headers, or `read` fails.
+pub fn check_page_headers(
     size: u64,
     mut read: impl FnMut(Range<u64>) -> Result<Bytes, ParquetError>,
 ) -> Result<(), ParquetError> {
@@ -235,22 +236,22 @@ pub fn pages(
         let (numbers, header) = loop {
             let stop = size.min(start + window);
             let bytes = read(start..stop)?;
-            let mut walk = Walk { rest: &bytes, children: vec![] };
-            match walk.fields(Some(PAGE), DEPTH) {
+            let mut walk = Walker { rest: &bytes, children: vec![] };
+            match walk.fields(Some(PAGE), MAX_DEPTH) {
                 Ok(numbers) => break (numbers, (bytes.len() - walk.rest.len()) as u64),
-                // some headers hold long values
+                // Some headers contain long values.
                 Err(_) if stop < size => window *= 8,
                 Err(error) => return Err(error),
             }
         };
         if numbers[PAGE_KIND] == INDEX_PAGE {
-            return Err(damaged("a page of an index is among its pages"));
+            return Err(damaged("an index page is among its pages"));
         }
         let bytes = u64::try_from(numbers[PAGE_BYTES] as i32).ok();
         start = bytes
             .map(|bytes| start + header + bytes)
             .filter(|next| *next <= size)
-            .ok_or_else(|| damaged("a page has fewer bytes than its header says"))?;
+            .ok_or_else(|| damaged("a page ends before its header says"))?;
     }
     Ok(())
 }
@@ -259,14 +260,14 @@ fn damaged(what: &str) -> ParquetError {
     ParquetError::General(what.to_owned())
 }
 
-/// Goes on as the library does, byte for byte.
-struct Walk<'a> {
+/// Reads a header as the library does, byte for byte.
+struct Walker<'a> {
     rest: &'a [u8],
-    /// Of each column, in order.
+    /// The number of children of each column, in order.
     children: Vec<i64>,
 }
 
-impl Walk<'_> {
+impl Walker<'_> {
     fn skip(&mut self, bytes: u64) -> Result<(), ParquetError> {
         let rest = usize::try_from(bytes).ok().and_then(|bytes| self.rest.get(bytes..));
         self.rest = rest.ok_or_else(|| damaged("a header ends before its values do"))?;
@@ -279,7 +280,7 @@ impl Walk<'_> {
         Ok(first)
     }
 
-    /// A number of seven bits a byte.
+    /// A variable-length integer of seven bits per byte.
     fn number(&mut self) -> Result<u64, ParquetError> {
         let (mut number, mut shift) = (0, 0u32);
         loop {
@@ -292,19 +293,23 @@ impl Walk<'_> {
         }
     }
 
-    /// One whose lowest bit is its sign.
+    /// A zigzag-encoded signed integer.
     fn signed(&mut self) -> Result<i64, ParquetError> {
         let number = self.number()?;
         Ok((number >> 1) as i64 ^ -((number & 1) as i64))
     }
 
-    /// How many values a list or a map has.
+    /// The number of values of a list or a map.
     fn count(&mut self) -> Result<u64, ParquetError> {
         let count = self.number()?;
-        if i32::try_from(count).is_err() { Err(damaged("a list of a header has no end")) } else { Ok(count) }
+        if i32::try_from(count).is_err() {
+            Err(damaged("a header has a list that is too long"))
+        } else {
+            Ok(count)
+        }
     }
 
-    /// Walks through a struct's fields; returns those numbers of them whose ids are indices here.
+    /// Reads a struct's fields. Returns the numbers among them, indexed by field id.
     fn fields(&mut self, known: Option<Fields>, depth: usize) -> Result<[i64; 8], ParquetError> {
         let mut numbers = [0; 8];
         let mut last = 0i16;
@@ -316,23 +321,24 @@ impl Walk<'_> {
             }
             last = match delta {
                 0 => self.signed()? as i16,
-                // where nothing is known of the fields, their ids count for nothing
+                // The ids of an unknown struct's fields do not matter.
                 _ if known.is_none() => 0,
                 delta => last
                     .checked_add(i16::from(delta))
                     .ok_or_else(|| damaged("a header has too many fields"))?,
             };
-            let is = known.and_then(|fields| fields.iter().find(|(id, _)| *id == last)).map(|(_, is)| *is);
-            let number = self.value(kind, is, depth)?;
-            if let Some(place) = usize::try_from(last).ok().and_then(|id| numbers.get_mut(id)) {
-                *place = number;
+            let expected =
+                known.and_then(|fields| fields.iter().find(|(id, _)| *id == last)).map(|(_, is)| *is);
+            let number = self.value(kind, expected, depth)?;
+            if let Some(slot) = usize::try_from(last).ok().and_then(|id| numbers.get_mut(id)) {
+                *slot = number;
             }
         }
         Ok(numbers)
     }
 
-    /// Walks through a value that the file says is of a kind; returns it if it is a number.
-    fn value(&mut self, kind: u8, is: Option<Is>, depth: usize) -> Result<i64, ParquetError> {
+    /// Reads a value of the declared `kind`. Returns it if it is a number.
+    fn value(&mut self, kind: u8, is: Option<Type>, depth: usize) -> Result<i64, ParquetError> {
         let as_known = match is {
             None => true,
             Some(Bool) => matches!(kind, wire::TRUE | wire::FALSE),
@@ -346,9 +352,11 @@ impl Walk<'_> {
             Some(Struct(_) | Column) => kind == wire::STRUCT,
         };
         if !as_known {
-            return Err(damaged("a field of a header is of another type"));
+            return Err(damaged("a header has a field of another type"));
         }
-        let Some(depth) = depth.checked_sub(1) else { return Err(damaged("a header's values lie too deep")) };
+        let Some(depth) = depth.checked_sub(1) else {
+            return Err(damaged("a header's values are nested too deeply"));
+        };
         match kind {
             wire::TRUE | wire::FALSE => {}
             wire::BYTE => self.skip(1)?,
@@ -386,13 +394,13 @@ impl Walk<'_> {
                 Some(Struct(fields)) => drop(self.fields(Some(fields), depth)?),
                 _ => drop(self.fields(None, depth)?),
             },
-            _ => return Err(damaged("a field of a header is of no type")),
+            _ => return Err(damaged("a header has a field of an unknown type")),
         }
         Ok(0)
     }
 
-    /// Walks through the values of a list. A boolean has no byte here, as the library has it.
-    fn values(&mut self, kind: u8, is: Option<Is>, count: u64, depth: usize) -> Result<(), ParquetError> {
+    /// Reads the values of a list. The library reads no bytes for booleans in a list, so such lists are refused.
+    fn values(&mut self, kind: u8, is: Option<Type>, count: u64, depth: usize) -> Result<(), ParquetError> {
         if count > 0 && matches!(kind, wire::TRUE | wire::FALSE) {
             return Err(damaged("a header has a list of booleans"));
         }
@@ -407,10 +415,10 @@ impl Walk<'_> {
 pub(crate) mod tests {
     use super::*;
 
-    /// A field that no header has, the last there can be.
+    /// An id that no field has.
     pub(crate) const UNKNOWN: u8 = 0xF0;
 
-    /// A list of so many values of a kind.
+    /// The header of a list of `count` values of a kind.
     pub(crate) fn list(kind: u8, mut count: u32) -> Vec<u8> {
         let mut bytes = vec![0xF0 | kind];
         while count >= 0x80 {
@@ -421,7 +429,7 @@ pub(crate) mod tests {
         bytes
     }
 
-    /// A field with a list of as many lists of values without bytes as fit into so many bytes, and its kind.
+    /// A field with a list of lists of values without bytes; as many lists as fit into `room` bytes.
     pub(crate) fn endless(room: usize, kind: u8) -> Vec<u8> {
         let of = |count: usize| {
             let inner = list(kind, i32::MAX as u32).repeat(count);
@@ -432,7 +440,7 @@ pub(crate) mod tests {
 
     #[test]
     fn columns_that_lie_too_deep_or_are_too_many_are_refused() {
-        // a required group of so many children, without a name
+        // A required group with this many children and no name.
         let group = |children: u32| {
             let mut bytes = vec![0x35, 0, 0x18, 0, 0x15];
             bytes.extend(&list(0, 2 * children)[1..]);
@@ -442,26 +450,28 @@ pub(crate) mod tests {
         let footer_of = |groups: Vec<Vec<u8>>| {
             [vec![0x29], list(wire::STRUCT, groups.len() as u32), groups.concat(), vec![0]].concat()
         };
-        footer(&footer_of(vec![group(1), group(0)])).unwrap();
-        footer(&footer_of([vec![group(1); 60], vec![group(0)]].concat())).unwrap();
+        check_footer(&footer_of(vec![group(1), group(0)])).unwrap();
+        check_footer(&footer_of([vec![group(1); 60], vec![group(0)]].concat())).unwrap();
         for groups in [[vec![group(1); 500], vec![group(0)]].concat(), vec![group(1 << 30)]] {
-            let error = footer(&footer_of(groups)).unwrap_err().to_string();
+            let error = check_footer(&footer_of(groups)).unwrap_err().to_string();
             assert!(error.contains("its columns are too many"), "{error}");
         }
     }
 
     #[test]
     fn what_is_said_to_be_of_another_type_hides_nothing() {
-        // the library takes the first field for a number, and reads on in the text
+        // The library takes the first field for a number and continues within the text.
         let text = endless(500, wire::TRUE);
         let hidden = [vec![0x18], list(0, text.len() as u32)[1..].to_vec(), text, vec![0]].concat();
         let walk = |bytes: &[u8]| {
             let bytes = Bytes::copy_from_slice(bytes);
-            pages(bytes.len() as u64, |range| Ok(bytes.slice(range.start as usize..range.end as usize)))
+            check_page_headers(bytes.len() as u64, |range| {
+                Ok(bytes.slice(range.start as usize..range.end as usize))
+            })
         };
         let error = walk(&hidden).unwrap_err().to_string();
         assert!(error.contains("of another type"), "{error}");
-        // the fields of a page without values, as it is written
+        // The fields of an ordinary page without values.
         walk(&[0x15, 0, 0x15, 0, 0x15, 0, 0x2C, 0x15, 0, 0x15, 0, 0x15, 6, 0x15, 6, 0, 0]).unwrap();
         assert!(walk(&[0x15, 2, 0x15, 0, 0x15, 0, 0]).unwrap_err().to_string().contains("index"));
     }

@@ -1,10 +1,10 @@
-//! Llama, its trainer and its checkpoints, fed by packed Parquet. Knows nothing of SQL, recipes or URLs.
+//! Llama, its trainer and its checkpoints. The input is packed Parquet; SQL, recipes and URLs are the pipeline's concern.
 //!
 //! ```text
 //! dataset ─▶ train ─▶ checkpoint
-//!             │ a rank a thread or process (comm), each with its rows of a sequence (ring) and its part of the model (shards)
-//!             │ a step: forward and backward a layer at a time (backprop), AdamW (optim)
-//!             └ the model file (llama) knows nothing of ranks; attention is an explicit forward/backward pair
+//!             │ each rank is a thread or a process (comm) with its rows of a sequence (ring) and its shard of the model (shards)
+//!             │ a step runs forward and backward a layer at a time (backprop), then AdamW (optim)
+//!             └ the model's layers (llama) know nothing of ranks; attention is an explicit forward/backward pair
 //! ```
 
 pub mod amount;
@@ -42,19 +42,19 @@ use object_store::{ObjectStore, ObjectStoreExt};
 
 pub use checkpoint::checkpoint_parts;
 pub use conf::TrainConf;
-pub use metrics::Step;
+pub use metrics::StepMetrics;
 pub use train::{Summary, TrainJob, train};
 
-/// What can go wrong in the model crate.
+/// The errors of this crate.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The `[train]` table asks for something that can't be.
+    /// A setting or an argument is impossible.
     #[error("{0}")]
     Conf(String),
-    /// The packed dataset is not what a trainer can read.
+    /// The trainer can't read the packed dataset.
     #[error("{file}: {message}")]
     Dataset { file: String, message: String },
-    /// A checkpoint's config or tensors are not those of a Llama.
+    /// A checkpoint is damaged, or is not of a Llama.
     #[error("checkpoint {at}: {message}")]
     Checkpoint { at: String, message: String },
     #[error("cannot {doing} {path}")]
@@ -64,15 +64,15 @@ pub enum Error {
         #[source]
         source: object_store::Error,
     },
-    /// Loss or gradients are no numbers any more, or the gradients' norm is far out of line.
+    /// The loss or the gradients are not finite, or the gradient norm is far above the recent median.
     #[error(
         "step {step}: {what} (sequences {sequences:?}); the last good checkpoint is {good}, the steps so far are in {metrics}. Lower the learning rate, or warm up longer"
     )]
     Diverged { step: u64, what: String, sequences: Vec<u64>, good: String, metrics: String },
-    /// A rank failed, and ended the others with it.
+    /// A rank failed. The other ranks end with the same error.
     #[error("rank {rank}: {message}")]
     Rank { rank: usize, message: String },
-    /// The caller said to stop.
+    /// The caller asked the training to stop.
     #[error("training was stopped after step {0}")]
     Stopped(u64),
 }
@@ -84,7 +84,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub struct Location {
     pub store: Arc<dyn ObjectStore>,
     pub path: Path,
-    /// What stands before `path` in what a person is told: `s3://bucket/`, or `/`.
+    /// The URL of the store's root, such as `s3://bucket/` or `/`.
     pub base: String,
 }
 
@@ -97,19 +97,19 @@ pub struct Written {
 }
 
 impl Location {
-    /// What lies at `name` in this folder, by names as they are: `ü`, `%` and `#` are characters like any other.
+    /// The location of `name` in this folder. Names are taken literally: `ü`, `%` and `#` are ordinary characters.
     pub fn join(&self, name: &str) -> Self {
-        // `..` is no name
-        let named = name.split('/').map(|part| PathPart::parse(part).unwrap_or_else(|_| part.into()));
-        Self { path: named.fold(self.path.clone(), Path::join), ..self.clone() }
+        // `..` is no name, so it is escaped.
+        let parts = name.split('/').map(|part| PathPart::parse(part).unwrap_or_else(|_| part.into()));
+        Self { path: parts.fold(self.path.clone(), Path::join), ..self.clone() }
     }
 
-    /// What a person can paste.
+    /// The URL, as a person would type it.
     pub fn url(&self) -> String {
         format!("{}{}", self.base, self.path)
     }
 
-    /// The object's bytes; `None` where there is none.
+    /// The object's bytes; `None` if there is no object.
     pub async fn get(&self) -> Result<Option<Bytes>> {
         let got = async { self.store.get(&self.path).await?.bytes().await };
         match got.await {
@@ -119,13 +119,13 @@ impl Location {
         }
     }
 
-    /// The BLAKE3 of the object, which is never whole in memory.
+    /// The BLAKE3 digest of the object, which is read as a stream.
     pub async fn digest(&self) -> Result<[u8; 32]> {
         let failed = |source| Error::Storage { doing: "read", path: self.url(), source };
         let mut bytes = self.store.get(&self.path).await.map_err(failed)?.into_stream();
         let mut hasher = blake3::Hasher::new();
-        while let Some(some) = bytes.try_next().await.map_err(failed)? {
-            hasher.update(&some);
+        while let Some(chunk) = bytes.try_next().await.map_err(failed)? {
+            hasher.update(&chunk);
         }
         Ok(*hasher.finalize().as_bytes())
     }

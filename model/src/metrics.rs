@@ -1,34 +1,34 @@
-//! What one watches: a line a step in `metrics.jsonl`, and the same as TensorBoard's event file.
+//! Training metrics: a line per step in `metrics.jsonl`, and the same values in a TensorBoard event file.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// One step, as in `metrics.jsonl`.
+/// The metrics of one step, as in `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Step {
+pub struct StepMetrics {
     pub step: u64,
-    /// Mean over all targets of the step.
+    /// The mean over all targets of the step.
     pub loss: f64,
-    /// … over those in a range of positions, by its name.
+    /// The mean over the targets in each range of positions, by the range's name.
     pub loss_by_position: Map<String, Value>,
-    /// Before clipping.
+    /// The gradient norm before clipping.
     pub grad_norm: f64,
     pub learning_rate: f64,
     /// Tokens seen so far.
     pub tokens: u64,
     pub tokens_per_second: f64,
-    /// Of what the devices can do at most, where the conf says what that is.
+    /// The fraction of the devices' peak, if the conf has `peak_tflops`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_fraction: Option<f64>,
-    /// The most bytes that any rank's process has had on its device, where anyone counts them.
+    /// The largest peak memory of any rank on its device in bytes, if it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<u64>,
-    /// Since the epoch.
+    /// Seconds since the Unix epoch.
     pub seconds: f64,
 }
 
-/// Ranges of positions: names and where they end.
-pub const POSITIONS: [(&str, usize); 7] = [
+/// The ranges of positions: names and ends.
+pub const POSITION_RANGES: [(&str, usize); 7] = [
     ("0-512", 512),
     ("512-1K", 1 << 10),
     ("1K-4K", 4 << 10),
@@ -38,25 +38,25 @@ pub const POSITIONS: [(&str, usize); 7] = [
     ("128K-", usize::MAX),
 ];
 
-/// The range that a position is in.
-pub fn range_of(position: usize) -> usize {
-    POSITIONS.iter().position(|(_, end)| position < *end).unwrap_or(POSITIONS.len() - 1)
+/// The index of the range that contains a position.
+pub fn range_index(position: usize) -> usize {
+    POSITION_RANGES.iter().position(|(_, end)| position < *end).unwrap_or(POSITION_RANGES.len() - 1)
 }
 
 /// A line of `metrics.jsonl`.
-pub fn line(step: &Step) -> Vec<u8> {
+pub fn json_line(step: &StepMetrics) -> Vec<u8> {
     (serde_json::to_string(step).unwrap_or_default() + "\n").into_bytes()
 }
 
 /// The steps of a `metrics.jsonl`.
-pub fn steps(lines: &[u8]) -> Result<Vec<Step>, serde_json::Error> {
+pub fn parse_steps(lines: &[u8]) -> Result<Vec<StepMetrics>, serde_json::Error> {
     lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(serde_json::from_slice).collect()
 }
 
 /// A TensorBoard event file: TFRecords of `Event` messages.
-pub fn tensorboard(steps: &[Step]) -> Vec<u8> {
+pub fn tensorboard(steps: &[StepMetrics]) -> Vec<u8> {
     let mut file = vec![];
-    // field 3 of Event is the version of the format
+    // Field 3 of Event is the format's version.
     record(&mut file, &[&float64(1, steps.first().map_or(0.0, |s| s.seconds)), &bytes(3, b"brain.Event:2")]);
     for step in steps {
         let mut values = vec![];
@@ -92,7 +92,7 @@ fn record(file: &mut Vec<u8>, parts: &[&[u8]]) {
     file.extend(masked(&data));
 }
 
-// fields of protocol buffers
+// Fields of protocol buffers.
 
 fn varint(mut number: u64) -> Vec<u8> {
     let mut bytes = vec![];
@@ -120,8 +120,8 @@ fn float32(field: u8, number: f32) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    fn step(step: u64) -> Step {
-        Step {
+    fn step(step: u64) -> StepMetrics {
+        StepMetrics {
             step,
             loss: 1.5,
             loss_by_position: [("0-512".to_owned(), 1.5.into())].into_iter().collect(),
@@ -138,18 +138,18 @@ mod tests {
     #[test]
     fn metrics_are_read_back_as_they_were_written() {
         let written = [step(1), step(2)];
-        assert_eq!(steps(&written.each_ref().map(line).concat()).unwrap(), written);
+        assert_eq!(parse_steps(&written.each_ref().map(json_line).concat()).unwrap(), written);
     }
 
     #[test]
     fn positions_are_in_the_range_that_their_name_says() {
         assert_eq!(
-            [0, 511, 1024, 4096, 131_072].map(|p| POSITIONS[range_of(p)].0),
+            [0, 511, 1024, 4096, 131_072].map(|p| POSITION_RANGES[range_index(p)].0),
             ["0-512", "0-512", "1K-4K", "4K-16K", "128K-"]
         );
     }
 
-    /// The bytes TensorFlow's own writer gives for an event with a step and a scalar, but for the time.
+    /// The expected bytes are those of TensorFlow's own writer for an event with a step and a scalar, except for the time.
     #[test]
     fn an_event_file_is_records_of_length_data_and_their_sums() {
         let file = tensorboard(&[step(300)]);
@@ -165,7 +165,7 @@ mod tests {
         }
         assert_eq!(records.len(), 2);
         assert!(records[0].ends_with(b"\x1a\x0dbrain.Event:2"));
-        // step 300 as a varint, then the summary, whose first value is the loss
+        // Step 300 as a varint, then the summary, whose first value is the loss.
         assert_eq!(records[1][9..12], [0x10, 0xac, 0x02]);
         let loss = [&b"\x0a\x0b\x0a\x04loss\x15"[..], &1.5f32.to_le_bytes()].concat();
         assert!(records[1].windows(loss.len()).any(|window| window == loss));

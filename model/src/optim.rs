@@ -1,4 +1,4 @@
-//! AdamW on what a rank owns, with the norm of all ranks' gradients clipped, and the learning rate's schedule.
+//! AdamW on a rank's shards, with clipping of the global gradient norm, and the learning-rate schedule.
 
 use burn_tensor::{DType, Tensor, TensorData};
 
@@ -7,17 +7,17 @@ use crate::comm::Comm;
 use crate::conf::{Schedule, TrainConf};
 use crate::shards::Shards;
 
-/// As LLaMA was trained: betas 0.9 and 0.95, gradients clipped at 1.
+/// LLaMA's training settings: betas 0.9 and 0.95, gradient norm clipped at 1.
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.95;
 const EPSILON: f64 = 1e-8;
-const MOST_NORM: f64 = 1.0;
+const MAX_GRAD_NORM: f64 = 1.0;
 
-/// AdamW's state: two moments of each number that a rank owns, unit by unit.
+/// AdamW's state: the moments of each number in a rank's shards, unit by unit.
 pub struct AdamW {
-    pub first: Vec<Tensor<1>>,
-    pub second: Vec<Tensor<1>>,
-    /// Steps made.
+    pub first_moment: Vec<Tensor<1>>,
+    pub second_moment: Vec<Tensor<1>>,
+    /// Steps done.
     pub steps: u64,
     pub weight_decay: f64,
 }
@@ -25,11 +25,11 @@ pub struct AdamW {
 impl AdamW {
     pub fn new(shards: &Shards, weight_decay: f64) -> Self {
         let zeros: Vec<Tensor<1>> = shards.owned.iter().map(Tensor::zeros_like).collect();
-        Self { first: zeros.clone(), second: zeros, steps: 0, weight_decay }
+        Self { first_moment: zeros.clone(), second_moment: zeros, steps: 0, weight_decay }
     }
 
-    /// One step, from this rank's part of each unit's gradients, whose norm over all ranks is `norm`. Matrices decay,
-    /// norms don't.
+    /// Makes a step with this rank's shards of the gradients, whose norm over all ranks is `norm`. Weight decay applies to
+    /// matrices, not to norms.
     pub fn step(
         &mut self,
         comm: &dyn Comm,
@@ -39,20 +39,20 @@ impl AdamW {
         rate: f64,
     ) {
         self.steps += 1;
-        let clip = if norm > MOST_NORM { MOST_NORM / norm } else { 1.0 };
+        let clip = if norm > MAX_GRAD_NORM { MAX_GRAD_NORM / norm } else { 1.0 };
         let steps = i32::try_from(self.steps).unwrap_or(i32::MAX);
         let (correct1, correct2) = (1.0 - BETA1.powi(steps), 1.0 - BETA2.powi(steps));
         for (i, gradient) in gradients.into_iter().enumerate() {
             let gradient = if clip < 1.0 { gradient * clip } else { gradient };
             let square = gradient.clone() * gradient.clone();
-            self.first[i] = self.first[i].clone() * BETA1 + gradient * (1.0 - BETA1);
-            self.second[i] = self.second[i].clone() * BETA2 + square * (1.0 - BETA2);
-            let deviation = (self.second[i].clone() / correct2).sqrt() + EPSILON;
-            let update = self.first[i].clone() / deviation * (rate / correct1);
+            self.first_moment[i] = self.first_moment[i].clone() * BETA1 + gradient * (1.0 - BETA1);
+            self.second_moment[i] = self.second_moment[i].clone() * BETA2 + square * (1.0 - BETA2);
+            let deviation = (self.second_moment[i].clone() / correct2).sqrt() + EPSILON;
+            let update = self.first_moment[i].clone() / deviation * (rate / correct1);
             let before = shards.owned[i].clone();
             let kept = 1.0 - rate * self.weight_decay;
             let unit = &shards.units[i];
-            let owned = unit.owned(comm.rank(), comm.size());
+            let owned = unit.shard_range(comm.rank(), comm.size());
             let norms = unit.norms.saturating_sub(owned.start).min(owned.len());
             let decayed = match norms {
                 0 => before * kept,
@@ -69,22 +69,22 @@ impl AdamW {
     }
 }
 
-/// The norm of all ranks' gradients, from this rank's part of each unit's.
-pub fn norm(comm: &dyn Comm, gradients: &[Tensor<1>]) -> Result<f64> {
+/// The norm of all ranks' gradients, from this rank's shards of them.
+pub fn global_norm(comm: &dyn Comm, gradients: &[Tensor<1>]) -> Result<f64> {
     let squares = gradients.iter().map(|g| (g.clone() * g.clone()).sum());
     let sum: f64 = Tensor::cat(squares.collect(), 0).into_data().iter::<f64>().sum();
-    Ok(total(comm, &[sum], &gradients[0].device())?[0].sqrt())
+    Ok(all_reduce_sum(comm, &[sum], &gradients[0].device())?[0].sqrt())
 }
 
-/// The sums over ranks of some numbers.
-pub fn total(comm: &dyn Comm, numbers: &[f64], device: &burn_tensor::Device) -> Result<Vec<f64>> {
+/// The sum over ranks of each number.
+pub fn all_reduce_sum(comm: &dyn Comm, numbers: &[f64], device: &burn_tensor::Device) -> Result<Vec<f64>> {
     let data = TensorData::new(numbers.to_vec(), [numbers.len()]);
     let sum = comm.all_reduce(Tensor::from_data(data, (device, DType::F64)))?;
     Ok(sum.into_data().iter::<f64>().collect())
 }
 
-/// The learning rate of a step, the first being 1: linear warm-up, then constant (paper §4), or a cosine down to a tenth.
-pub fn rate(conf: &TrainConf, step: u64, steps: u64) -> f64 {
+/// The learning rate of a step, counted from 1: linear warm-up, then constant (paper §4) or a cosine down to a tenth.
+pub fn learning_rate(conf: &TrainConf, step: u64, steps: u64) -> f64 {
     let (peak, warmup) = (conf.learning_rate, conf.warmup_steps);
     if step <= warmup {
         return peak * step as f64 / (warmup + 1) as f64;
@@ -112,7 +112,8 @@ mod tests {
             serde_json::from_value(json!({ "learning_rate": 1.0, "warmup_steps": 3, "schedule": schedule }))
                 .unwrap()
         };
-        let rates = |schedule| (1..=7).map(|step| rate(&conf(schedule), step, 7)).collect::<Vec<f64>>();
+        let rates =
+            |schedule| (1..=7).map(|step| learning_rate(&conf(schedule), step, 7)).collect::<Vec<f64>>();
         assert_eq!(rates("constant"), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]);
         let cosine = rates("cosine");
         assert_eq!(cosine[..4], [0.25, 0.5, 0.75, 1.0]);
@@ -122,7 +123,7 @@ mod tests {
         );
     }
 
-    /// AdamW by the book, number by number in f64.
+    /// AdamW as the paper states it, number by number in f64.
     fn by_the_book(mut w: Vec<f64>, gradients: &[Vec<f64>], norms: usize, rate: f64, decay: f64) -> Vec<f64> {
         let (mut m, mut v) = (vec![0.0; w.len()], vec![0.0; w.len()]);
         for (step, g) in gradients.iter().enumerate() {
@@ -170,7 +171,7 @@ mod tests {
                 let mut adam = AdamW::new(&shards, 0.5);
                 for step in 0..3 {
                     let gradients = Shards::new(units(), comm, &device, part(step))?.owned;
-                    let norm = norm(comm, &gradients)?;
+                    let norm = global_norm(comm, &gradients)?;
                     adam.step(comm, &mut shards, gradients, norm, 0.1);
                 }
                 Ok(shards.owned[0].clone().into_data().iter::<f64>().collect::<Vec<_>>())

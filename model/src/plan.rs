@@ -1,54 +1,55 @@
-//! What a training will need, before any money is spent on it: bytes a rank, bytes moved, days.
+//! An estimate of what a training needs before it starts: memory per rank, bytes sent, days.
 
 use serde::Serialize;
 
 use crate::backprop::LOGIT_ROWS;
-use crate::conf::{Precision, TrainConf};
+use crate::conf::TrainConf;
 use crate::config::Config;
 use crate::shards::Unit;
-use crate::train::operations;
+use crate::train::operations_per_token;
 
-/// The needs of a training, of one rank where nothing else is said. Bytes unless their names say otherwise.
+/// The needs of a training. Fields are bytes per rank unless stated otherwise.
 #[derive(Clone, Debug, Serialize)]
 pub struct Plan {
     pub parameter_count: u64,
     pub ranks: usize,
     pub sequence_ranks: usize,
     pub sequence_tokens: usize,
-    /// Sequences a step, all ranks together.
+    /// Sequences per step, over all ranks.
     pub batch: u64,
     pub steps: u64,
-    /// f32, the rank's part.
+    /// The rank's shards of the parameters, in f32.
     pub parameters: u64,
     pub gradients: u64,
     /// AdamW's two moments.
     pub optimizer: u64,
-    /// What forward keeps for backward, of one sequence.
+    /// What the forward pass of one sequence keeps for the backward pass.
     pub activations: u64,
-    /// What is there for a while: a layer's parameters and gradients whole, its insides, and a slice of the logits.
+    /// Temporary memory: one layer's whole parameters and gradients, its intermediates, and a chunk of the logits.
     pub working: u64,
     pub total: u64,
-    /// What a rank sends in a step.
+    /// Bytes that a rank sends per step.
     pub moved: u64,
-    /// Operations of all ranks in a step.
+    /// Floating-point operations of all ranks per step.
     pub operations: f64,
-    /// All ranks, at the fraction of the peak.
+    /// Of all ranks, at `peak_fraction` of their peak.
     pub tokens_per_second: Option<f64>,
     pub days: Option<f64>,
-    /// Whether it fits the device's memory, and the longest sequence that does.
+    /// Whether the training fits the device's memory.
     pub fits: Option<bool>,
+    /// The longest sequence that fits.
     pub longest: Option<usize>,
 }
 
 impl Plan {
-    /// For a model of `config`.
+    /// The estimate for a model of this config.
     pub fn new(conf: &TrainConf, config: &Config, sequence_tokens: usize) -> Self {
-        let mut plan = Self::of(conf, config, sequence_tokens);
+        let mut plan = Self::estimate(conf, config, sequence_tokens);
         if let Some(memory) = conf.device_memory {
             plan.fits = Some(plan.total <= memory);
-            // the need grows with the sequence, so the longest that fits is found by halving
+            // Memory grows with the sequence, so a binary search finds the longest that fits.
             let step = 1024;
-            let fits = |thousands: usize| Self::of(conf, config, thousands * step).total <= memory;
+            let fits = |thousands: usize| Self::estimate(conf, config, thousands * step).total <= memory;
             let (mut low, mut high) = (0, 1 << 20);
             while low + 1 < high {
                 let middle = usize::midpoint(low, high);
@@ -59,11 +60,11 @@ impl Plan {
         plan
     }
 
-    fn of(conf: &TrainConf, config: &Config, sequence_tokens: usize) -> Self {
+    fn estimate(conf: &TrainConf, config: &Config, sequence_tokens: usize) -> Self {
         let (ranks, sequence_ranks) = (conf.ranks(), conf.sequence_ranks());
-        let width: u64 = if conf.precision == Precision::F32 { 4 } else { 2 };
+        let width = conf.precision.bytes() as u64;
         let units = Unit::all(config);
-        let owned: u64 = units.iter().map(|unit| unit.part(ranks) as u64).sum();
+        let owned: u64 = units.iter().map(|unit| unit.shard_length(ranks) as u64).sum();
         let count = config.parameter_count();
 
         let rows = (sequence_tokens.div_ceil(2 * sequence_ranks) * 2) as u64;
@@ -71,26 +72,27 @@ impl Plan {
         let q = (config.num_attention_heads * config.head_dim()) as u64;
         let kv = (config.kv_heads() * config.head_dim()) as u64;
         let (heads, layers) = (config.num_attention_heads as u64, config.num_hidden_layers as u64);
-        // a layer's input, its attention and lse; its insides: q k v, two normed rows, the middle, gate and up
+        // Kept of a layer: its input, attention and lse. Its intermediates: q k v, two normed rows, the residual, gate, up.
         let kept = rows * ((d + q) * width + heads * 4);
-        let insides = rows * ((q + 2 * kv + 3 * d + 2 * ff) * width + 8);
-        let activations = layers * (kept + if conf.recompute { 0 } else { insides });
+        let intermediates = rows * ((q + 2 * kv + 3 * d + 2 * ff) * width + 8);
+        let activations = layers * (kept + if conf.recompute { 0 } else { intermediates });
         let largest = units.iter().map(|unit| unit.length as u64).max().unwrap_or(0);
-        // parameters and gradients in the type that is computed in, gradients flat and summed in f32
+        // Parameters and gradients in the type of matrix products; gradients also flat in f32, and summed in f32.
         let gathered = largest * (2 * width + 4) + if ranks > 1 { largest * 4 } else { 0 };
-        // a layer's insides and about as much in gradients, or some slices of logits: not at the same time
+        // Either a layer's intermediates and about as much in gradients, or some chunks of logits.
         let vocab = config.vocab_size as u64;
-        let slice = (LOGIT_ROWS as u64).min(rows) * vocab * 4;
-        let working = gathered + (2 * insides).max(4 * slice + 2 * vocab * d * 4);
+        let logits = (LOGIT_ROWS as u64).min(rows) * vocab * 4;
+        let working = gathered + (2 * intermediates).max(4 * logits + 2 * vocab * d * 4);
         let (parameters, gradients, optimizer) = (owned * 4, owned * 4, owned * 8);
 
         let (n, s) = (ranks as u64, sequence_ranks as u64);
         let batch = conf.batch(sequence_tokens);
         let micro = batch.div_ceil((ranks / sequence_ranks) as u64);
-        // gathered twice and reduced once a sequence; keys and values round the ring twice, their gradients once, in f32
+        // Per sequence, parameters are gathered twice and gradients reduced once. Keys and values travel round the ring
+        // twice, their gradients once, in f32.
         let shards = if n > 1 { owned * (n - 1) * (2 * width + 4) } else { 0 };
         let ring = if s > 1 { layers * 2 * rows * kv * ((s - 1) * 2 * width + s * 4) } else { 0 };
-        let operations = operations(config, sequence_tokens);
+        let operations = operations_per_token(config, sequence_tokens);
         let steps = conf.steps(sequence_tokens);
         let tokens_per_second =
             conf.peak_tflops.map(|peak| peak * 1e12 * conf.peak_fraction * ranks as f64 / operations);
@@ -117,7 +119,7 @@ impl Plan {
         }
     }
 
-    /// For a person.
+    /// The estimate as text for a person.
     pub fn text(&self) -> String {
         let bytes = |bytes: u64| match bytes {
             0..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
@@ -189,7 +191,7 @@ mod tests {
         .unwrap()
     }
 
-    /// Table 2 of the paper: 10 days for 10 B tokens at 80K on 8 A100s, 49 % of their peak.
+    /// Table 2 of the paper: 10 days for 10 B tokens at 80K on 8 A100s, at 49 % of their peak.
     #[test]
     fn the_paper_s_7b_run_takes_the_paper_s_days() {
         let plan = Plan::new(&conf(8), &llama(), 81_920);

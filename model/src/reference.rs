@@ -32,7 +32,7 @@ impl Case {
     pub fn new(config: Config, length: usize, masked: bool, salt: u64) -> Self {
         let units = Unit::all(&config);
         let numbers = |i: usize| {
-            let fresh = crate::checkpoint::fresh(&units, i, 0..units[i].length, salt);
+            let fresh = crate::checkpoint::initial_weights(&units, i, 0..units[i].length, salt);
             let norms = units[i].norms;
             let wiggled = |(j, w): (usize, f32)| {
                 if j < norms { 1.0 + 0.3 * ((j * 7 + i) as f32).sin() } else { w * 6.0 }

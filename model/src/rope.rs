@@ -1,21 +1,21 @@
-//! Rotary position embedding as Hugging Face's Llama computes it: halves are rotated, not neighbours.
+//! Rotary position embedding (RoPE) as Hugging Face's Llama computes it: a head's halves are paired, not its neighbours.
 
 use burn_tensor::{Device, FloatDType, Tensor, TensorData};
 
 use crate::Result;
 use crate::config::{Config, Scaling};
 
-/// Cosines and sines of some positions, each `[1, S, head_dim / 2]`.
+/// The cosines and sines of `S` positions, each `[1, S, head_dim / 2]`.
 #[derive(Clone, Debug)]
 pub struct Rope {
     cos: Tensor<3>,
     sin: Tensor<3>,
 }
 
-/// The angle by which each pair of a head turns from one position to the next, `head_dim / 2` of them, and the factor by
-/// which queries and keys grow; for sequences of `length` positions.
+/// The rotation frequencies of a head's `head_dim / 2` pairs, and the factor that scales queries and keys, for sequences of
+/// `length` positions.
 ///
-/// In f32, as transformers does it: at position 100,000 an angle of a double would be another.
+/// They are computed in f32, as transformers does. In f64 the angles at position 100,000 would differ visibly.
 pub fn frequencies(config: &Config, length: usize) -> Result<(Vec<f32>, f64)> {
     let dim = config.head_dim() as f64;
     let pairs = config.head_dim() / 2;
@@ -31,8 +31,15 @@ pub fn frequencies(config: &Config, length: usize) -> Result<(Vec<f32>, f64)> {
             let base = config.theta() * stretch.powf(dim / (dim - 2.0));
             (wave(base).map(|wave| 1.0 / wave).collect(), 1.0)
         }
-        Scaling::Yarn { factor, attention_factor, beta_fast, beta_slow, original, truncate } => {
-            // the pair that turns so many times within the original context
+        Scaling::Yarn {
+            factor,
+            attention_factor,
+            beta_fast,
+            beta_slow,
+            original_positions: original,
+            truncate,
+        } => {
+            // The pair that makes this many turns within the original context.
             let pair = |turns: f64| {
                 dim * (original / (turns * std::f64::consts::TAU)).ln() / (2.0 * config.theta().ln())
             };
@@ -50,7 +57,12 @@ pub fn frequencies(config: &Config, length: usize) -> Result<(Vec<f32>, f64)> {
             });
             (ramped.collect(), attention_factor)
         }
-        Scaling::Llama3 { factor, low, high, original } => {
+        Scaling::Llama3 {
+            factor,
+            low_freq_factor: low,
+            high_freq_factor: high,
+            original_positions: original,
+        } => {
             let scaled = plain.iter().map(|&f| {
                 let wavelength = std::f64::consts::TAU / f64::from(f);
                 let smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0) as f32;
@@ -62,7 +74,7 @@ pub fn frequencies(config: &Config, length: usize) -> Result<(Vec<f32>, f64)> {
 }
 
 impl Rope {
-    /// For the rows of a sequence that are at `positions`; `length` is that of the whole sequence.
+    /// Tables for rows at `positions` of a sequence of `length` positions.
     pub fn new(
         config: &Config,
         positions: &[usize],
@@ -81,7 +93,7 @@ impl Rope {
     }
 
     /// Rotates `x` `[heads, S, head_dim]`.
-    pub fn turn(&self, x: Tensor<3>) -> Tensor<3> {
+    pub fn rotate(&self, x: Tensor<3>) -> Tensor<3> {
         let half = x.dims()[2] / 2;
         let (a, b) = (x.clone().narrow(2, 0, half), x.narrow(2, half, half));
         let first = a.clone() * self.cos.clone() - b.clone() * self.sin.clone();
@@ -89,8 +101,8 @@ impl Rope {
         Tensor::cat(vec![first, second], 2)
     }
 
-    /// The gradient of what was rotated, from that of the result.
-    pub fn turn_back(&self, dx: Tensor<3>) -> Tensor<3> {
-        Self { cos: self.cos.clone(), sin: self.sin.clone().neg() }.turn(dx)
+    /// The gradient of [`rotate`](Self::rotate)'s input, from the gradient of its output.
+    pub fn rotate_backward(&self, dx: Tensor<3>) -> Tensor<3> {
+        Self { cos: self.cos.clone(), sin: self.sin.clone().neg() }.rotate(dx)
     }
 }

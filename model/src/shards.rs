@@ -1,5 +1,5 @@
-//! ZeRO-3: parameters, gradients and optimizer state split evenly over all ranks, unit by unit (the embedding, a layer, the
-//! head). A unit is one flat run of numbers; a rank owns an equal part of each, in f32.
+//! ZeRO-3 sharding: parameters, gradients and optimizer state are split evenly over all ranks, unit by unit (the embedding,
+//! each layer, the head). A unit is a flat list of numbers, of which each rank owns an equal shard, in f32.
 
 use std::ops::Range;
 
@@ -9,14 +9,14 @@ use crate::Result;
 use crate::comm::Comm;
 use crate::config::Config;
 
-/// How a unit's parameters lie in its flat run.
+/// The layout of a unit's parameters.
 #[derive(Clone, Debug)]
 pub struct Unit {
-    /// Names and shapes, in the order in which they lie; norms first.
+    /// Names and shapes in order, norms first.
     pub parameters: Vec<(String, [usize; 2])>,
-    /// Of all parameters; what a rank owns is rounded up, and the last rank's has zeros at the end.
+    /// How many numbers the parameters have. Shards are rounded up; the last ones end in zeros.
     pub length: usize,
-    /// How many of the first numbers are norms', which don't decay.
+    /// How many of the first numbers belong to norms, which have no weight decay.
     pub norms: usize,
 }
 
@@ -31,19 +31,19 @@ impl Unit {
         config.units().into_iter().map(unit).collect()
     }
 
-    /// How many numbers each of so many ranks owns.
-    pub fn part(&self, ranks: usize) -> usize {
+    /// The length of a shard, padding included.
+    pub fn shard_length(&self, ranks: usize) -> usize {
         self.length.div_ceil(ranks)
     }
 
-    /// What a rank owns.
-    pub fn owned(&self, rank: usize, ranks: usize) -> Range<usize> {
-        let part = self.part(ranks);
+    /// The unit's numbers in a rank's shard.
+    pub fn shard_range(&self, rank: usize, ranks: usize) -> Range<usize> {
+        let part = self.shard_length(ranks);
         (rank * part).min(self.length)..((rank + 1) * part).min(self.length)
     }
 
-    /// The whole unit's parameters out of its flat run.
-    pub fn parameters(&self, flat: Tensor<1>) -> Vec<Tensor<2>> {
+    /// The unit's parameters, from all its numbers.
+    pub fn unflatten(&self, flat: Tensor<1>) -> Vec<Tensor<2>> {
         let mut from = 0;
         let one = |(_, shape): &(String, [usize; 2])| {
             let length = shape[0] * shape[1];
@@ -54,15 +54,15 @@ impl Unit {
     }
 }
 
-/// What one rank owns of all units.
+/// One rank's shards of all units.
 pub struct Shards {
     pub units: Vec<Unit>,
-    /// `[part]` of each unit, f32.
+    /// The shard `[shard_length]` of each unit, f32.
     pub owned: Vec<Tensor<1>>,
 }
 
 impl Shards {
-    /// Of a unit's numbers, `read` gives those in a range.
+    /// `read` returns the numbers in a range of a unit, by its index.
     pub fn new(
         units: Vec<Unit>,
         comm: &dyn Comm,
@@ -71,28 +71,33 @@ impl Shards {
     ) -> Result<Self> {
         let mut owned = vec![];
         for (i, unit) in units.iter().enumerate() {
-            let mut values = read(i, unit.owned(comm.rank(), comm.size()))?;
-            let part = unit.part(comm.size());
+            let mut values = read(i, unit.shard_range(comm.rank(), comm.size()))?;
+            let part = unit.shard_length(comm.size());
             values.resize(part, 0.0);
             owned.push(Tensor::from_data(TensorData::new(values, [part]), device));
         }
         Ok(Self { units, owned })
     }
 
-    /// A unit's parameters, whole, in the type that is computed in.
-    pub fn gather(&self, comm: &dyn Comm, unit: usize, precision: FloatDType) -> Result<Vec<Tensor<2>>> {
+    /// All parameters of a unit, in the type of matrix products.
+    pub fn all_gather(&self, comm: &dyn Comm, unit: usize, precision: FloatDType) -> Result<Vec<Tensor<2>>> {
         let own = self.owned[unit].clone().cast(precision);
-        Ok(self.units[unit].parameters(comm.all_gather(own)?))
+        Ok(self.units[unit].unflatten(comm.all_gather(own)?))
     }
 
-    /// This rank's part of the sum over ranks of a unit's gradients, in f32.
-    pub fn reduce(&self, comm: &dyn Comm, unit: usize, gradients: Vec<Tensor<2>>) -> Result<Tensor<1>> {
+    /// This rank's shard of the sum over ranks of a unit's gradients, in f32.
+    pub fn reduce_scatter(
+        &self,
+        comm: &dyn Comm,
+        unit: usize,
+        gradients: Vec<Tensor<2>>,
+    ) -> Result<Tensor<1>> {
         let unit = &self.units[unit];
         let flat = |tensor: Tensor<2>| tensor.cast(FloatDType::F32).reshape([-1]);
         let mut all: Vec<Tensor<1>> = gradients.into_iter().map(flat).collect();
-        let more = unit.part(comm.size()) * comm.size() - unit.length;
-        if more > 0 {
-            all.push(Tensor::zeros([more], (&all[0].device(), DType::F32)));
+        let padding = unit.shard_length(comm.size()) * comm.size() - unit.length;
+        if padding > 0 {
+            all.push(Tensor::zeros([padding], (&all[0].device(), DType::F32)));
         }
         comm.reduce_scatter(Tensor::cat(all, 0))
     }

@@ -1,123 +1,126 @@
-//! The training loop: packed sequences in, a checkpoint out. Every rank runs the same steps on its own part.
+//! The training loop: it reads packed sequences and writes a checkpoint. Every rank runs the same steps on its own shard.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
-use burn_tensor::{FloatDType, Tensor};
+use burn_tensor::{Device, FloatDType, Tensor};
 use bytes::Bytes;
 use serde_json::{Map, json};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::{Sender, channel};
 
-use crate::backprop::{Machine, Rows};
-use crate::checkpoint::{self, Checkpoint, fresh};
-use crate::comm::{self, Comm, PATIENCE, Place, threads};
-use crate::conf::{Precision, Shape, TrainConf};
-use crate::config::Config;
-use crate::dataset::NO_TARGET;
-use crate::dataset::{Dataset, Sequence};
-use crate::metrics::{self, POSITIONS, Step, range_of};
-use crate::optim::{AdamW, norm, rate, total};
-use crate::resume::{self, Manifest, Resume};
+use crate::backprop::{RankContext, SequenceShard};
+use crate::checkpoint::{self, Checkpoint, initial_weights};
+use crate::comm::{self, Comm, LaunchEnv, TIMEOUT, threads};
+use crate::conf::{Shape, TrainConf};
+use crate::config::{Config, Scaling};
+use crate::dataset::{Dataset, NO_TARGET, Sequence};
+use crate::device::{self, DeviceName};
+use crate::metrics::{self, POSITION_RANGES, StepMetrics, range_index};
+use crate::optim::{AdamW, all_reduce_sum, global_norm, learning_rate};
+use crate::resume::{self, Manifest, TrainingCheckpoint};
 use crate::ring::Sharding;
-use crate::rope::Rope;
 use crate::shards::{Shards, Unit};
-use crate::tensors::Kind;
-use crate::{Error, Location, Result, Written, device};
+use crate::{Error, Location, Result, Written};
 
-/// What to train on what.
+/// What to train, on which dataset, and where the results go.
 #[derive(Clone, Debug)]
 pub struct TrainJob {
     pub conf: TrainConf,
-    /// The folder of `train-*.parquet`, and its digest.
+    /// The folder of `train-*.parquet`.
     pub dataset: Location,
     pub dataset_digest: String,
     pub checkpoint: Option<Location>,
     /// Where the model's folder is written.
     pub output: Location,
-    /// Where metrics.jsonl and TensorBoard's file are written: no two attempts have the same times, so each has a place of its
-    /// own.
+    /// Where `metrics.jsonl` and TensorBoard's file are written. Each attempt has a folder of its own, because its times differ.
     pub logs: Location,
-    /// Where `step-N/` are, which a training that was stopped goes on from.
+    /// Where the `step-N/` folders are, from which a stopped training resumes.
     pub checkpoints: Location,
-    /// The tokenizer's: a fresh model gets it.
+    /// The tokenizer's vocabulary size, which a new model gets.
     pub vocab_size: usize,
     pub sequence_tokens: usize,
     pub bos: Option<u32>,
     pub eos: Option<u32>,
-    /// Goes into the checkpoint's folder.
+    /// `tokenizer.json`, which is copied into the checkpoint's folder.
     pub tokenizer: Option<Bytes>,
 }
 
-/// What training gave.
+/// What a training produced.
 #[derive(Clone, Debug)]
 pub struct Summary {
     pub parameters: u64,
     pub tokens: u64,
     pub steps: u64,
     pub loss: f64,
-    /// The files of the model's folder that this rank wrote.
+    /// The files that this rank wrote into the model's folder.
     pub files: Vec<Written>,
-    /// `metrics.jsonl` and TensorBoard's.
+    /// `metrics.jsonl` and TensorBoard's file.
     pub logs: Vec<Written>,
 }
 
-/// The metrics of a training that diverged, beside its checkpoints.
+/// How many ranges of positions the loss is reported for.
+const RANGES: usize = POSITION_RANGES.len();
+
+/// The file beside the checkpoints that holds the metrics of a training that diverged.
 const DIVERGED: &str = "metrics-diverged.jsonl";
 
-/// A gradient norm of so many times the median is far out of line, once there have been so many steps.
-const OUT_OF_LINE: f64 = 100.0;
-const ENOUGH_STEPS: usize = 20;
+/// A gradient norm this many times the median of the last [`NORM_WINDOW`] steps counts as divergence …
+const NORM_SPIKE: f64 = 100.0;
+const NORM_WINDOW: usize = 100;
+/// … once this many steps are done.
+const MIN_STEPS: usize = 20;
 
-/// Trains, from the last checkpoint if there is one, and calls `on_step` after every step. When `stop` is set, the step is
-/// finished, a checkpoint written, and [`Error::Stopped`] returned.
+/// Trains, from the latest checkpoint if there is one, and calls `on_step` after every step. When `stop` is set, it finishes
+/// the step, writes a checkpoint and returns [`Error::Stopped`].
 ///
-/// The ranks are threads, or this process is one of them, if it was started as one of several. Only the first rank's
+/// The ranks are threads of this process, unless a launcher started the process as one rank of several. Only rank 0's
 /// summary has files.
 pub async fn train(
     job: &TrainJob,
     stop: &Arc<AtomicBool>,
-    on_step: &mut (dyn FnMut(&Step) + Send),
+    on_step: &mut (dyn FnMut(&StepMetrics) + Send),
 ) -> Result<Summary> {
     job.conf.check()?;
     job.conf.available()?;
     if job.conf.deterministic {
-        device::be_deterministic();
+        device::use_deterministic_kernels();
     }
-    // of one: who stops training when a step is told does so before many more are made
+    // Capacity 1, so that a stop request takes effect within a step.
     let (sender, mut receiver) = channel(1);
-    let (job, stop, wait) = (job.clone(), stop.clone(), Handle::current());
+    let (job, stop, runtime) = (job.clone(), stop.clone(), Handle::current());
     let training = tokio::task::spawn_blocking(move || {
         let rank = |world: &dyn Comm, sequence: &dyn Comm| {
             let steps = (world.rank() == 0).then(|| sender.clone());
-            Rank::new(&job, world, sequence, &wait)?.train(&stop, steps)
+            RankTrainer::new(&job, world, sequence, &runtime)?.train(&stop, steps)
         };
-        match Place::of_this_process()?.filter(|place| place.size > 1) {
+        match LaunchEnv::from_env()?.filter(|launch| launch.world_size > 1) {
             None => {
                 let (ranks, sequence_ranks) = (job.conf.ranks(), job.conf.sequence_ranks());
-                Ok(threads::run(ranks, sequence_ranks, PATIENCE, rank)?.swap_remove(0))
+                Ok(threads::run(ranks, sequence_ranks, TIMEOUT, rank)?.swap_remove(0))
             }
-            Some(place) => comm::process(place, &job.conf, rank),
+            Some(launch) => comm::run_process(launch, &job.conf, rank),
         }
     });
-    // ends when the ranks have dropped what they send with
+    // The loop ends when the ranks have dropped their senders.
     while let Some(step) = receiver.recv().await {
         on_step(&step);
     }
     training.await.map_err(|e| Error::Rank { rank: 0, message: e.to_string() })?
 }
 
-/// The config of the model that a conf asks for; a fresh one has the tokenizer's vocabulary.
-pub async fn config_of(
+/// The config of the model that `conf` asks for. A new model has the tokenizer's vocabulary.
+pub async fn model_config(
     conf: &TrainConf,
     checkpoint: Option<&Location>,
     vocab_size: usize,
     sequence_tokens: usize,
 ) -> Result<Config> {
     let mut config = match (checkpoint, &conf.shape) {
-        (Some(folder), _) => checkpoint::config(folder).await?,
-        (None, Some(shape)) => shaped(shape, vocab_size, sequence_tokens)?,
+        (Some(folder), _) => checkpoint::read_config(folder).await?,
+        (None, Some(shape)) => config_of_shape(shape, vocab_size, sequence_tokens)?,
         (None, None) => return Err(Error::Conf("train: set `checkpoint` or `shape`".into())),
     };
     if let Some(theta) = conf.rope_theta {
@@ -129,8 +132,8 @@ pub async fn config_of(
     Ok(config)
 }
 
-/// The fresh model's config.
-fn shaped(shape: &Shape, vocab_size: usize, sequence_tokens: usize) -> Result<Config> {
+/// The config of a new model of this shape.
+fn config_of_shape(shape: &Shape, vocab_size: usize, sequence_tokens: usize) -> Result<Config> {
     let config = json!({
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
@@ -149,79 +152,105 @@ fn shaped(shape: &Shape, vocab_size: usize, sequence_tokens: usize) -> Result<Co
     Ok(config)
 }
 
-/// A rank's rows of a sequence, before they are computed with.
-struct Share {
-    ids: Vec<i32>,
-    targets: Vec<i32>,
-    sharding: Sharding,
+/// This rank's shards before the first step: from the checkpoint that the training starts from, or of a new model.
+fn initial_shards(
+    job: &TrainJob,
+    units: Vec<Unit>,
+    world: &dyn Comm,
+    device: &Device,
+    runtime: &Handle,
+) -> Result<Shards> {
+    let pretrained = match &job.checkpoint {
+        Some(folder) => Some(runtime.block_on(Checkpoint::open(folder))?),
+        None => None,
+    };
+    let read = |i: usize, range| match &pretrained {
+        Some(checkpoint) => runtime.block_on(checkpoint.read(&units[i], range)),
+        None => Ok(initial_weights(&units, i, range, job.conf.seed)),
+    };
+    Shards::new(units.clone(), world, device, read)
 }
 
-/// One rank, ready to train.
-struct Rank<'a> {
+/// The training loop of one rank.
+struct RankTrainer<'a> {
     job: &'a TrainJob,
     world: &'a dyn Comm,
     sequence: &'a dyn Comm,
-    wait: &'a Handle,
-    name: device::Name,
+    runtime: &'a Handle,
+    device_name: DeviceName,
     config: Config,
     shards: Shards,
     optimizer: AdamW,
     dataset: Dataset,
-    /// All steps so far.
-    done: Vec<Step>,
-    /// … as `metrics.jsonl`, to the letter.
-    lines: Vec<u8>,
+    /// The metrics of all steps so far.
+    history: Vec<StepMetrics>,
+    /// The same steps as the bytes of `metrics.jsonl`.
+    metrics_jsonl: Vec<u8>,
 }
 
-impl<'a> Rank<'a> {
-    fn new(job: &'a TrainJob, world: &'a dyn Comm, sequence: &'a dyn Comm, wait: &'a Handle) -> Result<Self> {
+impl<'a> RankTrainer<'a> {
+    fn new(
+        job: &'a TrainJob,
+        world: &'a dyn Comm,
+        sequence: &'a dyn Comm,
+        runtime: &'a Handle,
+    ) -> Result<Self> {
         let conf = &job.conf;
-        let name = conf.device_of(Place::of_this_process()?.map_or(world.rank(), |place| place.local))?;
-        let device = name.open()?;
-        let config = config_of(conf, job.checkpoint.as_ref(), job.vocab_size, job.sequence_tokens);
-        let mut config = wait.block_on(config)?;
+        let device_name =
+            conf.device_of(LaunchEnv::from_env()?.map_or(world.rank(), |launch| launch.local_rank))?;
+        let device = device_name.open()?;
+        let config = model_config(conf, job.checkpoint.as_ref(), job.vocab_size, job.sequence_tokens);
+        let mut config = runtime.block_on(config)?;
         if conf.shape.is_some() {
             config.bos_token_id = job.bos.map(Into::into);
             config.eos_token_id = job.eos.map(Into::into);
         }
         let units = Unit::all(&config);
         let settings = conf.content();
-        let saved = wait.block_on(Resume::find(&job.checkpoints, &job.dataset_digest, &settings))?;
-        let (shards, optimizer, done, lines) = match &saved {
+        let saved = runtime.block_on(TrainingCheckpoint::find_latest(
+            &job.checkpoints,
+            &job.dataset_digest,
+            &settings,
+        ))?;
+        let (shards, optimizer, history, metrics_jsonl) = match &saved {
             Some(saved) => {
-                wait.block_on(saved.check(world))?;
-                let (shards, optimizer) = saved.state(units, world, &device, conf.weight_decay, wait)?;
+                runtime.block_on(saved.verify(world))?;
+                let (shards, optimizer) = saved.restore(units, world, &device, conf.weight_decay, runtime)?;
                 let lines =
-                    wait.block_on(saved.folder.join("metrics.jsonl").get())?.unwrap_or_default().to_vec();
-                let done = metrics::steps(&lines).map_err(|e| Error::Checkpoint {
+                    runtime.block_on(saved.folder.join("metrics.jsonl").get())?.unwrap_or_default().to_vec();
+                let history = metrics::parse_steps(&lines).map_err(|e| Error::Checkpoint {
                     at: saved.folder.url(),
                     message: format!("metrics.jsonl: {e}"),
                 })?;
-                (shards, optimizer, done, lines)
+                (shards, optimizer, history, lines)
             }
             None => {
-                let start = match &job.checkpoint {
-                    Some(folder) => Some(wait.block_on(Checkpoint::open(folder))?),
-                    None => None,
-                };
-                let read = |i: usize, range| match &start {
-                    Some(start) => wait.block_on(start.read(&units[i], range)),
-                    None => Ok(fresh(&units, i, range, conf.seed)),
-                };
-                let shards = Shards::new(units.clone(), world, &device, read)?;
+                let shards = initial_shards(job, units, world, &device, runtime)?;
                 let optimizer = AdamW::new(&shards, conf.weight_decay);
                 (shards, optimizer, vec![], vec![])
             }
         };
-        let dataset = wait.block_on(Dataset::open(&job.dataset, config.vocab_size))?;
-        let new = Self { job, world, sequence, wait, name, config, shards, optimizer, dataset, done, lines };
+        let dataset = runtime.block_on(Dataset::open(&job.dataset, config.vocab_size))?;
+        let new = Self {
+            job,
+            world,
+            sequence,
+            runtime,
+            device_name,
+            config,
+            shards,
+            optimizer,
+            dataset,
+            history,
+            metrics_jsonl,
+        };
         if world.rank() == 0 {
-            new.announce(saved.as_ref());
+            new.log_start(saved.as_ref());
         }
         Ok(new)
     }
 
-    fn announce(&self, saved: Option<&Resume>) {
+    fn log_start(&self, saved: Option<&TrainingCheckpoint>) {
         let (conf, tokens) = (&self.job.conf, self.job.sequence_tokens);
         if let Some(saved) = saved {
             tracing::info!("training goes on from {}", saved.folder.path);
@@ -240,44 +269,44 @@ impl<'a> Rank<'a> {
         }
     }
 
-    fn machine(&self) -> Result<Machine<'a>> {
+    fn context(&self) -> Result<RankContext<'a>> {
         let precision = FloatDType::from(self.job.conf.precision);
-        let host = if self.job.conf.offload { self.name.host() } else { None };
-        Ok(Machine {
+        let host = if self.job.conf.offload { self.device_name.host_device() } else { None };
+        Ok(RankContext {
             config: self.config.clone(),
             world: self.world,
             sequence: self.sequence,
-            device: self.name.open()?,
-            kernel: self.name.kernel(precision, self.config.head_dim()),
+            device: self.device_name.open()?,
+            kernel: self.device_name.kernel(precision, self.config.head_dim()),
             precision,
             recompute: self.job.conf.recompute,
-            offload: host.map(device::Name::open).transpose()?,
+            offload: host.map(DeviceName::open).transpose()?,
         })
     }
 
-    /// All steps that are left, then the model's folder.
-    fn train(mut self, stop: &AtomicBool, on_step: Option<Sender<Step>>) -> Result<Summary> {
+    /// Runs the remaining steps, then writes the model's folder.
+    fn train(mut self, stop: &AtomicBool, on_step: Option<Sender<StepMetrics>>) -> Result<Summary> {
         let conf = &self.job.conf;
         let steps = conf.steps(self.job.sequence_tokens);
-        let machine = self.machine()?;
-        while (self.done.len() as u64) < steps {
-            let stopped = self.step(&machine, steps, stop)?;
-            let step = self.done.len() as u64;
-            if let (Some(on_step), Some(done)) = (&on_step, self.done.last()) {
-                // steps are in metrics.jsonl, too: nobody has to listen
-                let _ = on_step.blocking_send(done.clone());
+        let context = self.context()?;
+        while (self.history.len() as u64) < steps {
+            let stopped = self.step(&context, steps, stop)?;
+            let step = self.history.len() as u64;
+            if let (Some(on_step), Some(metrics)) = (&on_step, self.history.last()) {
+                // Nobody has to listen: the step is in metrics.jsonl, too.
+                let _ = on_step.blocking_send(metrics.clone());
             }
             let due = conf.checkpoint_every.is_some_and(|every| step.is_multiple_of(every));
             if (due || stopped) && step < steps {
-                self.save(step)?;
+                self.save_checkpoint(step)?;
             }
             if stopped && step < steps {
                 return Err(Error::Stopped(step));
             }
         }
-        let files = self.write(&self.job.output)?;
+        let files = self.write_model(&self.job.output)?;
         let logs = self.write_logs(&self.job.logs)?;
-        let last = self.done.last();
+        let last = self.history.last();
         Ok(Summary {
             parameters: self.config.parameter_count(),
             tokens: last.map_or(0, |step| step.tokens),
@@ -288,107 +317,134 @@ impl<'a> Rank<'a> {
         })
     }
 
-    /// One step on a batch of sequences; returns whether to stop.
-    fn step(&mut self, machine: &Machine<'_>, steps: u64, stop: &AtomicBool) -> Result<bool> {
+    /// Trains one step on a batch of sequences. Returns whether any rank was told to stop.
+    fn step(&mut self, context: &RankContext<'_>, steps: u64, stop: &AtomicBool) -> Result<bool> {
         let started = Instant::now();
         let (conf, tokens) = (&self.job.conf, self.job.sequence_tokens);
-        let step = self.done.len() as u64 + 1;
+        let step = self.history.len() as u64 + 1;
         let batch = conf.batch(tokens);
-        let group_size = self.sequence.size();
-        let (groups, group) =
-            ((self.world.size() / group_size) as u64, (self.world.rank() / group_size) as u64);
-        let place = |i: u64| (step - 1) * batch + i;
+        let samples = (step - 1) * batch..step * batch;
 
-        // this rank's share of each sequence that is its group's
-        let mut mine = vec![];
-        for first in (0..batch).step_by(groups as usize) {
-            let own = first + group;
-            let sequence = self.wait.block_on(self.dataset.sequence(place(own.min(batch - 1))))?;
-            let mut share = self.share(&sequence);
-            if own >= batch {
-                // there is none left for this group: it computes along, without loss
-                share.targets.fill(NO_TARGET);
-            }
-            mine.push(share);
-        }
-        let targets = mine.iter().flat_map(|share| &share.targets).filter(|t| **t != NO_TARGET).count();
-        let targets = total(self.world, &[targets as f64], &machine.device)?[0].max(1.0);
+        let inputs = self.read_shards(samples.clone())?;
+        let targets = inputs.iter().flat_map(|shard| &shard.targets).filter(|t| **t != NO_TARGET).count();
+        let targets = all_reduce_sum(self.world, &[targets as f64], &context.device)?[0].max(1.0);
 
-        let mut sums: Vec<Option<Tensor<1>>> = self.shards.units.iter().map(|_| None).collect();
-        // sums and counts by range of positions, whether any rank was told to stop, and the memory of each
-        let mut seen = vec![0.0; 2 * POSITIONS.len() + 1];
-        for Share { ids, targets: wanted, sharding } in mine {
-            let (positions, longest) = (sharding.positions(), sharding.longest());
-            let rope = Rope::new(&self.config, &positions, longest, &machine.device, machine.precision)?;
-            let rows = Rows { ids, targets: wanted, sharding, rope };
-            let losses = machine.backprop(&self.shards, &rows, 1.0 / targets, &mut sums)?;
-            for ((loss, target), place) in losses.into_iter().zip(&rows.targets).zip(rows.sharding.places()) {
-                if *target != NO_TARGET {
-                    seen[range_of(place)] += f64::from(loss);
-                    seen[POSITIONS.len() + range_of(place)] += 1.0;
-                }
-            }
-        }
-        seen[2 * POSITIONS.len()] = f64::from(stop.load(Ordering::Relaxed));
-        seen.extend(self.of_this_rank(self.name.peak().unwrap_or(0) as f64));
-        let seen = total(self.world, &seen, &machine.device)?;
-        let memory = seen[2 * POSITIONS.len() + 1..].iter().copied().fold(0.0, f64::max);
-        let gradients: Vec<Tensor<1>> = sums.into_iter().flatten().collect();
-        let grad_norm = norm(self.world, &gradients)?;
-        let loss = seen[..POSITIONS.len()].iter().sum::<f64>() / targets;
-        self.judge(step, loss, grad_norm, (0..batch).map(place))?;
+        // The ranks sum losses and counts by range of positions, whether they were told to stop, and each rank's memory.
+        let (gradients, mut sums) = self.accumulate(context, inputs, 1.0 / targets)?;
+        sums.push(f64::from(stop.load(Ordering::Relaxed)));
+        sums.extend(self.one_hot(self.device_name.peak_memory().unwrap_or(0) as f64));
+        let sums = all_reduce_sum(self.world, &sums, &context.device)?;
+        let memory = sums[2 * RANGES + 1..].iter().copied().fold(0.0, f64::max);
+        let grad_norm = global_norm(self.world, &gradients)?;
+        let loss = sums[..RANGES].iter().sum::<f64>() / targets;
+        self.check_divergence(step, loss, grad_norm, samples)?;
 
-        let learning_rate = rate(conf, step, steps);
+        let learning_rate = learning_rate(conf, step, steps);
         self.optimizer.step(self.world, &mut self.shards, gradients, grad_norm, learning_rate);
 
-        let ranges = POSITIONS.iter().enumerate().filter_map(|(i, (name, _))| {
-            let count = seen[POSITIONS.len() + i];
-            (count > 0.0).then(|| ((*name).to_owned(), json!(seen[i] / count)))
+        let loss_by_position = POSITION_RANGES.iter().enumerate().filter_map(|(i, (name, _))| {
+            let count = sums[RANGES + i];
+            (count > 0.0).then(|| ((*name).to_owned(), json!(sums[i] / count)))
         });
         let tokens_per_second = (batch * tokens as u64) as f64 / started.elapsed().as_secs_f64();
         let peak = conf.peak_tflops.map(|peak| peak * 1e12 * self.world.size() as f64);
         let epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let done = Step {
+        let metrics = StepMetrics {
             step,
             loss,
-            loss_by_position: ranges.collect::<Map<_, _>>(),
+            loss_by_position: loss_by_position.collect::<Map<_, _>>(),
             grad_norm,
             learning_rate,
             tokens: step * batch * tokens as u64,
             tokens_per_second,
-            peak_fraction: peak.map(|peak| tokens_per_second * operations(&self.config, tokens) / peak),
+            peak_fraction: peak
+                .map(|peak| tokens_per_second * operations_per_token(&self.config, tokens) / peak),
             memory_bytes: Some(memory as u64).filter(|bytes| *bytes > 0),
             seconds: epoch.as_secs_f64(),
         };
-        self.lines.extend(metrics::line(&done));
-        self.done.push(done);
-        Ok(seen[2 * POSITIONS.len()] > 0.0)
+        self.metrics_jsonl.extend(metrics::json_line(&metrics));
+        self.history.push(metrics);
+        Ok(sums[2 * RANGES] > 0.0)
     }
 
-    /// A number of each rank, as far as this one knows: their sum over ranks has all.
-    fn of_this_rank(&self, number: f64) -> Vec<f64> {
-        let mut of_ranks = vec![0.0; self.world.size()];
-        of_ranks[self.world.rank()] = number;
-        of_ranks
+    /// Backpropagates this rank's inputs. Returns its shards of the accumulated gradients of `scale` × the loss, and its sums
+    /// of losses and counts of targets in each range of positions.
+    fn accumulate(
+        &self,
+        context: &RankContext<'_>,
+        inputs: Vec<SequenceShard>,
+        scale: f64,
+    ) -> Result<(Vec<Tensor<1>>, Vec<f64>)> {
+        let mut accumulated: Vec<Option<Tensor<1>>> = self.shards.units.iter().map(|_| None).collect();
+        let mut sums = vec![0.0; 2 * RANGES];
+        for shard in inputs {
+            let losses = context.backprop(&self.shards, &shard, scale, &mut accumulated)?;
+            let rows = losses.into_iter().zip(&shard.targets).zip(shard.sharding.indices());
+            for ((loss, _), index) in rows.filter(|((_, target), _)| **target != NO_TARGET) {
+                sums[range_index(index)] += f64::from(loss);
+                sums[RANGES + range_index(index)] += 1.0;
+            }
+        }
+        Ok((accumulated.into_iter().flatten().collect(), sums))
+    }
+
+    /// This rank's shard of each of the samples that its group computes.
+    fn read_shards(&mut self, samples: Range<u64>) -> Result<Vec<SequenceShard>> {
+        let group_size = self.sequence.size();
+        let groups = self.world.size() / group_size;
+        let group = (self.world.rank() / group_size) as u64;
+        let mut shards = vec![];
+        for first in samples.clone().step_by(groups) {
+            let own = first + group;
+            let sequence = self.runtime.block_on(self.dataset.sequence(own.min(samples.end - 1)))?;
+            let mut shard = self.shard(&sequence);
+            if own >= samples.end {
+                // No sample is left for this group. It takes part in the collectives with a sequence without loss.
+                shard.targets.fill(NO_TARGET);
+            }
+            shards.push(shard);
+        }
+        Ok(shards)
+    }
+
+    fn shard(&self, sequence: &Sequence) -> SequenceShard {
+        let starts = self.job.conf.document_mask.then(|| sequence.starts());
+        let (rank, ranks, length) = (self.sequence.rank(), self.sequence.size(), sequence.ids.len());
+        let sharding = Sharding::new(rank, ranks, length, starts.as_deref());
+        let mut targets = sequence.targets.clone();
+        // A document can't predict the first token of the next one.
+        for start in starts.into_iter().flatten().filter(|start| *start > 0) {
+            targets[start - 1] = NO_TARGET;
+        }
+        let ids = sharding.local_rows(&sequence.ids, 0);
+        SequenceShard { ids, targets: sharding.local_rows(&targets, NO_TARGET), sharding }
+    }
+
+    /// A vector with this rank's number at its index and 0 elsewhere: summed over ranks, it has every rank's number.
+    fn one_hot(&self, number: f64) -> Vec<f64> {
+        let mut numbers = vec![0.0; self.world.size()];
+        numbers[self.world.rank()] = number;
+        numbers
     }
 
     /// # Errors
-    /// What is no number, or far out of line, ends the training.
-    fn judge(&self, step: u64, loss: f64, grad_norm: f64, places: impl Iterator<Item = u64>) -> Result<()> {
-        let mut norms: Vec<f64> = self.done.iter().rev().take(100).map(|done| done.grad_norm).collect();
+    /// The loss or the gradient norm is not finite, or the norm is far above the recent median.
+    fn check_divergence(&self, step: u64, loss: f64, grad_norm: f64, samples: Range<u64>) -> Result<()> {
+        let mut norms: Vec<f64> =
+            self.history.iter().rev().take(NORM_WINDOW).map(|step| step.grad_norm).collect();
         norms.sort_by(f64::total_cmp);
         let median = norms.get(norms.len() / 2).copied().unwrap_or_default();
         let what = if !loss.is_finite() {
             format!("the loss is {loss}")
         } else if !grad_norm.is_finite() {
-            format!("the norm of the gradients is {grad_norm}")
-        } else if norms.len() >= ENOUGH_STEPS && grad_norm > OUT_OF_LINE * median {
-            format!("the norm of the gradients is {grad_norm:.3}, of the steps before {median:.3}")
+            format!("the gradient norm is {grad_norm}")
+        } else if norms.len() >= MIN_STEPS && grad_norm > NORM_SPIKE * median {
+            format!("the gradient norm is {grad_norm:.3}, and its recent median {median:.3}")
         } else {
             return Ok(());
         };
-        let sequences = places.map(|place| place % self.dataset.sequences).collect();
-        let saved = self.wait.block_on(Resume::find(
+        let sequences = samples.map(|sample| sample % self.dataset.sequences).collect();
+        let saved = self.runtime.block_on(TrainingCheckpoint::find_latest(
             &self.job.checkpoints,
             &self.job.dataset_digest,
             &self.job.conf.content(),
@@ -396,12 +452,12 @@ impl<'a> Rank<'a> {
         let good = match saved {
             Ok(Some(saved)) => saved.folder.url(),
             Ok(None) => "none: set train.checkpoint_every".to_owned(),
-            Err(error) => format!("not to be read: {error}"),
+            Err(error) => format!("unreadable: {error}"),
         };
         if self.world.rank() == 0 {
-            // what came before it is wanted now, and no checkpoint will have it
+            // The metrics so far explain the divergence, and no checkpoint will contain them.
             let at = self.job.checkpoints.join(DIVERGED);
-            if let Err(error) = self.wait.block_on(at.put(self.lines.clone())) {
+            if let Err(error) = self.runtime.block_on(at.put(self.metrics_jsonl.clone())) {
                 tracing::warn!("{error}");
             }
         }
@@ -414,43 +470,31 @@ impl<'a> Rank<'a> {
         })
     }
 
-    fn share(&self, sequence: &Sequence) -> Share {
-        let starts = self.job.conf.document_mask.then(|| sequence.starts());
-        let (rank, ranks, length) = (self.sequence.rank(), self.sequence.size(), sequence.ids.len());
-        let sharding = Sharding::new(rank, ranks, length, starts.as_deref());
-        let mut targets = sequence.targets.clone();
-        // what comes after a document's end is not to be known from it
-        for start in starts.into_iter().flatten().filter(|start| *start > 0) {
-            targets[start - 1] = NO_TARGET;
-        }
-        Share { ids: sharding.take(&sequence.ids, 0), targets: sharding.take(&targets, NO_TARGET), sharding }
-    }
-
-    /// What every rank wrote of its shard, told to all: sizes and digests as numbers that a sum leaves as they are.
-    fn of_all_ranks(&self, own: &Written) -> Result<Vec<Written>> {
+    /// Gathers what every rank wrote of its shard. Sizes and digests are sent as numbers that an all-reduce leaves unchanged.
+    fn gather_written(&self, own: &Written) -> Result<Vec<Written>> {
         const NUMBERS: usize = 1 + 32;
         let (rank, ranks) = (self.world.rank(), self.world.size());
         let mut numbers = vec![0.0; ranks * NUMBERS];
         numbers[rank * NUMBERS] = own.bytes as f64;
         let digest = &mut numbers[rank * NUMBERS + 1..(rank + 1) * NUMBERS];
         digest.iter_mut().zip(own.blake3).for_each(|(number, byte)| *number = f64::from(byte));
-        let numbers = total(self.world, &numbers, &self.name.open()?)?;
+        let numbers = all_reduce_sum(self.world, &numbers, &self.device_name.open()?)?;
         let written = |(rank, numbers): (usize, &[f64])| Written {
-            name: resume::ranks_file(rank, ranks),
+            name: resume::optimizer_file(rank, ranks),
             bytes: numbers[0] as u64,
             blake3: std::array::from_fn(|i| numbers[i + 1] as u8),
         };
         Ok(numbers.chunks(NUMBERS).enumerate().map(written).collect())
     }
 
-    /// A checkpoint that training goes on from.
-    fn save(&self, step: u64) -> Result<()> {
+    /// Writes a checkpoint from which training can resume.
+    fn save_checkpoint(&self, step: u64) -> Result<()> {
         let folder = self.job.checkpoints.join(&format!("step-{step}"));
-        let own = resume::write_rank(&folder, self.world, &self.shards, &self.optimizer);
-        let own = self.wait.block_on(own)?;
-        let shards = self.of_all_ranks(&own)?;
-        let mut files = self.write(&folder)?;
-        // with times in them, they are none of what the manifest answers for
+        let own = resume::write_optimizer_shard(&folder, self.world, &self.shards, &self.optimizer);
+        let own = self.runtime.block_on(own)?;
+        let shards = self.gather_written(&own)?;
+        let mut files = self.write_model(&folder)?;
+        // Logs contain times, so the manifest does not list them.
         self.write_logs(&folder)?;
         if self.world.rank() == 0 {
             files.extend(shards);
@@ -461,30 +505,26 @@ impl<'a> Rank<'a> {
                 settings: self.job.conf.content(),
                 files: files.into_iter().map(Into::into).collect(),
             };
-            self.wait.block_on(resume::publish(&self.job.checkpoints, &manifest))?;
+            self.runtime.block_on(resume::publish(&self.job.checkpoints, &manifest))?;
         }
         self.world.barrier()
     }
 
-    /// What one watches; rank 0 writes.
+    /// Rank 0 writes the metrics, as JSON lines and for TensorBoard.
     fn write_logs(&self, folder: &Location) -> Result<Vec<Written>> {
         if self.world.rank() > 0 {
             return Ok(vec![]);
         }
         let files = [
-            ("metrics.jsonl", self.lines.clone()),
-            ("events.out.tfevents.0.lengthwise", metrics::tensorboard(&self.done)),
+            ("metrics.jsonl", self.metrics_jsonl.clone()),
+            ("events.out.tfevents.0.lengthwise", metrics::tensorboard(&self.history)),
         ];
-        files.into_iter().map(|(name, bytes)| self.wait.block_on(folder.join(name).put(bytes))).collect()
+        files.into_iter().map(|(name, bytes)| self.runtime.block_on(folder.join(name).put(bytes))).collect()
     }
 
-    /// The model as Hugging Face's; rank 0 writes, and returns what it wrote.
-    fn write(&self, folder: &Location) -> Result<Vec<Written>> {
-        let kind = match self.job.conf.precision {
-            Precision::F32 => Kind::F32,
-            Precision::Bf16 => Kind::BF16,
-        };
-        let whole = |unit: usize| -> Result<Vec<f32>> {
+    /// Rank 0 writes the model in Hugging Face's layout and returns the files it wrote.
+    fn write_model(&self, folder: &Location) -> Result<Vec<Written>> {
+        let gather_unit = |unit: usize| -> Result<Vec<f32>> {
             let flat = self.world.all_gather(self.shards.owned[unit].clone())?;
             let length = self.shards.units[unit].length;
             Ok(if self.world.rank() == 0 {
@@ -495,35 +535,36 @@ impl<'a> Rank<'a> {
         };
         if self.world.rank() > 0 {
             for unit in 0..self.shards.units.len() {
-                whole(unit)?;
+                gather_unit(unit)?;
             }
             return Ok(vec![]);
         }
         let mut config = self.config.clone();
-        config.max_position_embeddings = self.positions();
-        let beside = checkpoint::companions(&config, self.job.tokenizer.as_deref());
-        self.wait.block_on(checkpoint::write(
+        config.max_position_embeddings = self.max_positions();
+        let companions = checkpoint::companion_files(&config, self.job.tokenizer.as_deref());
+        self.runtime.block_on(checkpoint::write(
             folder,
             &config,
             &self.shards.units,
-            kind,
-            &beside,
-            async |unit| whole(unit),
+            self.job.conf.precision,
+            &companions,
+            async |unit| gather_unit(unit),
         ))
     }
 
-    /// What `config.json` says of the trained model. A scaling that is relative to the positions of pretraining keeps them.
-    fn positions(&self) -> usize {
-        let before = self.config.max_position_embeddings;
+    /// `max_position_embeddings` of the trained model. Scalings that are relative to the pretraining length keep it.
+    fn max_positions(&self) -> usize {
+        let pretrained = self.config.max_position_embeddings;
         match self.config.scaling() {
-            Ok(crate::config::Scaling::Dynamic { .. } | crate::config::Scaling::Yarn { .. }) => before,
-            _ => before.max(self.job.sequence_tokens),
+            Ok(Scaling::Dynamic { .. } | Scaling::Yarn { .. }) => pretrained,
+            _ => pretrained.max(self.job.sequence_tokens),
         }
     }
 }
 
-/// Operations that a token of training takes: 2 a parameter and key forward, causal, and twice that backward.
-pub fn operations(config: &Config, sequence_tokens: usize) -> f64 {
+/// Floating-point operations per token of training. The forward pass takes 2 per weight, and 4 per attention dimension and
+/// earlier key, of which there are half a sequence on average. The backward pass takes twice as many.
+pub fn operations_per_token(config: &Config, sequence_tokens: usize) -> f64 {
     let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
     let matrices = config.parameter_count() as f64 - embedding as f64;
     let width = config.num_attention_heads * config.head_dim();
@@ -575,13 +616,13 @@ mod tests {
         }
     }
 
-    /// Trains until a step, and stops there if it is not the last; what it gave, and the losses that were said.
+    /// Trains until a step and stops there, unless it is the last. Returns the result and the losses of each step.
     async fn until(job: &TrainJob, step: u64) -> (Result<Summary>, Vec<f64>) {
         let stop = Arc::new(AtomicBool::new(false));
         let mut losses = vec![];
         let flag = stop.clone();
-        // the flag is seen in the step after the one that set it, at the latest
-        let mut on_step = |done: &Step| {
+        // The trainer sees the flag at the latest in the step after the one that set it.
+        let mut on_step = |done: &StepMetrics| {
             losses.push(done.loss);
             if done.step >= step {
                 flag.store(true, Ordering::Relaxed);
@@ -628,7 +669,7 @@ mod tests {
                 conf(all)
             };
             let one = losses(conf(base.clone())).await;
-            // 3 sequences a step: two groups share them unevenly
+            // 3 sequences per step, which two groups share unevenly.
             for (ranks, sequence_ranks) in [(2, 2), (3, 1), (4, 2), (8, 8), (8, 4)] {
                 close(&losses(with(ranks, sequence_ranks)).await, &one, 2e-5);
             }
@@ -711,10 +752,10 @@ mod tests {
         let names: Vec<_> = listed.common_prefixes.iter().filter_map(|path| path.filename()).collect();
         assert_eq!(names, ["step-100", "step-6", "step-8"]);
         let settings = job.conf.content();
-        let found = Resume::find(&job.checkpoints, "d", &settings).await.unwrap().unwrap();
+        let found = TrainingCheckpoint::find_latest(&job.checkpoints, "d", &settings).await.unwrap().unwrap();
         assert_eq!(found.manifest.step, 8);
         resume::clear(&job.checkpoints).await.unwrap();
-        assert!(Resume::find(&job.checkpoints, "d", &settings).await.unwrap().is_none());
+        assert!(TrainingCheckpoint::find_latest(&job.checkpoints, "d", &settings).await.unwrap().is_none());
     }
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-"""Makes the fixtures that the tests compare with: small random Llamas as transformers writes them, and their logits.
+"""Makes the fixtures of the tests: small random Llamas written by transformers, and their logits.
 
     pip install torch==2.9.0 transformers==4.57.3 && python model/tests/fixtures.py
 """
@@ -52,7 +52,7 @@ for name, scaling in SCALINGS.items():
         logits = model(ids).logits[0]
     folder = OUT / name
     shutil.rmtree(folder, ignore_errors=True)
-    # two of them in several files with an index
+    # Two of them are in several files with an index.
     model.save_pretrained(folder, max_shard_size="20KB" if name in ("yarn", "linear") else "5GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
     save_file({"ids": ids[0].to(torch.float32), "logits": logits[-16:].contiguous()}, folder / "expected.safetensors")

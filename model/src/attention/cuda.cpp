@@ -1,6 +1,5 @@
-// What tch 0.22 does not bind of CUDA's: most of all the forward of flash attention (its schema returns SymInt).
-// Tensors cross as at::Tensor*.
-// Every function returns 0, or 1 with a message in lw_flash_error; tensors in `out` are owned by the caller.
+// A shim for the CUDA functions that tch 0.22 does not bind, such as flash attention, whose schema returns SymInt. Tensors
+// are passed as at::Tensor*. Functions return 0, or 1 with a message in lw_flash_error. The caller owns the tensors in `out`.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <c10/core/CachingDeviceAllocator.h>
@@ -14,23 +13,23 @@ static thread_local std::string error;
 extern "C" {
 const char* lw_flash_error() { return error.c_str(); }
 
-// Kernels whose sums have an order, here and in cuBLAS, which reads its variable when it is first used.
+// Selects deterministic kernels, here and in cuBLAS, which reads its variable when it is first used.
 void lw_deterministic() {
   setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);
   at::globalContext().setDeterministicAlgorithms(true, false);
 }
 
-// The most bytes that were allocated at once on this GPU; -1 if that can't be had.
+// The peak of allocated bytes on this GPU, or -1 if it is unknown.
 int64_t lw_cuda_peak(int device) {
   try {
     auto stats = c10::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(device));
-    return stats.allocated_bytes[0].peak; // [0]: of all pools
+    return stats.allocated_bytes[0].peak; // [0] is the sum over all pools
   } catch (const std::exception&) {
     return -1;
   }
 }
 
-// out: attention, log-sum-exp, and the two that the backward wants back (the state of a dropout of 0).
+// out: attention and log-sum-exp.
 int lw_flash_forward(Tensor* q, Tensor* k, Tensor* v, int causal, Tensor** out) {
   try {
     auto r = at::_scaled_dot_product_flash_attention(*q, *k, *v, 0.0, causal, false, std::nullopt);
@@ -43,7 +42,7 @@ int lw_flash_forward(Tensor* q, Tensor* k, Tensor* v, int causal, Tensor** out) 
   }
 }
 
-// out: gradients of q, k and v.
+// out: the gradients of q, k and v.
 int lw_flash_backward(Tensor* dout, Tensor* q, Tensor* k, Tensor* v, Tensor* attention, Tensor* lse, int causal, Tensor** out) {
   try {
     auto seed = at::empty({2}, at::TensorOptions().dtype(at::kUInt64).device(q->device()));

@@ -1,5 +1,5 @@
-// LibTorch's own process groups, as far as the trainer needs them. Tensors cross as at::Tensor*, which is what tch's
-// Tensor::as_ptr gives. Every function returns 0, or 1 with a message in lw_error; out-pointers are owned by the caller.
+// A shim for the parts of LibTorch's process groups that the trainer needs. Tensors are passed as at::Tensor*, which tch's
+// Tensor::as_ptr returns. Every function returns 0, or 1 with a message in lw_error. The caller owns what out-pointers receive.
 #include <ATen/ATen.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
@@ -22,7 +22,7 @@ using std::chrono::milliseconds;
 static thread_local std::string error;
 
 template <class F>
-static int tried(F work) {
+static int catch_errors(F work) {
   try {
     work();
     return 0;
@@ -41,12 +41,12 @@ struct Group {
   c10::intrusive_ptr<c10d::Backend> backend;
   bool nccl;
 };
-// Gloo says on stdout, which is for results, that it has connected.
+// Gloo prints to stdout, which is for results, when it has connected.
 struct CoutToStderr {
   std::streambuf* before = std::cout.rdbuf(std::cerr.rdbuf());
   ~CoutToStderr() { std::cout.rdbuf(before); }
 };
-// What is under way: kept until it is waited for, with the tensors that it reads and writes.
+// Work in progress, which is kept until it is waited for, with the tensors that it reads and writes.
 struct Pending {
   std::vector<c10::intrusive_ptr<c10d::Work>> works;
   std::vector<Tensor> tensors;
@@ -56,7 +56,7 @@ extern "C" {
 const char* lw_error() { return error.c_str(); }
 
 int lw_store_open(const char* host, uint16_t port, int server, int64_t timeout_ms, Store** out) {
-  return tried([&] {
+  return catch_errors([&] {
     c10d::TCPStoreOptions options;
     options.port = port;
     options.isServer = server;
@@ -67,12 +67,12 @@ int lw_store_open(const char* host, uint16_t port, int server, int64_t timeout_m
 }
 
 int lw_store_set(Store* store, const char* key, const char* value) {
-  return tried([&] { store->store->set(key, std::vector<uint8_t>(value, value + std::strlen(value))); });
+  return catch_errors([&] { store->store->set(key, std::vector<uint8_t>(value, value + std::strlen(value))); });
 }
 
-// *length is -1 where there is no such key; the value is cut to what there is room for.
+// Sets *length to -1 if there is no such key. A value longer than `room` is cut.
 int lw_store_get(Store* store, const char* key, char* value, int64_t room, int64_t* length) {
-  return tried([&] {
+  return catch_errors([&] {
     *length = -1;
     if (!store->store->check({key})) return;
     auto bytes = store->store->get(key);
@@ -84,7 +84,7 @@ int lw_store_get(Store* store, const char* key, char* value, int64_t room, int64
 void lw_store_close(Store* store) { delete store; }
 
 int lw_group_open(Store* store, const char* backend, const char* name, int rank, int size, int64_t timeout_ms, Group** out) {
-  return tried([&] {
+  return catch_errors([&] {
     auto prefixed = c10::make_intrusive<c10d::PrefixStore>(name, store->store);
     auto timeout = milliseconds(timeout_ms);
     CoutToStderr redirected;
@@ -111,33 +111,33 @@ int lw_group_open(Store* store, const char* backend, const char* name, int rank,
   });
 }
 
-// Drops the connections, so that whoever waits for this rank fails.
+// Drops the connections, so that ranks that wait for this one fail.
 void lw_group_close(Group* group) { delete group; }
 
 static std::vector<Tensor> one(const Tensor& tensor) { return {tensor}; }
 
 int lw_all_gather(Group* group, Tensor* in, Tensor* out) {
-  return tried([&] { group->backend->_allgather_base(*out, *in, {})->wait(); });
+  return catch_errors([&] { group->backend->_allgather_base(*out, *in, {})->wait(); });
 }
 
 int lw_reduce_scatter(Group* group, Tensor* in, Tensor* out) {
-  return tried([&] { group->backend->_reduce_scatter_base(*out, *in, {})->wait(); });
+  return catch_errors([&] { group->backend->_reduce_scatter_base(*out, *in, {})->wait(); });
 }
 
 int lw_all_reduce(Group* group, Tensor* tensor) {
-  return tried([&] {
+  return catch_errors([&] {
     auto tensors = one(*tensor);
     group->backend->allreduce(tensors, {})->wait();
   });
 }
 
 int lw_barrier(Group* group) {
-  return tried([&] { group->backend->barrier({})->wait(); });
+  return catch_errors([&] { group->backend->barrier({})->wait(); });
 }
 
-// Begins to send `n` tensors to one rank and to receive as many from another.
+// Starts to send `n` tensors to one rank and to receive as many from another.
 int lw_exchange(Group* group, int to, int from, int tag_to, int tag_from, int n, Tensor** in, Tensor** out, Pending** pending) {
-  return tried([&] {
+  return catch_errors([&] {
     auto all = std::make_unique<Pending>();
     if (group->nccl) group->backend->startCoalescing();
     for (int i = 0; i < n; i++) {
@@ -157,7 +157,7 @@ int lw_exchange(Group* group, int to, int from, int tag_to, int tag_from, int n,
 }
 
 int lw_wait(Pending* pending) {
-  auto code = tried([&] {
+  auto code = catch_errors([&] {
     for (auto& work : pending->works) work->wait();
   });
   delete pending;

@@ -1,6 +1,6 @@
-//! Ranks as processes, over LibTorch's own process groups: Gloo on CPUs, NCCL on GPUs. One process a rank, on one node or
-//! many, started by whatever starts PyTorch jobs: `MASTER_ADDR`, `MASTER_PORT`, `RANK`, `WORLD_SIZE` and `LOCAL_RANK` say who
-//! is who.
+//! Ranks as processes, connected by LibTorch's process groups: Gloo on CPUs, NCCL on GPUs. Each rank is a process, on one
+//! node or many. Any launcher of PyTorch jobs can start them: it sets `MASTER_ADDR`, `MASTER_PORT`, `RANK`, `WORLD_SIZE` and
+//! `LOCAL_RANK`.
 
 #![allow(deprecated)] // burn 0.22.1 is pinned as the last release with LibTorch
 
@@ -15,8 +15,8 @@ use burn_tch::{LibTorch, TchTensor};
 use burn_tensor::Tensor;
 use tch::{Kind, Tensor as Torch};
 
-use super::{Comm, Pending, Place, caught};
-use crate::device::Name;
+use super::{Comm, LaunchEnv, Pending, catch_panic};
+use crate::device::DeviceName;
 use crate::{Error, Result};
 
 type TorchPointer = *mut std::ffi::c_void;
@@ -79,16 +79,16 @@ mod ffi {
     }
 }
 
-/// The process's end of the groups of all ranks.
-pub struct Processes {
-    place: Place,
+/// This process's connection to the others, from which its groups are made.
+pub struct ProcessGroups {
+    launch: LaunchEnv,
     backend: CString,
-    patience: Duration,
-    /// The meeting place, for the groups and for saying who failed.
+    timeout: Duration,
+    /// The rendezvous store, for the groups and for reporting failures.
     store: *mut ffi::Store,
-    /// … and for the watch, on a connection of its own: one that waits keeps nobody else waiting.
-    watch: *mut ffi::Store,
-    /// What this rank entered last.
+    /// A second connection to it for [`monitor`](Self::monitor), because a connection serves one call at a time.
+    monitor_store: *mut ffi::Store,
+    /// The last operation that this rank began.
     doing: Mutex<&'static str>,
 }
 
@@ -96,88 +96,101 @@ pub struct Processes {
 pub struct Group<'a> {
     rank: usize,
     size: usize,
-    processes: &'a Processes,
+    processes: &'a ProcessGroups,
     group: Mutex<*mut ffi::Group>,
-    /// Messages sent to and received from each rank so far: their tags.
+    /// How many messages were sent to and received from each rank so far, which are the next tags.
     sent: Vec<Cell<c_int>>,
     received: Vec<Cell<c_int>>,
 }
 
 // Safety: the pointers are LibTorch's thread-safe objects, and a rank's calls come from one thread at a time.
-unsafe impl Send for Processes {}
-unsafe impl Sync for Processes {}
+unsafe impl Send for ProcessGroups {}
+unsafe impl Sync for ProcessGroups {}
 unsafe impl Send for Group<'_> {}
 unsafe impl Sync for Group<'_> {}
 
-fn text(text: &str) -> CString {
+fn c_string(text: &str) -> CString {
     CString::new(text.replace('\0', " ")).expect("there is no NUL left")
 }
 
-/// LibTorch's own words, without its C++ stack.
-fn said() -> String {
+/// LibTorch's last error message, without its C++ stack.
+fn last_error() -> String {
     // Safety: the message lives until this thread's next call
     let all = unsafe { CStr::from_ptr(ffi::lw_error()) }.to_string_lossy().into_owned();
     all.lines().next().unwrap_or_default().to_owned()
 }
 
-/// How often a process says that it is there.
-const BEAT: Duration = Duration::from_millis(500);
+/// How often a process writes its heartbeat.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 
-/// One that has not said so for so long is gone.
-const GONE: Duration = Duration::from_secs(5);
+/// A process without a heartbeat for this long is gone.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// So long after another rank's end this one has to end by itself. A GPU's wait for a rank that is gone has no end of its own.
-const GRACE: Duration = Duration::from_secs(15);
+/// How long after another rank's failure this process may take to end. A GPU waits for a missing rank without limit.
+const EXIT_GRACE: Duration = Duration::from_secs(15);
 
-/// The exit code of a process that is ended so: that of a failed training.
-const ENDED: i32 = 6;
+/// The exit code of a process that is ended so, which is that of a failed training.
+const EXIT_CODE: i32 = 6;
 
-/// So long a rank whose call failed waits to be told which one it was.
-const ROLL_CALL: Duration = Duration::from_secs(8);
+/// How long a rank whose call failed waits to learn which rank failed first.
+const FAILURE_WAIT: Duration = Duration::from_secs(8);
 
-impl Processes {
-    /// Meets the other processes.
-    pub fn open(place: Place, device: Name, patience: Duration) -> Result<Self> {
+impl ProcessGroups {
+    /// Connects to the other processes.
+    pub fn open(launch: LaunchEnv, device: DeviceName, timeout: Duration) -> Result<Self> {
         let backend = match device {
-            Name::LibtorchCuda(_) => "nccl",
+            DeviceName::LibtorchCuda(_) => "nccl",
             _ => "gloo",
         };
-        let host = text(&place.host);
-        let timeout = patience.as_millis() as i64;
+        let host = c_string(&launch.master_addr);
+        let timeout_ms = timeout.as_millis() as i64;
         let open = |serves: bool| {
             let mut store = null_mut();
-            // Safety: pointers are to living values
-            let code =
-                unsafe { ffi::lw_store_open(host.as_ptr(), place.port, serves.into(), timeout, &mut store) };
+            // Safety: the pointers are to live values
+            let code = unsafe {
+                ffi::lw_store_open(host.as_ptr(), launch.master_port, serves.into(), timeout_ms, &mut store)
+            };
             if code == 0 {
                 return Ok(store);
             }
-            let message = format!("cannot meet the other ranks at {}:{}: {}", place.host, place.port, said());
-            Err(Error::Rank { rank: place.rank, message })
+            let message = format!(
+                "cannot meet the other ranks at {}:{}: {}",
+                launch.master_addr,
+                launch.master_port,
+                last_error()
+            );
+            Err(Error::Rank { rank: launch.rank, message })
         };
-        let store = open(place.rank == 0 && !place.served)?;
-        let watch = open(false)?;
-        Ok(Self { backend: text(backend), patience, store, watch, doing: Mutex::new("start"), place })
+        let store = open(launch.rank == 0 && !launch.agent_store)?;
+        let monitor_store = open(false)?;
+        Ok(Self {
+            backend: c_string(backend),
+            timeout,
+            store,
+            monitor_store,
+            doing: Mutex::new("start"),
+            launch,
+        })
     }
 
-    /// A key of this attempt: a launcher's meeting place outlives the processes that it starts again.
+    /// A key of this attempt. A launcher's store outlives the processes that it restarts.
     fn key(&self, what: &str) -> CString {
-        text(&format!("lengthwise/{}/{what}", self.place.attempt))
+        c_string(&format!("lengthwise/{}/{what}", self.launch.restart_count))
     }
 
-    /// Where all are told which rank failed, and how.
+    /// The key of the first failure: its rank and message.
     fn failure_key(&self) -> CString {
         self.key("failed")
     }
 
-    /// Where a rank says again and again that it is there.
-    fn beat_key(&self, rank: usize) -> CString {
+    /// The key of a rank's heartbeat.
+    fn heartbeat_key(&self, rank: usize) -> CString {
         self.key(&format!("beat/{rank}"))
     }
 
-    /// This process's end of a group of neighbours: the `first` rank and those after it.
+    /// This process's end of a group of `size` ranks that starts at rank `first`.
     pub fn group(&self, name: &str, first: usize, size: usize) -> Result<Group<'_>> {
-        let rank = self.place.rank - first;
+        let rank = self.launch.rank - first;
         let mut group = null_mut();
         // Safety: the store lives as long as `self`
         let code = unsafe {
@@ -187,123 +200,123 @@ impl Processes {
                 self.key(&format!("{name}/{first}")).as_ptr(),
                 rank as c_int,
                 size as c_int,
-                self.patience.as_millis() as i64,
+                self.timeout.as_millis() as i64,
                 &mut group,
             )
         };
         if code != 0 {
-            return Err(self.who_failed(said()));
+            return Err(self.first_failure(last_error()));
         }
         let counters = || (0..size).map(|_| Cell::new(0)).collect();
         let (sent, received) = (counters(), counters());
         Ok(Group { rank, size, processes: self, group: Mutex::new(group), sent, received })
     }
 
-    /// Tells all ranks that one failed; the first failure counts.
-    fn blame(&self, store: *mut ffi::Store, rank: usize, message: &str) {
+    /// Tells all ranks that one failed. The first failure counts.
+    fn report_failure(&self, store: *mut ffi::Store, rank: usize, message: &str) {
         if let Ok(None) = self.get(store, &self.failure_key()) {
             self.set(store, &self.failure_key(), &format!("{rank} {message}"));
         }
     }
 
-    /// A failure of the meeting place is found when it is read.
+    /// Ignores errors: the next read from the store reports them.
     fn set(&self, store: *mut ffi::Store, key: &CString, value: &str) {
         // Safety: the store lives as long as `self`
-        unsafe { ffi::lw_store_set(store, key.as_ptr(), text(value).as_ptr()) };
+        unsafe { ffi::lw_store_set(store, key.as_ptr(), c_string(value).as_ptr()) };
     }
 
     /// # Errors
-    /// The meeting place is gone.
+    /// The store is gone.
     fn get(&self, store: *mut ffi::Store, key: &CString) -> Result<Option<String>, String> {
         let mut value = vec![0u8; 4096];
         let mut length = -1;
-        // Safety: there is room for as much as is said
+        // Safety: the buffer has as much room as the call is told
         let code = unsafe {
             let room = value.len() as i64;
             ffi::lw_store_get(store, key.as_ptr(), value.as_mut_ptr().cast(), room, &mut length)
         };
         if code != 0 {
-            return Err(said());
+            return Err(last_error());
         }
         let Ok(length) = usize::try_from(length) else { return Ok(None) };
         value.truncate(length);
         Ok(Some(String::from_utf8_lossy(&value).into_owned()))
     }
 
-    /// The failure that all were told of.
+    /// The first failure, if there is one.
     fn failure(&self, store: *mut ffi::Store) -> Option<Error> {
         match self.get(store, &self.failure_key()) {
-            Ok(told) => {
-                let told = told?;
-                let (rank, message) = told.split_once(' ')?;
+            Ok(report) => {
+                let report = report?;
+                let (rank, message) = report.split_once(' ')?;
                 Some(Error::Rank { rank: rank.parse().ok()?, message: message.to_owned() })
             }
             Err(why) => {
-                let message = format!("it is gone, and with it the meeting place: {why}");
+                let message = format!("it is gone, and with it the rendezvous store: {why}");
                 Some(Error::Rank { rank: 0, message })
             }
         }
     }
 
-    /// After a call failed: which rank is to blame.
-    fn who_failed(&self, said: String) -> Error {
+    /// The error of a call that failed: the first failure that any rank reported, or else `message`.
+    fn first_failure(&self, message: String) -> Error {
         let started = Instant::now();
-        while started.elapsed() < ROLL_CALL {
+        while started.elapsed() < FAILURE_WAIT {
             if let Some(error) = self.failure(self.store) {
                 return error;
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        Error::Rank { rank: self.place.rank, message: said }
+        Error::Rank { rank: self.launch.rank, message }
     }
 
-    /// Says again and again that this rank is there, and looks after the next one, until `done`: so each is looked after, and
-    /// the first of several that are gone by one that is there. Where this one does not end after another one has, its
-    /// process is ended.
-    fn keep_watch(&self, done: &AtomicBool) {
-        let (rank, next) = (self.place.rank, (self.place.rank + 1) % self.place.size);
-        let mut heard: Option<(String, Instant)> = None;
+    /// Writes this rank's heartbeat and watches that of the next rank, until `done`. So every rank is watched, and of several
+    /// ranks that are gone, at least one is watched by a rank that is alive. Ends this process if it still runs
+    /// [`EXIT_GRACE`] after another rank's failure.
+    fn monitor(&self, done: &AtomicBool) {
+        let (rank, next) = (self.launch.rank, (self.launch.rank + 1) % self.launch.world_size);
+        let mut last_beat: Option<(String, Instant)> = None;
         let mut failure: Option<(Error, Instant)> = None;
         for beat in 0u64.. {
             if done.load(Ordering::Relaxed) {
                 return;
             }
-            self.set(self.watch, &self.beat_key(rank), &beat.to_string());
-            // one that has not begun yet is waited for where it is needed
-            if let Ok(Some(beat)) = self.get(self.watch, &self.beat_key(next)) {
-                match &heard {
+            self.set(self.monitor_store, &self.heartbeat_key(rank), &beat.to_string());
+            // A rank that has not started yet is waited for where it is needed.
+            if let Ok(Some(beat)) = self.get(self.monitor_store, &self.heartbeat_key(next)) {
+                match &last_beat {
                     Some((last, since)) if *last == beat => {
-                        if since.elapsed() > GONE {
-                            let seconds = GONE.as_secs();
-                            self.blame(
-                                self.watch,
+                        if since.elapsed() > HEARTBEAT_TIMEOUT {
+                            let seconds = HEARTBEAT_TIMEOUT.as_secs();
+                            self.report_failure(
+                                self.monitor_store,
                                 next,
-                                &format!("it is gone: no word of it for {seconds} s"),
+                                &format!("it is gone: no heartbeat for {seconds} s"),
                             );
                         }
                     }
-                    _ => heard = Some((beat, Instant::now())),
+                    _ => last_beat = Some((beat, Instant::now())),
                 }
             }
             match &failure {
-                None => failure = self.failure(self.watch).map(|error| (error, Instant::now())),
-                Some((error, since)) if since.elapsed() > GRACE => {
+                None => failure = self.failure(self.monitor_store).map(|error| (error, Instant::now())),
+                Some((error, since)) if since.elapsed() > EXIT_GRACE => {
                     let doing = self.doing.lock().map_or("?", |doing| *doing);
                     tracing::error!(
                         "training failed: {error}; rank {rank} still waits in {doing}, and is ended"
                     );
-                    std::process::exit(ENDED);
+                    std::process::exit(EXIT_CODE);
                 }
                 Some(_) => {}
             }
-            std::thread::sleep(BEAT);
+            std::thread::sleep(HEARTBEAT_INTERVAL);
         }
     }
 
-    /// Runs `work` as this rank, and waits for the others at its end.
+    /// Runs `work` as this rank, then waits for the other ranks.
     ///
     /// # Errors
-    /// The first rank's that failed, on every rank.
+    /// Every rank returns the error of the rank that failed first.
     pub fn run<T>(
         &self,
         sequence_ranks: usize,
@@ -311,24 +324,24 @@ impl Processes {
     ) -> Result<T> {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| self.keep_watch(&done));
-            let result = caught(self.place.rank, || {
-                let world = self.group("world", 0, self.place.size)?;
-                let first = self.place.rank / sequence_ranks * sequence_ranks;
+            scope.spawn(|| self.monitor(&done));
+            let result = catch_panic(self.launch.rank, || {
+                let world = self.group("world", 0, self.launch.world_size)?;
+                let first = self.launch.rank / sequence_ranks * sequence_ranks;
                 let sequence = self.group("sequence", first, sequence_ranks)?;
                 let value = work(&world, &sequence)?;
                 world.barrier()?;
                 Ok(value)
             });
             if let Err(error) = &result {
-                // what another rank's end made of this one is no failure of its own, and all come to the same stop
-                let of_another = matches!(error, Error::Rank { rank, .. } if *rank != self.place.rank);
+                // Report only this rank's own failure. A stop is no failure; all ranks reach the same one.
+                let of_another = matches!(error, Error::Rank { rank, .. } if *rank != self.launch.rank);
                 if !of_another && !matches!(error, Error::Stopped(_)) {
-                    self.blame(self.store, self.place.rank, &error.to_string());
+                    self.report_failure(self.store, self.launch.rank, &error.to_string());
                 }
-                if !matches!(error, Error::Stopped(_)) && self.place.rank == 0 && !self.place.served {
-                    // the meeting place is here: the others still have to read what happened
-                    std::thread::sleep(ROLL_CALL);
+                if !matches!(error, Error::Stopped(_)) && self.launch.rank == 0 && !self.launch.agent_store {
+                    // This process serves the store, from which the others still have to read the failure.
+                    std::thread::sleep(FAILURE_WAIT);
                 }
             }
             done.store(true, Ordering::Relaxed);
@@ -337,11 +350,11 @@ impl Processes {
     }
 }
 
-impl Drop for Processes {
+impl Drop for ProcessGroups {
     fn drop(&mut self) {
         // Safety: nothing else has the pointer
         unsafe {
-            ffi::lw_store_close(self.watch);
+            ffi::lw_store_close(self.monitor_store);
             ffi::lw_store_close(self.store);
         };
     }
@@ -356,16 +369,16 @@ impl Drop for Group<'_> {
     }
 }
 
-fn torch(tensor: Tensor<1>) -> Torch {
+fn to_torch(tensor: Tensor<1>) -> Torch {
     let primitive = tensor.try_into_primitive::<LibTorch>();
     primitive.expect("process groups are used with LibTorch's devices").tensor.contiguous()
 }
 
-fn burn(tensor: Torch) -> Tensor<1> {
+fn from_torch(tensor: Torch) -> Tensor<1> {
     Tensor::from_primitive::<LibTorch>(TchTensor::new(tensor))
 }
 
-/// The same memory as bytes: what is only moved need not be of a type that the backend knows.
+/// The same memory as bytes. The backend need not know the type of data that is only moved.
 fn bytes(tensor: &Torch) -> Torch {
     tensor.view_dtype(Kind::Uint8)
 }
@@ -375,12 +388,12 @@ fn pointer(tensor: &Torch) -> TorchPointer {
 }
 
 impl Group<'_> {
-    /// Whether a call succeeded; otherwise which rank is to blame.
-    fn judge(&self, code: c_int) -> Result<()> {
-        if code == 0 { Ok(()) } else { Err(self.processes.who_failed(said())) }
+    /// Turns the status code of a call into a result.
+    fn check(&self, code: c_int) -> Result<()> {
+        if code == 0 { Ok(()) } else { Err(self.processes.first_failure(last_error())) }
     }
 
-    fn with<T>(&self, doing: &'static str, call: impl FnOnce(*mut ffi::Group) -> T) -> T {
+    fn call<T>(&self, doing: &'static str, call: impl FnOnce(*mut ffi::Group) -> T) -> T {
         if let Ok(mut last) = self.processes.doing.lock() {
             *last = doing;
         }
@@ -398,7 +411,7 @@ impl Comm for Group<'_> {
     }
 
     fn exchange(&self, to: usize, from: usize, tensors: Vec<Tensor<1>>) -> Result<Pending<'_>> {
-        let sent: Vec<Torch> = tensors.into_iter().map(torch).collect();
+        let sent: Vec<Torch> = tensors.into_iter().map(to_torch).collect();
         let received: Vec<Torch> = sent.iter().map(Torch::empty_like).collect();
         let (sent_bytes, received_bytes): (Vec<Torch>, Vec<Torch>) =
             (sent.iter().map(bytes).collect(), received.iter().map(bytes).collect());
@@ -410,7 +423,7 @@ impl Comm for Group<'_> {
         self.received[from].set(tag_from + n);
         let mut pending = null_mut();
         // Safety: the tensors live until the call returns, and then the pending work has them
-        let code = self.with("exchange", |group| unsafe {
+        let code = self.call("exchange", |group| unsafe {
             ffi::lw_exchange(
                 group,
                 to as c_int,
@@ -423,49 +436,49 @@ impl Comm for Group<'_> {
                 &mut pending,
             )
         });
-        self.judge(code)?;
+        self.check(code)?;
         Ok(Box::new(move || {
-            // Safety: waited for once
-            self.judge(unsafe { ffi::lw_wait(pending) })?;
-            Ok(received.into_iter().map(burn).collect())
+            // Safety: the work is waited for once
+            self.check(unsafe { ffi::lw_wait(pending) })?;
+            Ok(received.into_iter().map(from_torch).collect())
         }))
     }
 
     fn all_gather(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
-        let own = torch(tensor);
+        let own = to_torch(tensor);
         let all = Torch::empty([own.size()[0] * self.size as i64], (own.kind(), own.device()));
         let (input, out) = (bytes(&own), bytes(&all));
         // Safety: both live until the call returns
         let code = self
-            .with("all-gather", |group| unsafe { ffi::lw_all_gather(group, pointer(&input), pointer(&out)) });
-        self.judge(code)?;
-        Ok(burn(all))
+            .call("all-gather", |group| unsafe { ffi::lw_all_gather(group, pointer(&input), pointer(&out)) });
+        self.check(code)?;
+        Ok(from_torch(all))
     }
 
     fn reduce_scatter(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
-        let all = torch(tensor);
+        let all = to_torch(tensor);
         let own = Torch::empty([all.size()[0] / self.size as i64], (all.kind(), all.device()));
         // Safety: both live until the call returns
-        let code = self.with("reduce-scatter", |group| unsafe {
+        let code = self.call("reduce-scatter", |group| unsafe {
             ffi::lw_reduce_scatter(group, pointer(&all), pointer(&own))
         });
-        self.judge(code)?;
-        Ok(burn(own))
+        self.check(code)?;
+        Ok(from_torch(own))
     }
 
     fn all_reduce(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
-        // in place, so not what somebody else may have
-        let sum = torch(tensor).copy();
+        // The call works in place, and others may hold the tensor.
+        let sum = to_torch(tensor).copy();
         // Safety: it lives until the call returns
-        let code = self.with("all-reduce", |group| unsafe { ffi::lw_all_reduce(group, pointer(&sum)) });
-        self.judge(code)?;
-        Ok(burn(sum))
+        let code = self.call("all-reduce", |group| unsafe { ffi::lw_all_reduce(group, pointer(&sum)) });
+        self.check(code)?;
+        Ok(from_torch(sum))
     }
 
     fn barrier(&self) -> Result<()> {
         // Safety: the group lives as long as `self`
-        let code = self.with("barrier", |group| unsafe { ffi::lw_barrier(group) });
-        self.judge(code)
+        let code = self.call("barrier", |group| unsafe { ffi::lw_barrier(group) });
+        self.check(code)
     }
 }
 
@@ -481,10 +494,10 @@ mod tests {
     use object_store::local::LocalFileSystem;
     use serde_json::json;
 
-    /// What a process of these tests is to do.
+    /// The variable that tells a process of these tests what to do.
     const WORK: &str = "LENGTHWISE_TEST_WORK";
 
-    /// So many processes that run the test `a_rank`, and what each is to do.
+    /// Starts `size` processes that run the test `a_rank`, each with its own task.
     fn start(size: usize, work: impl Fn(usize) -> String) -> Vec<Child> {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let rank = |rank: usize| {
@@ -503,7 +516,7 @@ mod tests {
         (0..size).map(rank).collect()
     }
 
-    /// What a process said after "said: ".
+    /// What a process printed after "said: ".
     fn said(child: Child) -> String {
         let output = child.wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -512,7 +525,7 @@ mod tests {
         line.unwrap_or_else(|| panic!("{text}\n{errors}"))
     }
 
-    /// Does nothing, unless it is a process of another test.
+    /// Does nothing unless another test started this process.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_rank() {
         let Ok(work) = std::env::var(WORK) else { return };
@@ -524,11 +537,12 @@ mod tests {
             }
             return;
         }
-        let place = Place::of_this_process().unwrap().unwrap();
-        let (rank, size) = (place.rank, place.size);
-        let processes = Processes::open(place, Name::LibtorchCpu, Duration::from_secs(30)).unwrap();
+        let launch = LaunchEnv::from_env().unwrap().unwrap();
+        let (rank, size) = (launch.rank, launch.world_size);
+        let processes =
+            ProcessGroups::open(launch, DeviceName::LibtorchCpu, Duration::from_secs(30)).unwrap();
         let result = processes.run(size, |world, _| {
-            let device = Name::LibtorchCpu.open().unwrap();
+            let device = DeviceName::LibtorchCpu.open().unwrap();
             let tensor = |values: Vec<f32>| Tensor::<1>::from_floats(values.as_slice(), &device);
             let numbers = |tensor: Tensor<1>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
             if work == "fail" && rank == 1 {
@@ -543,11 +557,11 @@ mod tests {
             let part = numbers(world.reduce_scatter(tensor(whole))?);
             let sum = numbers(world.all_reduce(tensor(vec![rank as f32, 1.0]))?);
             let (to, from) = ((rank + 1) % size, (rank + size - 1) % size);
-            // two exchanges under way at a time
+            // Two exchanges are in progress at once.
             let first = world.exchange(to, from, vec![tensor(vec![rank as f32]), tensor(vec![7.0, 8.0])])?;
             let second = world.exchange(to, from, vec![tensor(vec![10.0 + rank as f32])])?;
-            let came: Vec<Vec<f32>> = first()?.into_iter().chain(second()?).map(numbers).collect();
-            Ok(json!([gathered, part, sum, came]))
+            let received: Vec<Vec<f32>> = first()?.into_iter().chain(second()?).map(numbers).collect();
+            Ok(json!([gathered, part, sum, received]))
         });
         match result {
             Ok(value) => println!("said: {value}"),
@@ -580,7 +594,7 @@ mod tests {
             tokenizer: None,
         };
         let mut losses = vec![];
-        let mut on_step = |step: &crate::Step| losses.push(step.loss);
+        let mut on_step = |step: &crate::StepMetrics| losses.push(step.loss);
         crate::train(&job, &Arc::new(AtomicBool::new(false)), &mut on_step).await?;
         Ok(losses)
     }
@@ -614,7 +628,7 @@ mod tests {
     #[test]
     fn a_killed_process_ends_the_others_within_a_minute_with_its_name() {
         let started = Instant::now();
-        // of five, two have no connection to the one before or after rank 1 but by others
+        // Of five ranks, two are connected to rank 1 only through others.
         let mut children = start(5, |_| "sleep".into());
         std::thread::sleep(Duration::from_secs(2));
         let mut killed = children.remove(1);

@@ -1,5 +1,5 @@
-//! Ranks as threads of one process, over channels: for tests, for rehearsing many ranks on one device, and for devices
-//! whose process groups refuse two ranks on one device.
+//! Ranks as threads of one process, connected by channels. They serve tests, rehearsals of many ranks on one device, and
+//! devices whose process groups refuse two ranks on one device.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -7,31 +7,31 @@ use std::time::{Duration, Instant};
 
 use burn_tensor::{Device, Tensor};
 
-use super::{Comm, Pending, caught};
+use super::{Comm, Pending, catch_panic};
 use crate::{Error, Result};
 
 type Message = Vec<Tensor<1>>;
 
 /// A rank's end of a group of threads.
-pub struct Threads {
+pub struct ThreadGroup {
     rank: usize,
-    /// What rank of all is the group's first.
+    /// The world rank of the group's rank 0.
     first: usize,
-    /// To each rank, and from each.
+    /// Channels to each rank, and from each.
     to: Vec<Sender<Message>>,
     from: Vec<Mutex<Receiver<Message>>>,
     shared: Arc<Shared>,
 }
 
-/// What all ranks of all groups share.
+/// State that all ranks of all groups share.
 struct Shared {
-    /// The first failure: which rank's, and what it was.
+    /// The first failure: its rank and message.
     failed: Mutex<Option<(usize, String)>>,
-    patience: Duration,
+    timeout: Duration,
 }
 
-/// How often a waiting rank looks whether another one failed.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often a waiting rank checks whether another one failed.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Shared {
     fn failure(&self) -> Option<(usize, String)> {
@@ -39,8 +39,8 @@ impl Shared {
     }
 }
 
-impl Threads {
-    /// The ends of a group.
+impl ThreadGroup {
+    /// Creates all ends of a group.
     fn group(first: usize, size: usize, shared: &Arc<Shared>) -> Vec<Self> {
         let end = |rank| Self { rank, first, to: vec![], from: vec![], shared: shared.clone() };
         let mut ends: Vec<Self> = (0..size).map(end).collect();
@@ -54,14 +54,14 @@ impl Threads {
         ends
     }
 
-    /// Makes all calls of the group's ranks fail, with this rank's failure. The first one counts.
-    fn fail(&self, why: &str) {
+    /// Records this rank's failure, which makes the calls of all other ranks fail. The first failure counts.
+    fn record_failure(&self, why: &str) {
         let mut failed = self.shared.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         failed.get_or_insert((self.first + self.rank, why.to_owned()));
     }
 
     fn send(&self, to: usize, message: Message) {
-        // a rank that is gone has said why, or its channel's other end says that it is gone
+        // If the other rank is gone, it has recorded its failure, or `receive` notices it.
         let _ = self.to[to].send(message);
     }
 
@@ -69,7 +69,7 @@ impl Threads {
         let receiver = self.from[from].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let started = Instant::now();
         loop {
-            match receiver.recv_timeout(LOOK) {
+            match receiver.recv_timeout(POLL_INTERVAL) {
                 Ok(message) => return Ok(message),
                 Err(reason) => {
                     let (rank, from) = (self.first + self.rank, self.first + from);
@@ -78,21 +78,21 @@ impl Threads {
                     }
                     let message = if reason == RecvTimeoutError::Disconnected {
                         format!("rank {from} is gone; rank {rank} waited for it in {doing}")
-                    } else if started.elapsed() > self.shared.patience {
+                    } else if started.elapsed() > self.shared.timeout {
                         let seconds = started.elapsed().as_secs();
                         format!("rank {rank} has waited {seconds} s for rank {from} in {doing}")
                     } else {
                         continue;
                     };
-                    self.fail(&message);
+                    self.record_failure(&message);
                     return Err(Error::Rank { rank, message });
                 }
             }
         }
     }
 
-    /// Sends each rank its message, and receives one from each, in the order of ranks.
-    fn swap(&self, messages: Vec<Tensor<1>>, doing: &'static str) -> Result<Vec<Tensor<1>>> {
+    /// Sends a tensor to each rank, and receives one from each, in the order of ranks.
+    fn all_to_all(&self, messages: Vec<Tensor<1>>, doing: &'static str) -> Result<Vec<Tensor<1>>> {
         for (to, message) in messages.into_iter().enumerate() {
             self.send(to, vec![message]);
         }
@@ -101,7 +101,7 @@ impl Threads {
     }
 }
 
-impl Comm for Threads {
+impl Comm for ThreadGroup {
     fn rank(&self) -> usize {
         self.rank
     }
@@ -114,8 +114,8 @@ impl Comm for Threads {
         let device = tensors.first().map(Tensor::device);
         self.send(to, tensors);
         Ok(Box::new(move || {
-            let came = self.receive(from, "exchange")?;
-            Ok(device.map_or(vec![], |device| here(came, &device)))
+            let received = self.receive(from, "exchange")?;
+            Ok(device.map_or(vec![], |device| on_device(received, &device)))
         }))
     }
 
@@ -124,9 +124,9 @@ impl Comm for Threads {
             return Ok(tensor);
         }
         let device = tensor.device();
-        let parts = here(self.swap(vec![tensor; self.size()], "all-gather")?, &device);
-        // kept until they are copied: LibTorch's lets go of them first, and a rank that sees itself the only one with its
-        // tensor may write into it
+        let parts = on_device(self.all_to_all(vec![tensor; self.size()], "all-gather")?, &device);
+        // Keep the parts until they are copied. LibTorch's `cat` drops its inputs first, and a rank that holds the last
+        // reference to its tensor may write into it.
         let all = Tensor::cat(parts.clone(), 0);
         drop(parts);
         Ok(all)
@@ -138,12 +138,12 @@ impl Comm for Threads {
         }
         let (part, device) = (tensor.dims()[0] / self.size(), tensor.device());
         let parts = (0..self.size()).map(|to| tensor.clone().narrow(0, to * part, part)).collect();
-        Ok(sum(here(self.swap(parts, "reduce-scatter")?, &device)))
+        Ok(sum(on_device(self.all_to_all(parts, "reduce-scatter")?, &device)))
     }
 
     fn all_reduce(&self, tensor: Tensor<1>) -> Result<Tensor<1>> {
         let device = tensor.device();
-        Ok(sum(here(self.swap(vec![tensor; self.size()], "all-reduce")?, &device)))
+        Ok(sum(on_device(self.all_to_all(vec![tensor; self.size()], "all-reduce")?, &device)))
     }
 
     fn barrier(&self) -> Result<()> {
@@ -154,19 +154,19 @@ impl Comm for Threads {
     }
 }
 
-/// Has the memory of freed tensors given back to the system at once, which costs time. glibc keeps up to 32 MB apiece for the
-/// thread that freed them, and so ranks would each keep the most they ever had.
-fn give_memory_back() {
+/// Makes glibc return the memory of freed tensors to the system at once, at some cost in time. By default it keeps up to
+/// 32 MB blocks for the thread that freed them, so each rank would keep its peak memory.
+fn return_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // Safety: sets a number of the allocator's
+    // Safety: this only sets parameters of the allocator
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 20);
     }
 }
 
-/// What other ranks sent, on this rank's own device.
-fn here(tensors: Vec<Tensor<1>>, device: &Device) -> Vec<Tensor<1>> {
+/// Moves tensors of other ranks to this rank's device.
+fn on_device(tensors: Vec<Tensor<1>>, device: &Device) -> Vec<Tensor<1>> {
     tensors.into_iter().map(|tensor| tensor.to_device(device)).collect()
 }
 
@@ -174,33 +174,32 @@ fn sum(tensors: Vec<Tensor<1>>) -> Tensor<1> {
     tensors.into_iter().reduce(|sum, more| sum + more).expect("a group has a rank")
 }
 
-/// Runs `work` on a thread for each of `ranks` ranks, and returns what they return, in their order. It gets an end of the
-/// group of all ranks, and one of the group of `sequence_ranks` neighbours that it belongs to. A rank that waits for longer
-/// than `patience` fails.
+/// Runs `work` on a thread for each of `ranks` ranks, and returns their results in order. `work` receives the rank's end of
+/// the group of all ranks, and of its group of `sequence_ranks` neighbours. A rank that waits longer than `timeout` fails.
 ///
 /// # Errors
-/// The first rank's that failed; the others end with it. A panic is a failure.
+/// Returns the error of the rank that failed first; the other ranks end, too. A panic is a failure.
 pub fn run<T: Send>(
     ranks: usize,
     sequence_ranks: usize,
-    patience: Duration,
+    timeout: Duration,
     work: impl Fn(&dyn Comm, &dyn Comm) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
     if ranks > 1 {
-        give_memory_back();
+        return_freed_memory();
     }
-    let shared = Arc::new(Shared { failed: Mutex::default(), patience });
-    let world = Threads::group(0, ranks, &shared);
+    let shared = Arc::new(Shared { failed: Mutex::default(), timeout });
+    let world = ThreadGroup::group(0, ranks, &shared);
     let neighbours = (0..ranks).step_by(sequence_ranks.max(1));
     let groups =
-        neighbours.flat_map(|first| Threads::group(first, sequence_ranks.min(ranks - first), &shared));
+        neighbours.flat_map(|first| ThreadGroup::group(first, sequence_ranks.min(ranks - first), &shared));
     let work = &work;
     let results: Vec<Result<T>> = std::thread::scope(|scope| {
-        let rank = |(world, sequence): (Threads, Threads)| {
+        let rank = |(world, sequence): (ThreadGroup, ThreadGroup)| {
             scope.spawn(move || {
-                let result = caught(world.rank, || work(&world, &sequence));
+                let result = catch_panic(world.rank, || work(&world, &sequence));
                 if let Err(error) = &result {
-                    world.fail(&error.to_string());
+                    world.record_failure(&error.to_string());
                 }
                 result
             })
@@ -217,7 +216,7 @@ pub fn run<T: Send>(
             Err(error) => errors.push((Some(rank) != first, error)),
         }
     }
-    // the rank that failed first says it best
+    // The rank that failed first has the most precise message.
     errors.sort_by_key(|(later, _)| *later);
     match errors.into_iter().next() {
         Some((_, error)) => Err(error),
@@ -229,7 +228,7 @@ pub fn run<T: Send>(
 mod tests {
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(20);
 
     fn tensor(values: impl IntoIterator<Item = f32>) -> Tensor<1> {
         let values: Vec<f32> = values.into_iter().collect();
@@ -243,7 +242,7 @@ mod tests {
     #[test]
     fn every_rank_gets_what_the_others_have() {
         for ranks in [1, 2, 3, 5] {
-            let results = run(ranks, 1, PATIENCE, |comm, _| {
+            let results = run(ranks, 1, TIMEOUT, |comm, _| {
                 let rank = comm.rank() as f32;
                 comm.barrier()?;
                 let gathered = values(comm.all_gather(tensor([rank, rank + 0.5]))?);
@@ -271,7 +270,7 @@ mod tests {
     fn a_rank_that_fails_or_panics_ends_the_others_with_its_error() {
         for panics in [false, true] {
             let started = Instant::now();
-            let error = run(3, 3, PATIENCE, |_, comm| {
+            let error = run(3, 3, TIMEOUT, |_, comm| {
                 if comm.rank() == 1 {
                     assert!(!panics, "rank one panics");
                     return Err(Error::Conf("rank one fails".into()));
@@ -280,13 +279,13 @@ mod tests {
             });
             let error = error.unwrap_err().to_string();
             assert!(error.contains(if panics { "rank one panics" } else { "rank one fails" }), "{error}");
-            assert!(started.elapsed() < PATIENCE / 2);
+            assert!(started.elapsed() < TIMEOUT / 2);
         }
     }
 
     #[test]
     fn neighbours_share_a_sequence() {
-        let sums = run(6, 2, PATIENCE, |world, sequence| {
+        let sums = run(6, 2, TIMEOUT, |world, sequence| {
             let own = tensor([world.rank() as f32]);
             Ok((sequence.rank(), values(sequence.all_reduce(own)?)[0]))
         });

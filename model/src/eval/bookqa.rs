@@ -1,16 +1,16 @@
-//! Questions about whole books, from a file in InfiniteBench's format (paper §5): a JSON object a line with `context`, `input`
-//! and `answer`, a list. The book is cut in its middle where it is too long; the score is the best F1 of any answer.
+//! Questions about whole books, from a file in InfiniteBench's format (paper §5): each line is a JSON object with `context`,
+//! `input` and a list `answer`. A book that is too long loses its middle. The score is the best F1 of any answer.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{File, Subject, Text};
+use super::{EvalModel, InputFile, TextTokenizer};
 use crate::{Error, Result};
 
-/// A reply has at most so many tokens, as the authors' have.
-const TOKENS: usize = 40;
+/// The most tokens of a reply, as in the authors' evaluation.
+const MAX_REPLY_TOKENS: usize = 40;
 
 /// A question about a book.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,13 +20,13 @@ pub struct Question {
     pub answers: Vec<String>,
 }
 
-/// One that was asked.
+/// A question's result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Case {
-    /// Its line in the file, from 1.
+    /// Its line in the file, counted from 1.
     pub line: usize,
     pub prompt_tokens: usize,
-    /// Tokens of the book that were cut.
+    /// How many tokens of the prompt were cut.
     pub cut: usize,
     pub reply: String,
     pub answers: Vec<String>,
@@ -35,11 +35,11 @@ pub struct Case {
     pub seconds: f64,
 }
 
-/// The questions of a file, each with its line.
+/// The questions of a file, each with its line number.
 ///
 /// # Errors
-/// Names file and line of what is none.
-pub fn questions(File { name, text }: &File) -> Result<Vec<(usize, Question)>> {
+/// The error names the file and line of a malformed question.
+pub fn questions(InputFile { name, text }: &InputFile) -> Result<Vec<(usize, Question)>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     lines
         .map(|(i, line)| {
@@ -58,21 +58,27 @@ fn question(line: &str) -> Result<Question, String> {
         _ => vec![],
     };
     if answers.is_empty() {
-        return Err("there is no text, or list of texts, `answer`".into());
+        return Err("`answer` is not a text or a list of texts".into());
     }
     Ok(Question { context: text("context")?, question: text("input")?, answers })
 }
 
-/// Asks one, in at most `length` tokens, the reply's among them.
-pub fn ask(subject: &Subject, text: &Text, line: usize, question: &Question, length: usize) -> Result<Case> {
+/// Asks a question in at most `length` tokens, including the reply.
+pub fn ask(
+    subject: &EvalModel,
+    text: &TextTokenizer,
+    line: usize,
+    question: &Question,
+    length: usize,
+) -> Result<Case> {
     let started = std::time::Instant::now();
-    // the authors' prompt for a base model
+    // The authors' prompt for a base model.
     let prompt = format!(
         "<|im_start|>Read the book below and answer a question.\n\n{}\n\nQuestion: {}\n\nAnswer:",
         question.context, question.question
     );
-    let (ids, cut) = without_middle(text.ids(&prompt, true)?, length.saturating_sub(TOKENS));
-    let reply = text.text(&subject.reply(&ids, 0, TOKENS)?.ids)?;
+    let (ids, cut) = truncate_middle(text.ids(&prompt, true)?, length.saturating_sub(MAX_REPLY_TOKENS));
+    let reply = text.text(&subject.reply(&ids, 0, MAX_REPLY_TOKENS)?.ids)?;
     Ok(Case {
         line,
         prompt_tokens: ids.len(),
@@ -84,16 +90,16 @@ pub fn ask(subject: &Subject, text: &Text, line: usize, question: &Question, len
     })
 }
 
-/// The first and last halves of what may stay, and how many ids were between.
-fn without_middle(ids: Vec<i32>, most: usize) -> (Vec<i32>, usize) {
-    if ids.len() <= most {
+/// Removes the middle of more than `max_tokens` ids. Returns the rest, and how many ids were removed.
+fn truncate_middle(ids: Vec<i32>, max_tokens: usize) -> (Vec<i32>, usize) {
+    if ids.len() <= max_tokens {
         return (ids, 0);
     }
-    let (first, last) = (most / 2, most - most / 2);
-    ([&ids[..first], &ids[ids.len() - last..]].concat(), ids.len() - most)
+    let (first, last) = (max_tokens / 2, max_tokens - max_tokens / 2);
+    ([&ids[..first], &ids[ids.len() - last..]].concat(), ids.len() - max_tokens)
 }
 
-/// F1 of the words of a reply and an answer, as SQuAD and InfiniteBench count them: lower-cased, without punctuation and
+/// The F1 of the words of a reply and an answer, as in SQuAD and InfiniteBench: lower-cased, without punctuation and
 /// articles.
 pub fn f1(reply: &str, answer: &str) -> f64 {
     let (reply, answer) = (normalized(reply), normalized(answer));
@@ -135,22 +141,23 @@ mod tests {
 
     #[test]
     fn a_book_that_is_too_long_loses_its_middle() {
-        assert_eq!(without_middle((0..10).collect(), 5), (vec![0, 1, 7, 8, 9], 5));
-        assert_eq!(without_middle((0..10).collect(), 10).1, 0);
+        assert_eq!(truncate_middle((0..10).collect(), 5), (vec![0, 1, 7, 8, 9], 5));
+        assert_eq!(truncate_middle((0..10).collect(), 10).1, 0);
     }
 
     #[test]
     fn a_line_that_is_no_question_is_named() {
         let good = r#"{"id": 0, "context": "c", "input": "q", "answer": ["a", "b"], "options": []}"#;
-        let all = questions(&File::new("q.jsonl", &format!("{good}\n\n{good}\n"))).unwrap();
+        let all = questions(&InputFile::new("q.jsonl", &format!("{good}\n\n{good}\n"))).unwrap();
         assert_eq!(all.iter().map(|(line, _)| *line).collect::<Vec<_>>(), [1, 3]);
         assert_eq!(all[0].1.answers, ["a", "b"]);
         for (line, message) in [
             ("{", "line 2: EOF"),
             (r#"{"context": "c", "answer": "a"}"#, "line 2: there is no text `input`"),
-            (r#"{"context": "c", "input": "q", "answer": []}"#, "line 2: there is no text, or list"),
+            (r#"{"context": "c", "input": "q", "answer": []}"#, "line 2: `answer` is not a text or a list"),
         ] {
-            let error = questions(&File::new("q.jsonl", &format!("{good}\n{line}"))).unwrap_err().to_string();
+            let error =
+                questions(&InputFile::new("q.jsonl", &format!("{good}\n{line}"))).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
         }
     }

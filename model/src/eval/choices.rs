@@ -1,12 +1,12 @@
-//! Questions with choices, to see whether what a model knew in short context is still there (paper §5, MMLU): the choice whose
-//! letter is likeliest counts. Files have MMLU's format: `question,A,B,C,D,answer` a line, with quotes as in CSV.
+//! Multiple-choice questions, which show whether a model keeps its short-context knowledge (paper §5, MMLU). The model's
+//! choice is the one with the likeliest letter. Files have MMLU's format: CSV records `question,A,B,C,D,answer`.
 
 use serde::{Deserialize, Serialize};
 
-use super::{File, Subject, Text};
+use super::{EvalModel, InputFile, TextTokenizer};
 use crate::{Error, Result};
 
-/// A question, its choices, and which is right.
+/// A question, its choices, and the index of the right one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Question {
     pub question: String,
@@ -14,13 +14,13 @@ pub struct Question {
     pub answer: usize,
 }
 
-/// One that was asked.
+/// A question's result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Case {
-    /// Its number in the file, from 1.
+    /// Its number in the file, counted from 1.
     pub number: usize,
     pub prompt_tokens: usize,
-    /// Log-likelihood of each choice's letter.
+    /// The log-likelihood of each choice's letter.
     pub likelihoods: Vec<f64>,
     pub chosen: usize,
     pub answer: usize,
@@ -31,8 +31,8 @@ pub struct Case {
 /// The questions of a file.
 ///
 /// # Errors
-/// Names file and line of what is none.
-pub fn questions(File { name, text }: &File) -> Result<Vec<Question>> {
+/// The error names the file and line of a malformed question.
+pub fn questions(InputFile { name, text }: &InputFile) -> Result<Vec<Question>> {
     let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
     let mut all = vec![];
     for record in reader.records() {
@@ -41,11 +41,11 @@ pub fn questions(File { name, text }: &File) -> Result<Vec<Question>> {
         let wrong = |what: String| Error::Conf(format!("{name}, line {line}: {what}"));
         let fields: Vec<String> = record.iter().map(str::to_owned).collect();
         let [question, choices @ .., answer] = &fields[..] else {
-            return Err(wrong("a question, choices and an answer are wanted".into()));
+            return Err(wrong("a line needs a question, choices and an answer".into()));
         };
         let letter = answer.trim().bytes().next().filter(|_| answer.trim().len() == 1);
-        let place = letter.map(|letter| usize::from(letter.wrapping_sub(b'A')));
-        let Some(right) = place.filter(|place| *place < choices.len()) else {
+        let index = letter.map(|letter| usize::from(letter.wrapping_sub(b'A')));
+        let Some(right) = index.filter(|index| *index < choices.len()) else {
             let n = choices.len();
             return Err(wrong(format!("the answer `{answer}` is not the letter of one of {n} choices")));
         };
@@ -59,28 +59,28 @@ fn letter(i: usize) -> char {
 }
 
 impl Question {
-    fn asked(&self) -> String {
+    fn text(&self) -> String {
         let choices = self.choices.iter().enumerate();
         let choices: String = choices.map(|(i, choice)| format!("{}. {choice}\n", letter(i))).collect();
         format!("{}\n{choices}Answer:", self.question)
     }
 }
 
-/// The prompt of a question, after some that are answered.
+/// The prompt of a question, after few-shot examples.
 fn prompt(subject: &str, examples: &[Question], question: &Question) -> String {
-    let answered = examples.iter().map(|q| format!("{} {}\n\n", q.asked(), letter(q.answer)));
+    let answered = examples.iter().map(|q| format!("{} {}\n\n", q.text(), letter(q.answer)));
     let subject = if subject.is_empty() { String::new() } else { format!(" about {subject}") };
     format!(
         "The following are multiple choice questions (with answers){subject}.\n\n{}{}",
         answered.collect::<String>(),
-        question.asked()
+        question.text()
     )
 }
 
-/// Asks one.
+/// Asks a question.
 pub fn ask(
-    model: &Subject,
-    text: &Text,
+    model: &EvalModel,
+    text: &TextTokenizer,
     subject: &str,
     examples: &[Question],
     number: usize,
@@ -89,7 +89,7 @@ pub fn ask(
     let started = std::time::Instant::now();
     let prompt = prompt(subject, examples, question);
     let mut ids = text.ids(&prompt, true)?;
-    // as they stand behind the prompt: by itself a letter may have other pieces
+    // Tokenize letters together with the prompt, because alone they may have other tokens.
     let answered = |i| text.ids(&format!("{prompt} {}", letter(i)), true);
     let answered = (0..question.choices.len()).map(answered).collect::<Result<Vec<_>>>()?;
     let common = |all: &Vec<i32>| all.iter().zip(&ids).take_while(|(a, b)| a == b).count();
@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn a_file_in_mmlus_format_is_read_with_quotes_and_lines_in_them() {
         let csv = "What is 1?,1,2,3,4,A\r\n\"Two,\nthree \"\"4\"\"?\",\"a, b\",c,d,e,B\n\n";
-        let all = questions(&File::new("q.csv", csv)).unwrap();
+        let all = questions(&InputFile::new("q.csv", csv)).unwrap();
         assert_eq!(all.len(), 2);
         assert_eq!(
             (all[1].question.as_str(), all[1].choices[0].as_str(), all[1].answer),
@@ -126,17 +126,17 @@ mod tests {
                 "q,a,b,c,d,A\nq,a,b,c,d,E\n",
                 "q.csv, line 2: the answer `E` is not the letter of one of 4 choices",
             ),
-            ("q\n", "line 1: a question, choices and an answer"),
+            ("q\n", "line 1: a line needs a question, choices"),
             ("q,a,b,\n", "line 1: the answer `` is not"),
         ] {
-            let error = questions(&File::new("q.csv", csv)).unwrap_err().to_string();
+            let error = questions(&InputFile::new("q.csv", csv)).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
         }
     }
 
     #[test]
     fn a_prompt_is_mmlus() {
-        let all = questions(&File::new("q.csv", "Is it?,yes,no,B\nWas it?,no,yes,A\n")).unwrap();
+        let all = questions(&InputFile::new("q.csv", "Is it?,yes,no,B\nWas it?,no,yes,A\n")).unwrap();
         assert_eq!(
             prompt("logic", &all[..1], &all[1]),
             "The following are multiple choice questions (with answers) about logic.\n\n\

@@ -5,25 +5,25 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::retrieval::Task;
 use crate::amount::Count;
 use crate::conf::Precision;
-use crate::device::Name;
+use crate::device::DeviceName;
 use crate::{Error, Result};
 
-/// The authors' own.
+/// The authors' needle, question and answer.
 pub const NEEDLE: &str =
     "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n";
 pub const QUESTION: &str = "What is the best thing to do in San Francisco?";
 pub const ANSWER: &str = "eat a sandwich and sit in Dolores Park on a sunny day.";
 
-/// The authors' for a base model.
+/// The authors' prompt for a base model.
 pub const PROMPT: &str = "<|im_start|> This is a very long story book: <book> {context} </book>.\n Based on the content of the book, Question: {question}\nAnswer:";
 
-/// `[eval]`: which evaluations a run ends with.
+/// `[eval]`: the evaluations at the end of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvalConf {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub needle: Option<NeedleConf>,
-    /// Loss of the run's held-out documents.
+    /// Whether to compute the loss of the run's held-out documents.
     #[serde(default)]
     pub loss: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -32,13 +32,13 @@ pub struct EvalConf {
     pub bookqa: Option<BookqaConf>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub choices: Option<ChoicesConf>,
-    /// Those of `[train]` by default, `["flex"]` without one.
+    /// `[train]`'s devices by default; `["flex"]` without `[train]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<String>>,
-    /// As many as devices by default.
+    /// The number of ranks; one per device by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranks: Option<usize>,
-    /// What matrices are multiplied in, and what keys and values are kept in; "f32" by default.
+    /// The type of matrix products and of cached keys and values; "f32" by default.
     #[serde(default)]
     pub precision: Precision,
 }
@@ -47,15 +47,15 @@ pub struct EvalConf {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NeedleConf {
-    /// Texts that are put one after the other: a file, a folder or a glob.
+    /// The texts of the haystack, which are concatenated: a file, a folder or a glob.
     pub haystack: String,
-    /// Tokens; the paper's forty from 1,000 to 128,000 by default.
+    /// Context lengths in tokens; by default the paper's forty from 1,000 to 128,000.
     #[serde(default = "paper_lengths", deserialize_with = "counts")]
     pub lengths: Vec<usize>,
-    /// Percent; the paper's ten from 0 to 100 by default.
+    /// Depths in percent; by default the paper's ten from 0 to 100.
     #[serde(default = "paper_depths")]
     pub depths: Vec<f64>,
-    /// What is asked, with `{context}` and `{question}` in it; a chat model answers in its own template only.
+    /// The prompt, with `{context}` and `{question}` in it. A chat model needs its own template.
     #[serde(default = "prompt")]
     pub prompt: String,
     #[serde(default = "needle")]
@@ -70,14 +70,14 @@ pub struct NeedleConf {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RetrievalConf {
-    /// Texts that are put one after the other: a file, a folder or a glob.
+    /// The texts of the haystack, which are concatenated: a file, a folder or a glob.
     pub haystack: String,
-    /// Tokens, the reply's among them; RULER's from 4,096 to 131,072 by default.
+    /// Lengths in tokens, including the reply; by default RULER's from 4,096 to 131,072.
     #[serde(default = "ruler_lengths", deserialize_with = "counts")]
     pub lengths: Vec<usize>,
     #[serde(default = "all_tasks")]
     pub tasks: Vec<Task>,
-    /// Questions a task and length.
+    /// Questions per task and length.
     #[serde(default = "ten")]
     pub samples: usize,
     #[serde(default)]
@@ -88,9 +88,9 @@ pub struct RetrievalConf {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BookqaConf {
-    /// JSONL in InfiniteBench's format, `longbook_qa_eng.jsonl`.
+    /// JSONL in InfiniteBench's format, such as `longbook_qa_eng.jsonl`.
     pub file: String,
-    /// Tokens, the reply's among them; books lose their middle to fit. 128K by default, as in the paper.
+    /// The length in tokens, including the reply; longer books lose their middle. 128K by default, as in the paper.
     #[serde(default = "paper_longest", deserialize_with = "one_count")]
     pub length: usize,
 }
@@ -99,20 +99,20 @@ pub struct BookqaConf {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChoicesConf {
-    /// CSV in MMLU's format, `SUBJECT_test.csv`.
+    /// CSV in MMLU's format, such as `SUBJECT_test.csv`.
     pub file: String,
-    /// Questions in the same format that are answered before each, `SUBJECT_dev.csv`: none without.
+    /// Few-shot examples in the same format, such as `SUBJECT_dev.csv`; none by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub examples: Option<String>,
-    /// How many of them; 5 by default, as MMLU has it.
+    /// How many examples to use; 5 by default, as in MMLU.
     #[serde(default = "five")]
     pub shots: usize,
-    /// What the questions are about, for the prompt.
+    /// The subject that the prompt names.
     #[serde(default)]
     pub subject: String,
 }
 
-/// numpy's `round(linspace(1000, 128000, 40))`, as the authors' script has it.
+/// numpy's `round(linspace(1000, 128000, 40))`, as in the authors' script.
 fn paper_lengths() -> Vec<usize> {
     (0..40).map(|i| (1000.0 + 127_000.0 / 39.0 * f64::from(i)).round_ties_even() as usize).collect()
 }
@@ -167,7 +167,7 @@ fn one_count<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
     Count::deserialize(from).map(|Count(tokens)| tokens as usize)
 }
 
-/// One evaluation that is asked for.
+/// An evaluation and its settings.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "evaluation", rename_all = "lowercase")]
 pub enum Evaluation {
@@ -189,7 +189,7 @@ impl Evaluation {
         }
     }
 
-    /// The files that it reads, by the conf's key.
+    /// The URLs that it reads, each with its key in the conf.
     pub fn urls(&mut self) -> Vec<(&'static str, &mut String)> {
         match self {
             Evaluation::Needle(conf) => vec![("haystack", &mut conf.haystack)],
@@ -205,7 +205,7 @@ impl Evaluation {
 }
 
 impl EvalConf {
-    /// Whether the table makes sense, before anything is computed.
+    /// Checks the table, before anything is computed.
     pub fn check(&self) -> Result<()> {
         let wrong = |message: &str| Err(Error::Conf(format!("eval.{message}")));
         if let Some(needle) = &self.needle
@@ -219,16 +219,16 @@ impl EvalConf {
             return wrong("retrieval: `lengths`, `tasks` and `samples` need at least one each");
         }
         for name in self.devices.iter().flatten() {
-            Name::parse(name)?;
+            DeviceName::parse(name)?;
         }
         let devices = self.devices.as_ref().map_or(1, Vec::len);
         if self.ranks == Some(0) || devices > 1 && self.ranks.is_some_and(|ranks| ranks != devices) {
-            return wrong("ranks: several devices have a rank each, one is shared by all");
+            return wrong("ranks: several devices have one rank each; only a single device is shared");
         }
         Ok(())
     }
 
-    /// What is asked for, in the order in which it is done: what takes least first.
+    /// The evaluations in the order in which they run, the cheapest first.
     pub fn evaluations(&self) -> Vec<Evaluation> {
         let all = [
             self.loss.then_some(Evaluation::Loss),

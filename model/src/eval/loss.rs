@@ -1,37 +1,37 @@
-//! Loss of held-out documents by domain and position (paper §5.3: Table 5, Figure 3). A document is read by itself, from its
-//! start, so that a position says how much of the same document came before.
+//! The loss of held-out documents by domain and position (paper §5.3: Table 5, Figure 3). Each document is read alone from
+//! its start, so that a position is the number of preceding tokens of the same document.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::Subject;
+use super::EvalModel;
 use crate::dataset::Dataset;
 use crate::{Error, Result};
 
-/// Positions are read up to here: 128K, as in the paper.
-pub const LONGEST: usize = 1 << 17;
+/// The most positions that are read of a document: 128K, as in the paper.
+pub const MAX_POSITIONS: usize = 1 << 17;
 
 /// A range of positions, `[from, until)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Positions {
+pub struct PositionRange {
     pub from: usize,
     pub until: usize,
 }
 
-/// Those of the paper's Table 5, of Figure 3 (Loss@nK: the 1,024 positions before nK), and the curve between them.
-pub fn ranges() -> Vec<Positions> {
+/// The ranges of the paper's Table 5 and Figure 3 (Loss@nK: the 1,024 positions before nK), and those between, for a curve.
+pub fn ranges() -> Vec<PositionRange> {
     let table = [(0, 4), (4, 128)];
     let at = [1, 16, 32, 64, 128].map(|n| (n - 1, n));
     let curve = [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 128)];
     let all = table.into_iter().chain(at).chain(curve);
     let mut all: Vec<_> =
-        all.map(|(from, until)| Positions { from: from << 10, until: until << 10 }).collect();
+        all.map(|(from, until)| PositionRange { from: from << 10, until: until << 10 }).collect();
     all.sort();
     all
 }
 
-impl std::fmt::Display for Positions {
+impl std::fmt::Display for PositionRange {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let kilo = |n: usize| if n.is_multiple_of(1024) { format!("{}K", n >> 10) } else { n.to_string() };
         let from = if self.from == 0 { "0".to_owned() } else { kilo(self.from) };
@@ -39,7 +39,7 @@ impl std::fmt::Display for Positions {
     }
 }
 
-/// A document out of packed sequences.
+/// A document of the packed sequences.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Document {
     pub domain: String,
@@ -48,29 +48,29 @@ pub struct Document {
     pub ids: Vec<i32>,
 }
 
-/// The documents of packed sequences, put together again where a sequence's end cuts one.
+/// Reads the documents of packed sequences, and rejoins those that a sequence's end splits.
 pub struct Documents {
     dataset: Dataset,
-    /// The next sequence.
-    place: u64,
-    /// What is known of the last sequence's documents; the last one may go on in the next sequence.
+    /// The index of the next sequence.
+    next: u64,
+    /// Documents read so far. The last one may continue in the next sequence.
     waiting: std::collections::VecDeque<Document>,
 }
 
 impl Documents {
     pub fn new(dataset: Dataset) -> Self {
-        Self { dataset, place: 0, waiting: Default::default() }
+        Self { dataset, next: 0, waiting: Default::default() }
     }
 
-    /// The next one.
+    /// The next document.
     pub async fn next(&mut self) -> Result<Option<Document>> {
-        while self.waiting.len() < 2 && self.place < self.dataset.sequences {
-            let sequence = self.dataset.sequence(self.place).await?;
-            self.place += 1;
+        while self.waiting.len() < 2 && self.next < self.dataset.sequences {
+            let sequence = self.dataset.sequence(self.next).await?;
+            self.next += 1;
             for segment in sequence.segments {
                 let ids = &sequence.ids[segment.range];
                 match self.waiting.back_mut() {
-                    // padding is no document
+                    // Padding is no document.
                     _ if segment.doc_id.is_empty() => {}
                     Some(last) if last.doc_id == segment.doc_id => last.ids.extend(ids),
                     _ => self.waiting.push_back(Document {
@@ -85,23 +85,27 @@ impl Documents {
     }
 }
 
-/// A document's losses, summed over each range of positions.
+/// A document's losses, summed by range of positions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Case {
     pub domain: String,
     pub doc_id: String,
-    /// How many positions were read.
+    /// The number of positions that were read.
     pub positions: usize,
-    /// Sum and count, in the order of the ranges.
+    /// The sum and count of losses in each range.
     pub sums: Vec<(f64, u64)>,
     #[serde(default)]
     pub seconds: f64,
 }
 
-/// Reads a document; `None` of one that has nothing to predict.
-pub fn read(subject: &Subject, document: &Document, ranges: &[Positions]) -> Result<Option<Case>> {
+/// Computes a document's losses; `None` if it has nothing to predict.
+pub fn document_losses(
+    subject: &EvalModel,
+    document: &Document,
+    ranges: &[PositionRange],
+) -> Result<Option<Case>> {
     let started = std::time::Instant::now();
-    let ids = &document.ids[..document.ids.len().min(LONGEST + 1)];
+    let ids = &document.ids[..document.ids.len().min(MAX_POSITIONS + 1)];
     if ids.len() < 2 {
         return Ok(None);
     }
@@ -109,10 +113,10 @@ pub fn read(subject: &Subject, document: &Document, ranges: &[Positions]) -> Res
     if losses.iter().any(|loss| !loss.is_finite()) {
         let name = &document.doc_id;
         return Err(Error::Conf(format!(
-            "losses of document {name} are no numbers: are the model's weights?"
+            "losses of document {name} are not finite; are the model's weights?"
         )));
     }
-    let sum = |range: &Positions| {
+    let sum = |range: &PositionRange| {
         let some = &losses[range.from.min(losses.len())..range.until.min(losses.len())];
         (some.iter().map(|loss| f64::from(*loss)).sum(), some.len() as u64)
     };
@@ -125,23 +129,24 @@ pub fn read(subject: &Subject, document: &Document, ranges: &[Positions]) -> Res
     }))
 }
 
-/// The loss over some positions of some documents.
+/// The loss in a range of positions, over the documents of a domain.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cell {
-    /// `None` of all domains together.
+    /// `None` for all domains together.
     pub domain: Option<String>,
-    pub positions: Positions,
-    /// How many documents reach into the range, and how many losses they have there.
+    pub positions: PositionRange,
+    /// The number of documents that reach into the range.
     pub documents: u64,
+    /// The number of losses.
     pub count: u64,
-    /// Mean over all losses.
+    /// The mean over all losses.
     pub loss: f64,
-    /// Its standard error, documents being what was drawn; `None` of one document.
+    /// Its standard error over documents; `None` for a single document.
     pub error: Option<f64>,
 }
 
-/// Loss by domain and range of positions, where there is any.
-pub fn table(cases: &[Case], ranges: &[Positions]) -> Vec<Cell> {
+/// The loss by domain and range of positions, without empty cells.
+pub fn table(cases: &[Case], ranges: &[PositionRange]) -> Vec<Cell> {
     let mut by_domain: BTreeMap<Option<&str>, Vec<&Case>> = BTreeMap::new();
     for case in cases {
         by_domain.entry(None).or_default().push(case);
@@ -151,7 +156,7 @@ pub fn table(cases: &[Case], ranges: &[Positions]) -> Vec<Cell> {
     for (domain, cases) in by_domain {
         for (i, positions) in ranges.iter().enumerate() {
             let sums = cases.iter().filter_map(|case| case.sums.get(i).copied()).filter(|(_, n)| *n > 0);
-            if let Some((loss, error)) = mean(sums.clone()) {
+            if let Some((loss, error)) = ratio_of_sums(sums.clone()) {
                 cells.push(Cell {
                     domain: domain.map(str::to_owned),
                     positions: *positions,
@@ -166,9 +171,9 @@ pub fn table(cases: &[Case], ranges: &[Positions]) -> Vec<Cell> {
     cells
 }
 
-/// The mean of what is summed document by document, and its standard error: that of a ratio of two sums over documents, as
-/// losses within one are not independent.
-fn mean(sums: impl Iterator<Item = (f64, u64)> + Clone) -> Option<(f64, Option<f64>)> {
+/// The mean loss from each document's sum and count, and its standard error. The error is that of a ratio of two sums over
+/// documents, because losses within a document are not independent.
+fn ratio_of_sums(sums: impl Iterator<Item = (f64, u64)> + Clone) -> Option<(f64, Option<f64>)> {
     let documents = sums.clone().count() as f64;
     let (sum, count) = sums.clone().fold((0.0, 0.0), |(s, c), (sum, count)| (s + sum, c + count as f64));
     if count == 0.0 {
@@ -209,7 +214,7 @@ mod tests {
 
     #[test]
     fn a_mean_is_over_losses_and_its_error_over_documents() {
-        let ranges = [Positions { from: 0, until: 4096 }, Positions { from: 4096, until: 131_072 }];
+        let ranges = [PositionRange { from: 0, until: 4096 }, PositionRange { from: 4096, until: 131_072 }];
         let cases = [
             case("Book", &[(20.0, 10), (0.0, 0)]),
             case("Book", &[(40.0, 10), (5.0, 5)]),
@@ -220,7 +225,7 @@ mod tests {
             let found = |c: &&Cell| c.domain.as_deref() == domain && c.positions == ranges[i];
             table.iter().find(found).map(|c| (c.documents, c.count, c.loss, c.error))
         };
-        // residuals −10 and 10: sqrt(200 · 2 / 1) / 20 = 1
+        // Residuals −10 and 10: sqrt(200 · 2 / 1) / 20 = 1.
         assert_eq!(cell(Some("Book"), 0), Some((2, 20, 3.0, Some(1.0))));
         assert_eq!(cell(Some("Book"), 1), Some((1, 5, 1.0, None)));
         assert_eq!(cell(Some("ArXiv"), 0), Some((1, 10, 1.0, None)));

@@ -1,49 +1,49 @@
-//! Needle in a haystack, as the paper's authors ask and score it (§5.1, Figure 1): a sentence about San Francisco is put into
-//! essays, at some depth of a context of some length, and the model is asked for it.
+//! Needle in a haystack, with the prompts and scores of the paper's authors (§5.1, Figure 1): a sentence about San Francisco
+//! is inserted into essays, at a depth of a context of a given length, and the model is asked for it.
 //!
-//! Their code leaves the tokenizer's BOS in the middle of the prompt, where the context was tokenised and decoded again; here
-//! there is one, at the start.
+//! The authors' code tokenizes and decodes the context, which leaves the tokenizer's BOS in the middle of the prompt. Here the
+//! only BOS is at the start.
 
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
 use super::conf::NeedleConf;
-use super::{Subject, Text};
-use crate::decoder::alike;
+use super::{EvalModel, TextTokenizer};
+use crate::decoder::common_prefix_len;
 use crate::{Error, Result};
 
-/// So many tokens of a length are for what stands around the context, and for the reply.
+/// Tokens of a length that are reserved for the prompt around the context, and for the reply.
 const BUFFER: usize = 200;
 
-/// A reply has at most so many tokens.
-const TOKENS: usize = 50;
+/// The most tokens of a reply.
+const MAX_REPLY_TOKENS: usize = 50;
 
-/// One that was asked.
+/// The result of a length and depth.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Case {
     pub length: usize,
     pub depth: f64,
-    /// Tokens of the prompt, and how many of them had been read for a case before.
     pub prompt_tokens: usize,
+    /// How many of the prompt's tokens came from the cache.
     #[serde(default)]
     pub reused: usize,
-    /// BLAKE3 of the prompt's text.
+    /// The BLAKE3 digest of the prompt's text.
     pub prompt: String,
     pub reply: String,
-    /// From 0 to the share of different words in the answer.
+    /// From 0 to the answer's share of distinct words.
     pub score: f64,
     #[serde(default)]
     pub seconds: f64,
 }
 
-/// A tokenised haystack, to make prompts of.
+/// A tokenized haystack, from which prompts are made.
 pub struct Haystack<'a> {
     settings: &'a NeedleConf,
-    text: &'a Text,
-    /// What stands before the context, and after it.
-    around: (String, String),
-    /// As many ids as the longest context has.
+    text: &'a TextTokenizer,
+    /// The prompt before and after the context.
+    template: (String, String),
+    /// As many ids as the longest length.
     essays: Vec<i32>,
     needle: Vec<i32>,
     /// The prompt without a needle.
@@ -53,16 +53,16 @@ pub struct Haystack<'a> {
 }
 
 impl<'a> Haystack<'a> {
-    /// Of essays, which are repeated where they are too short.
+    /// Tokenizes essays, and repeats them if they are too short.
     ///
     /// # Errors
-    /// There are none, or a length has no room for the needle.
-    pub fn new(settings: &'a NeedleConf, text: &'a Text, essays: &str) -> Result<Self> {
+    /// There are no essays, or a setting is impossible.
+    pub fn new(settings: &'a NeedleConf, text: &'a TextTokenizer, essays: &str) -> Result<Self> {
         let needle = text.ids(&settings.needle, false)?;
         let longest = settings.lengths.iter().copied().max().unwrap_or(0);
         if let Some(short) = settings.lengths.iter().find(|length| **length < BUFFER + needle.len() + 1) {
             return Err(Error::Conf(format!(
-                "a needle of {} tokens and what stands around it need more than the {short} tokens of a length",
+                "a needle of {} tokens and the prompt around it need more than the {short} tokens of a length",
                 needle.len()
             )));
         }
@@ -73,26 +73,26 @@ impl<'a> Haystack<'a> {
             return Err(Error::Conf("the needle's prompt has no {context}".into()));
         };
         let asked = |text: &str| text.replace("{question}", &settings.question);
-        let around = (asked(before), asked(after));
+        let template = (asked(before), asked(after));
         let once = text.ids(essays, false)?;
         if once.is_empty() {
             return Err(Error::Conf("the haystack is empty".into()));
         }
         let essays: Vec<i32> = once.iter().copied().cycle().take(longest).collect();
-        // single tokens say what they are only when they are decoded
+        // The text of a token is known only when it is decoded.
         let mut periods = BTreeSet::new();
         for id in once.iter().collect::<BTreeSet<_>>() {
             if text.text(&[*id])?.trim() == "." {
                 periods.insert(*id);
             }
         }
-        let mut new = Self { settings, text, around, essays, needle, plain: vec![], periods };
-        new.plain = text.ids(&new.around(&text.text(&new.essays)?), true)?;
+        let mut new = Self { settings, text, template, essays, needle, plain: vec![], periods };
+        new.plain = text.ids(&new.fill_template(&text.text(&new.essays)?), true)?;
         Ok(new)
     }
 
-    fn around(&self, context: &str) -> String {
-        let (before, after) = &self.around;
+    fn fill_template(&self, context: &str) -> String {
+        let (before, after) = &self.template;
         format!("{before}{context}{after}")
     }
 
@@ -101,22 +101,22 @@ impl<'a> Haystack<'a> {
         let context = &self.essays[..length - BUFFER - self.needle.len()];
         let mut at = (context.len() as f64 * depth / 100.0) as usize;
         if depth < 100.0 {
-            // back to the end of a sentence, or to the start
+            // Go back to the end of a sentence, or to the start.
             while at > 0 && !self.periods.contains(&context[at - 1]) {
                 at -= 1;
             }
         }
         let all = [&context[..at], &self.needle, &context[at..]].concat();
-        Ok(self.around(&self.text.text(&all)?))
+        Ok(self.fill_template(&self.text.text(&all)?))
     }
 
-    /// Asks one.
-    pub fn ask(&self, subject: &Subject, length: usize, depth: f64) -> Result<Case> {
+    /// Asks for the needle at a depth of a length.
+    pub fn ask(&self, subject: &EvalModel, length: usize, depth: f64) -> Result<Case> {
         let started = std::time::Instant::now();
         let prompt = self.prompt(length, depth)?;
         let ids = self.text.ids(&prompt, true)?;
-        // up to the needle all prompts are alike
-        let reply = subject.reply(&ids, alike(&ids, &self.plain), TOKENS)?;
+        // All prompts are equal up to the needle.
+        let reply = subject.reply(&ids, common_prefix_len(&ids, &self.plain), MAX_REPLY_TOKENS)?;
         let text = self.text.text(&reply.ids)?;
         Ok(Case {
             length,
@@ -131,8 +131,8 @@ impl<'a> Haystack<'a> {
     }
 }
 
-/// The authors' score of Figure 1: the share of the answer's words, lower-cased and split at white space, that are found in
-/// the reply. A word that the answer has twice counts once in the numerator and twice in the denominator, as in their code.
+/// The authors' score of Figure 1: the share of the answer's words, lower-cased and split at white space, that the reply
+/// contains. As in their code, a repeated word of the answer counts once in the numerator and each time in the denominator.
 pub fn score(reply: &str, answer: &str) -> f64 {
     let (reply, answer) = (reply.to_lowercase(), answer.to_lowercase());
     let wanted: Vec<&str> = answer.split_whitespace().collect();
@@ -147,7 +147,7 @@ mod tests {
     use crate::eval::conf::{ANSWER, PROMPT};
     use crate::eval::tests::words;
 
-    /// What the authors' visualize.py gives for replies of these kinds.
+    /// The expected scores are those of the authors' visualize.py.
     #[test]
     fn the_score_is_the_authors() {
         for (reply, words) in [
@@ -186,11 +186,11 @@ mod tests {
             let prompt = haystack.prompt(230, depth).unwrap();
             let context = prompt.split("<book> ").nth(1).unwrap().split(" </book>").next().unwrap();
             let words: Vec<&str> = context.split(' ').collect();
-            // the context and the needle have 30 ids: 230 less 200 for what is around
+            // The context and the needle have 30 ids: 230 less the 200 that are reserved.
             assert_eq!(words.len(), 30, "{context}");
             words.iter().position(|word| *word == "needle").unwrap()
         };
-        // half of 25 words is 12, back to the end of the sentence of 11; at 100 percent it is the last thing, wherever that is
+        // Half of 25 words is 12, and the previous sentence ends at 11. At 100 percent the needle is last in any case.
         assert_eq!([0.0, 50.0, 99.0, 100.0].map(at), [0, 11, 22, 25]);
     }
 

@@ -1,15 +1,15 @@
-//! Retrieval from long contexts, with tasks made from a seed: the prompts and the score of RULER (Hsieh et al. 2024), with
-//! essays for haystack and keys made of the essays' own words.
+//! Retrieval from long contexts, with generated tasks: the prompts and the score of RULER (Hsieh et al. 2024). Essays are the
+//! haystack, and keys are made of their words.
 
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Subject, Text};
+use super::{EvalModel, TextTokenizer};
 use crate::checkpoint::uniform;
 use crate::{Error, Result};
 
-/// What is asked.
+/// A kind of question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Task {
@@ -17,13 +17,13 @@ pub enum Task {
     Single,
     /// One of four needles.
     MultiKey,
-    /// One needle's four values.
+    /// All four values of one needle.
     MultiValue,
     /// All of four needles.
     MultiQuery,
     /// A chain of assignments.
     Variables,
-    /// The words that a list has most often.
+    /// The most frequent words of a list.
     CommonWords,
 }
 
@@ -37,7 +37,7 @@ impl Task {
         Task::CommonWords,
     ];
 
-    /// As in the conf.
+    /// The name in the conf.
     pub fn name(self) -> &'static str {
         match self {
             Task::Single => "single",
@@ -49,8 +49,8 @@ impl Task {
         }
     }
 
-    /// A reply has at most so many tokens.
-    fn tokens(self) -> usize {
+    /// The most tokens of a reply.
+    fn max_reply_tokens(self) -> usize {
         match self {
             Task::Variables => 30,
             Task::CommonWords => 120,
@@ -59,53 +59,53 @@ impl Task {
     }
 }
 
-/// A task's prompt and what its reply has to name.
+/// A prompt, and the answers that the reply has to contain.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Question {
     pub prompt: String,
     pub answers: Vec<String>,
 }
 
-/// One that was asked.
+/// A question's result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Case {
     pub task: Task,
     pub length: usize,
     pub sample: usize,
     pub prompt_tokens: usize,
-    /// BLAKE3 of the prompt's text.
+    /// The BLAKE3 digest of the prompt's text.
     pub prompt: String,
     pub reply: String,
     pub answers: Vec<String>,
-    /// The share of the answers that are in the reply.
+    /// The share of the answers that the reply contains.
     pub score: f64,
     #[serde(default)]
     pub seconds: f64,
 }
 
-/// Makes questions.
-pub struct Tasks<'a> {
-    text: &'a Text,
+/// Generates questions.
+pub struct TaskGenerator<'a> {
+    text: &'a TextTokenizer,
     seed: u64,
     sentences: Vec<String>,
-    /// Different words of the essays.
+    /// Distinct words of the essays.
     words: Vec<String>,
 }
 
-/// Chance, by a seed.
-struct Draws {
+/// A seeded random number generator.
+struct Random {
     seed: u64,
-    made: u64,
+    drawn: u64,
 }
 
-impl Draws {
+impl Random {
     fn below(&mut self, n: usize) -> usize {
-        self.made += 1;
-        ((uniform(self.seed, self.made) * n as f64) as usize).min(n - 1)
+        self.drawn += 1;
+        ((uniform(self.seed, self.drawn) * n as f64) as usize).min(n - 1)
     }
 
-    /// So many different ones, in random order.
-    fn some<T: Clone>(&mut self, of: &[T], n: usize) -> Vec<T> {
+    /// `n` distinct elements in random order.
+    fn sample<T: Clone>(&mut self, of: &[T], n: usize) -> Vec<T> {
         let mut all = of.to_vec();
         for i in 0..n.min(all.len()) {
             let other = i + self.below(all.len() - i);
@@ -115,11 +115,11 @@ impl Draws {
         all
     }
 
-    /// Places for `n` things in a list of `length`, ascending.
-    fn places(&mut self, n: usize, length: usize) -> Vec<usize> {
-        let mut places: Vec<usize> = (0..n).map(|_| self.below(length + 1)).collect();
-        places.sort_unstable();
-        places
+    /// `n` ascending indices at which to insert into a list of `length` elements.
+    fn insertion_points(&mut self, n: usize, length: usize) -> Vec<usize> {
+        let mut indices: Vec<usize> = (0..n).map(|_| self.below(length + 1)).collect();
+        indices.sort_unstable();
+        indices
     }
 
     fn number(&mut self, digits: u32) -> String {
@@ -132,13 +132,13 @@ impl Draws {
     }
 }
 
-/// Things put into a list at ascending places of it.
-fn inserted(list: &[String], things: &[String], places: &[usize]) -> Vec<String> {
+/// Inserts items into a list at ascending indices.
+fn insert_at(list: &[String], items: &[String], indices: &[usize]) -> Vec<String> {
     let mut all = vec![];
-    let mut next = things.iter().zip(places).peekable();
+    let mut next = items.iter().zip(indices).peekable();
     for i in 0..=list.len() {
-        while let Some((thing, _)) = next.next_if(|(_, place)| **place == i) {
-            all.push(thing.clone());
+        while let Some((item, _)) = next.next_if(|(_, index)| **index == i) {
+            all.push(item.clone());
         }
         all.extend(list.get(i).cloned());
     }
@@ -148,10 +148,10 @@ fn inserted(list: &[String], things: &[String], places: &[usize]) -> Vec<String>
 const NOISE: &str =
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
 
-impl<'a> Tasks<'a> {
+impl<'a> TaskGenerator<'a> {
     /// # Errors
     /// The essays have too few words.
-    pub fn new(text: &'a Text, essays: &str, seed: u64) -> Result<Self> {
+    pub fn new(text: &'a TextTokenizer, essays: &str, seed: u64) -> Result<Self> {
         let essays = essays.split_whitespace().collect::<Vec<_>>().join(" ");
         let sentences: Vec<String> = essays.split_inclusive(". ").map(|s| s.trim().to_owned()).collect();
         let plain = |word: &&str| word.len() >= 4 && word.bytes().all(|b| b.is_ascii_lowercase());
@@ -163,14 +163,14 @@ impl<'a> Tasks<'a> {
         Ok(Self { text, seed, sentences, words })
     }
 
-    /// A task's question, with so much around it as a length of tokens, reply included, has room for.
+    /// A task's question with the largest haystack that fits a length in tokens, including the reply.
     pub fn question(&self, task: Task, length: usize, sample: usize) -> Result<Question> {
-        let mut best = self.least(task, length, sample)?;
+        let mut best = self.shortest_question(task, length, sample)?;
         let fits = |size: usize| -> Result<Option<Question>> {
-            let question = self.sized(task, sample, size);
-            Ok((self.tokens(task, &question)? <= length).then_some(question))
+            let question = self.question_of_size(task, sample, size);
+            Ok((self.total_tokens(task, &question)? <= length).then_some(question))
         };
-        // what does not fit any more, then what does, found by halving
+        // Double the size until it no longer fits, then search between.
         let (mut low, mut high) = (1, 2);
         while let Some(question) = fits(high)? {
             (best, low, high) = (question, high, 2 * high);
@@ -185,44 +185,44 @@ impl<'a> Tasks<'a> {
         Ok(best)
     }
 
-    /// A task's question with next to nothing around it.
+    /// A task's question with the smallest haystack.
     ///
     /// # Errors
     /// The length has no room for it.
-    pub fn least(&self, task: Task, length: usize, sample: usize) -> Result<Question> {
-        let question = self.sized(task, sample, 1);
-        let (name, tokens) = (task.name(), self.tokens(task, &question)?);
+    pub fn shortest_question(&self, task: Task, length: usize, sample: usize) -> Result<Question> {
+        let question = self.question_of_size(task, sample, 1);
+        let (name, tokens) = (task.name(), self.total_tokens(task, &question)?);
         match tokens <= length {
             true => Ok(question),
             false => Err(Error::Conf(format!("{name} needs {tokens} tokens at least, and has {length}"))),
         }
     }
 
-    /// Of a question, the reply's among them.
-    fn tokens(&self, task: Task, question: &Question) -> Result<usize> {
-        Ok(self.text.ids(&question.prompt, true)?.len() + task.tokens())
+    /// The tokens of a question, including the reply.
+    fn total_tokens(&self, task: Task, question: &Question) -> Result<usize> {
+        Ok(self.text.ids(&question.prompt, true)?.len() + task.max_reply_tokens())
     }
 
-    /// A task's question in a haystack of a size. What is asked does not depend on the size.
-    fn sized(&self, task: Task, sample: usize, size: usize) -> Question {
+    /// A task's question in a haystack of a size. The answers do not depend on the size.
+    fn question_of_size(&self, task: Task, sample: usize, size: usize) -> Question {
         let seed = blake3::hash(format!("{} {} {sample}", self.seed, task.name()).as_bytes());
         let seed = u64::from_le_bytes(seed.as_bytes()[..8].try_into().expect("8 of 32 bytes"));
-        let mut draws = Draws { seed, made: 0 };
+        let mut random = Random { seed, drawn: 0 };
         match task {
-            Task::Single => self.needles(&mut draws, size, [1, 1, 1]),
-            Task::MultiKey => self.needles(&mut draws, size, [4, 1, 1]),
-            Task::MultiValue => self.needles(&mut draws, size, [1, 4, 1]),
-            Task::MultiQuery => self.needles(&mut draws, size, [4, 1, 4]),
-            Task::Variables => self.variables(&mut draws, size),
-            Task::CommonWords => self.common_words(&mut draws, size),
+            Task::Single => self.needles(&mut random, size, [1, 1, 1]),
+            Task::MultiKey => self.needles(&mut random, size, [4, 1, 1]),
+            Task::MultiValue => self.needles(&mut random, size, [1, 4, 1]),
+            Task::MultiQuery => self.needles(&mut random, size, [4, 1, 4]),
+            Task::Variables => self.variables(&mut random, size),
+            Task::CommonWords => self.common_words(&mut random, size),
         }
     }
 
-    fn needles(&self, draws: &mut Draws, size: usize, [keys, values, queries]: [usize; 3]) -> Question {
-        let words = draws.some(&self.words, 2 * keys);
+    fn needles(&self, random: &mut Random, size: usize, [keys, values, queries]: [usize; 3]) -> Question {
+        let words = random.sample(&self.words, 2 * keys);
         let keys: Vec<String> = words.chunks(2).map(|pair| pair.join("-")).collect();
         let of_keys: Vec<Vec<String>> =
-            keys.iter().map(|_| (0..values).map(|_| draws.number(7)).collect()).collect();
+            keys.iter().map(|_| (0..values).map(|_| random.number(7)).collect()).collect();
         let one =
             |key: &String, value: &String| format!("One of the special magic numbers for {key} is: {value}.");
         let needles: Vec<String> = keys
@@ -230,8 +230,8 @@ impl<'a> Tasks<'a> {
             .zip(&of_keys)
             .flat_map(|(key, values)| values.iter().map(move |value| one(key, value)))
             .collect();
-        let needles = draws.some(&needles, needles.len());
-        let asked = draws.some(&(0..keys.len()).collect::<Vec<_>>(), queries);
+        let needles = random.sample(&needles, needles.len());
+        let asked = random.sample(&(0..keys.len()).collect::<Vec<_>>(), queries);
         let answers = asked.iter().flat_map(|i| of_keys[*i].clone()).collect();
         let names: Vec<&str> = asked.iter().map(|i| keys[*i].as_str()).collect();
         let query = match &names[..] {
@@ -239,8 +239,8 @@ impl<'a> Tasks<'a> {
             all => all.concat(),
         };
         let haystack: Vec<String> = self.sentences.iter().cycle().take(size).cloned().collect();
-        let places = draws.places(needles.len(), size);
-        let context = inserted(&haystack, &needles, &places).join(" ");
+        let indices = random.insertion_points(needles.len(), size);
+        let context = insert_at(&haystack, &needles, &indices).join(" ");
         let prompt = if values * queries == 1 {
             format!(
                 "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.\n{context}\nWhat is the special magic number for {query} mentioned in the provided text? The special magic number for {query} mentioned in the provided text is"
@@ -253,47 +253,47 @@ impl<'a> Tasks<'a> {
         Question { prompt, answers }
     }
 
-    fn variables(&self, draws: &mut Draws, size: usize) -> Question {
+    fn variables(&self, random: &mut Random, size: usize) -> Question {
         let mut one = |letters: usize, size: usize| {
             let mut names: Vec<String> = vec![];
             while names.len() < 5 {
-                let name = draws.letters(letters);
+                let name = random.letters(letters);
                 if !names.contains(&name) {
                     names.push(name);
                 }
             }
-            let value = draws.number(5);
+            let value = random.number(5);
             let mut chain = vec![format!("VAR {} = {value}", names[0])];
             chain.extend(names.windows(2).map(|pair| format!("VAR {} = VAR {}", pair[1], pair[0])));
-            let places = draws.places(chain.len(), size);
-            let context = inserted(&vec![NOISE.to_owned(); size], &chain, &places).join("\n");
+            let indices = random.insertion_points(chain.len(), size);
+            let context = insert_at(&vec![NOISE.to_owned(); size], &chain, &indices).join("\n");
             let prompt = format!(
                 "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assigned the value {value}, they are:"
             );
             Question { prompt, answers: names }
         };
-        // one that is answered goes before, as in RULER
+        // An answered example comes first, as in RULER.
         let example = one(3, 5);
         let Question { prompt, answers } = one(5, size);
         Question { prompt: format!("{} {}\n{prompt}", example.prompt, example.answers.join(" ")), answers }
     }
 
-    /// So many different words; pairs of them, where the essays have too few.
-    fn different(&self, draws: &mut Draws, n: usize) -> Vec<String> {
-        let words = draws.some(&self.words, n.min(self.words.len()));
+    /// `n` distinct words; pairs of words if the essays have too few.
+    fn different(&self, random: &mut Random, n: usize) -> Vec<String> {
+        let words = random.sample(&self.words, n.min(self.words.len()));
         let all = words.len();
         let pair = |i: usize| format!("{}-{}", words[i % all], words[i / all % all]);
         let more: Vec<String> = (all..n).map(pair).collect();
         words.into_iter().chain(more).collect()
     }
 
-    fn common_words(&self, draws: &mut Draws, size: usize) -> Question {
+    fn common_words(&self, random: &mut Random, size: usize) -> Question {
         let mut one = |different: usize, often: usize, seldom: usize| {
-            let words = self.different(draws, 10 + different);
+            let words = self.different(random, 10 + different);
             let (common, others) = words.split_at(10);
             let repeated = |words: &[String], times: usize| vec![words; times].concat();
             let all = [repeated(common, often), repeated(others, seldom)].concat();
-            let all = draws.some(&all, all.len());
+            let all = random.sample(&all, all.len());
             let numbered = |words: &[String]| -> String {
                 let words = words.iter().enumerate();
                 words.map(|(i, word)| format!("{}. {word}", i + 1)).collect::<Vec<_>>().join(" ")
@@ -309,12 +309,12 @@ impl<'a> Tasks<'a> {
         Question { prompt: format!("{} {answered}\n{prompt}", example.prompt), answers }
     }
 
-    /// Asks one.
-    pub fn ask(&self, subject: &Subject, task: Task, length: usize, sample: usize) -> Result<Case> {
+    /// Asks a question.
+    pub fn ask(&self, subject: &EvalModel, task: Task, length: usize, sample: usize) -> Result<Case> {
         let started = std::time::Instant::now();
         let Question { prompt, answers } = self.question(task, length, sample)?;
         let ids = self.text.ids(&prompt, true)?;
-        let reply = self.text.text(&subject.reply(&ids, 0, task.tokens())?.ids)?;
+        let reply = self.text.text(&subject.reply(&ids, 0, task.max_reply_tokens())?.ids)?;
         Ok(Case {
             task,
             length,
@@ -329,7 +329,7 @@ impl<'a> Tasks<'a> {
     }
 }
 
-/// The share of the answers that are in the reply, whatever their case: RULER's `string_match_all`.
+/// The share of the answers that the reply contains, in any case: RULER's `string_match_all`.
 pub fn score(reply: &str, answers: &[String]) -> f64 {
     let reply = reply.to_lowercase();
     let found = answers.iter().filter(|answer| reply.contains(&answer.to_lowercase())).count();
@@ -360,11 +360,11 @@ mod tests {
     #[test]
     fn what_is_asked_for_is_in_the_text_once_and_the_text_fits_its_length() {
         let text = words(ESSAYS);
-        let tasks = Tasks::new(&text, ESSAYS, 7).unwrap();
+        let tasks = TaskGenerator::new(&text, ESSAYS, 7).unwrap();
         for task in Task::ALL {
             for length in [2_000, 4_000] {
                 let question = tasks.question(task, length, 2).unwrap();
-                let tokens = text.ids(&question.prompt, true).unwrap().len() + task.tokens();
+                let tokens = text.ids(&question.prompt, true).unwrap().len() + task.max_reply_tokens();
                 assert!(tokens <= length && tokens > length - 250, "{task:?} {tokens} of {length}");
                 let wanted = if matches!(task, Task::Single | Task::MultiKey) { 1 } else { 4 };
                 assert!(question.answers.len() >= wanted);
@@ -390,7 +390,7 @@ mod tests {
                 assert_eq!(tasks.question(task, length, 2).unwrap(), question);
                 assert_ne!(tasks.question(task, length, 3).unwrap(), question);
                 assert_ne!(
-                    Tasks::new(&text, ESSAYS, 8).unwrap().question(task, length, 2).unwrap(),
+                    TaskGenerator::new(&text, ESSAYS, 8).unwrap().question(task, length, 2).unwrap(),
                     question
                 );
             }
@@ -400,9 +400,9 @@ mod tests {
     #[test]
     fn a_length_without_room_is_refused() {
         let text = words(ESSAYS);
-        let tasks = Tasks::new(&text, ESSAYS, 7).unwrap();
+        let tasks = TaskGenerator::new(&text, ESSAYS, 7).unwrap();
         let error = tasks.question(Task::Single, 50, 0).unwrap_err().to_string();
         assert!(error.contains("single needs ") && error.contains(" tokens at least, and has 50"), "{error}");
-        assert!(Tasks::new(&text, "too short", 7).is_err());
+        assert!(TaskGenerator::new(&text, "too short", 7).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! An evaluation as a list of cases: how they are named, asked, and summed up.
+//! An evaluation as a list of cases: their names, how they are asked, and their summary.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -6,37 +6,43 @@ use serde_json::{Value, json};
 use super::conf::{BookqaConf, ChoicesConf, Evaluation, NeedleConf, RetrievalConf};
 use super::loss::{self, Document};
 use super::retrieval::Task;
-use super::{File, Subject, Text, bookqa, choices, needle, retrieval};
+use super::{EvalModel, InputFile, TextTokenizer, bookqa, choices, needle, retrieval};
 use crate::{Error, Result};
 
-/// An evaluation of questions, ready to be asked. The loss, which is of documents, is none.
+/// The questions of an evaluation. The loss evaluation has documents instead, and no suite.
 pub enum Suite<'a> {
-    /// Lengths and depths.
+    /// Cases are lengths and depths.
     Needle(needle::Haystack<'a>, Vec<(usize, f64)>),
-    /// Lengths, tasks and samples.
-    Retrieval(retrieval::Tasks<'a>, Vec<(usize, Task, usize)>),
-    Bookqa(Vec<(usize, bookqa::Question)>, &'a Text, &'a BookqaConf),
-    Choices(Vec<choices::Question>, Vec<choices::Question>, &'a Text, &'a ChoicesConf),
+    /// Cases are lengths, tasks and samples.
+    Retrieval(retrieval::TaskGenerator<'a>, Vec<(usize, Task, usize)>),
+    Bookqa(Vec<(usize, bookqa::Question)>, &'a TextTokenizer, &'a BookqaConf),
+    Choices(Vec<choices::Question>, Vec<choices::Question>, &'a TextTokenizer, &'a ChoicesConf),
 }
 
 impl<'a> Suite<'a> {
-    /// `files` are those that each of [`Evaluation::urls`] names.
+    /// `files` are the files of each of [`Evaluation::urls`].
     ///
     /// # Errors
-    /// What is asked can't be, or names file and line of what is no question.
-    pub fn new(evaluation: &'a Evaluation, text: &'a Text, files: &[Vec<File>]) -> Result<Self> {
-        // essays are read one after the other
+    /// A setting is impossible, or a question is malformed; the error then names its file and line.
+    pub fn new(
+        evaluation: &'a Evaluation,
+        text: &'a TextTokenizer,
+        files: &[Vec<InputFile>],
+    ) -> Result<Self> {
+        // Essays are concatenated.
         let essays = || files[0].iter().map(|file| file.text.as_str()).collect::<String>();
         let suite = match evaluation {
-            Evaluation::Loss => return Err(Error::Conf("the loss is of documents, not of questions".into())),
+            Evaluation::Loss => return Err(Error::Conf("the loss evaluation has no questions".into())),
             Evaluation::Needle(conf) => {
                 Suite::Needle(needle::Haystack::new(conf, text, &essays())?, needles(conf))
             }
             Evaluation::Retrieval(conf) => {
-                let made = retrieval::Tasks::new(text, &essays(), conf.seed)?;
-                // the shortest says whether all have room
+                let made = retrieval::TaskGenerator::new(text, &essays(), conf.seed)?;
+                // If the shortest length has room for each task, all have.
                 if let Some(least) = conf.lengths.iter().min() {
-                    conf.tasks.iter().try_for_each(|task| made.least(*task, *least, 0).map(drop))?;
+                    conf.tasks
+                        .iter()
+                        .try_for_each(|task| made.shortest_question(*task, *least, 0).map(drop))?;
                 }
                 Suite::Retrieval(made, tasks(conf))
             }
@@ -71,8 +77,8 @@ impl<'a> Suite<'a> {
         }
     }
 
-    /// Asks a case, by its place among [`cases`](Self::cases).
-    pub fn ask(&self, subject: &Subject, case: usize) -> Result<Value> {
+    /// Asks a case, by its index among [`cases`](Self::cases).
+    pub fn ask(&self, subject: &EvalModel, case: usize) -> Result<Value> {
         Ok(match self {
             Suite::Needle(haystack, needles) => {
                 let (length, depth) = needles[case];
@@ -99,7 +105,7 @@ fn numbered(questions: usize) -> Vec<String> {
 }
 
 /// The questions of several files.
-fn all<T>(files: &[File], questions: fn(&File) -> Result<Vec<T>>) -> Result<Vec<T>> {
+fn all<T>(files: &[InputFile], questions: fn(&InputFile) -> Result<Vec<T>>) -> Result<Vec<T>> {
     Ok(files.iter().map(questions).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
@@ -118,17 +124,17 @@ fn tasks(conf: &RetrievalConf) -> Vec<(usize, Task, usize)> {
     all
 }
 
-/// Reads some documents; the cases of those that have something to predict.
-pub fn read(subject: &Subject, documents: &[Document]) -> Result<Vec<Value>> {
+/// The cases of some documents, without those that have nothing to predict.
+pub fn loss_cases(subject: &EvalModel, documents: &[Document]) -> Result<Vec<Value>> {
     let ranges = loss::ranges();
     let mut cases = vec![];
     for document in documents {
-        cases.extend(loss::read(subject, document, &ranges)?.map(|case| json!(case)));
+        cases.extend(loss::document_losses(subject, document, &ranges)?.map(|case| json!(case)));
     }
     Ok(cases)
 }
 
-/// What an evaluation's cases come to.
+/// The summary of an evaluation's cases.
 ///
 /// # Errors
 /// They are not cases of this evaluation.

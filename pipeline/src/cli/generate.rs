@@ -2,8 +2,8 @@
 
 use clap::Args;
 use lengthwise_model::conf::Precision;
-use lengthwise_model::device::Name;
-use lengthwise_model::generate::{Choice, GenerateJob, generate};
+use lengthwise_model::device::DeviceName;
+use lengthwise_model::generate::{GenerateJob, Sampling, generate};
 
 use super::{out, run_folder};
 use crate::algorithms::tokenizer::Tokenizer;
@@ -49,11 +49,11 @@ pub struct GenerateArguments {
 /// So many of the prompt's last tokens are looked at for the text of the first new one.
 const AROUND: usize = 16;
 
-fn choice(arguments: &GenerateArguments) -> Result<Choice> {
+fn sampling(arguments: &GenerateArguments) -> Result<Sampling> {
     match arguments.temperature {
-        None => Ok(Choice::Greedy),
+        None => Ok(Sampling::Greedy),
         Some(temperature) if temperature.is_finite() && temperature > 0.0 => {
-            Ok(Choice::Sampled { temperature, seed: arguments.seed })
+            Ok(Sampling::Temperature { temperature, seed: arguments.seed })
         }
         Some(temperature) => Err(Error::usage(
             format!("--temperature {temperature} is not a positive number"),
@@ -81,9 +81,9 @@ pub async fn main(arguments: GenerateArguments) -> Result<()> {
     ids.extend(tokenizer.encode_plain(&prompt)?);
     let job = GenerateJob {
         checkpoint: (&at).into(),
-        device: Name::parse(&arguments.device)?,
+        device: DeviceName::parse(&arguments.device)?,
         precision: arguments.precision,
-        choice: choice(&arguments)?,
+        sampling: sampling(&arguments)?,
         ranks: usize::from(arguments.ranks),
         ids: ids.iter().map(|id| *id as i32).collect(),
         tokens: arguments.tokens,

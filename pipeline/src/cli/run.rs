@@ -9,7 +9,7 @@ use std::{
 
 use clap::Args;
 #[cfg(feature = "train")]
-use lengthwise_model::comm::Place;
+use lengthwise_model::comm::LaunchEnv;
 use serde_json::json;
 
 use super::{ConfArguments, print, until_stopped};
@@ -46,7 +46,7 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
         ));
     }
     #[cfg(feature = "train")]
-    if arguments.from.is_some() && Place::of_this_process()?.is_some() {
+    if arguments.from.is_some() && LaunchEnv::from_env()?.is_some() {
         let help = "compute again with one process, `--until pack`; then train with all of them";
         return Err(Error::usage("--from is for one process, and this is one of several", help));
     }
@@ -90,7 +90,7 @@ pub async fn train(arguments: TrainArguments) -> Result<()> {
     }
     match arguments.nproc {
         // what it starts is this same command, which then knows its place
-        Some(size) if Place::of_this_process()?.is_none() => processes(&run, usize::from(size)).await,
+        Some(size) if LaunchEnv::from_env()?.is_none() => processes(&run, usize::from(size)).await,
         _ => main(arguments.run).await,
     }
 }

@@ -79,7 +79,7 @@ pub(super) fn read(bytes: RandomAccess, spec: &Spec, pieces: &mut Pieces<'_>) ->
         let tail = FooterTail::try_from(access.get_bytes(end, FOOTER_SIZE)?.as_ref())?;
         let length = tail.metadata_length();
         let start = end.checked_sub(length as u64).ok_or_else(short)?;
-        headers::footer(&access.get_bytes(start, length)?)?;
+        headers::check_footer(&access.get_bytes(start, length)?)?;
         SerializedFileReader::new(access.clone())
     })?;
     let text = find_column(&reader, &file, &spec.text, "text")?;
@@ -235,7 +235,7 @@ impl Texts {
         let defined = table.reader.metadata().file_metadata().schema_descr().column(leaf).max_def_level();
         let group = table.reader.get_row_group(group)?;
         let (begin, size) = group.metadata().column(leaf).byte_range();
-        headers::pages(size, |range| {
+        headers::check_page_headers(size, |range| {
             table.access.get_bytes(begin + range.start, (range.end - range.start) as usize)
         })?;
         let column = table.reader.metadata().file_metadata().schema_descr().column(leaf);

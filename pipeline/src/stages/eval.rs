@@ -8,11 +8,11 @@ use bytes::Bytes;
 use lengthwise_model::checkpoint::Checkpoint;
 use lengthwise_model::conf::{Precision, TrainConf};
 use lengthwise_model::dataset::Dataset;
-use lengthwise_model::device::Name;
+use lengthwise_model::device::DeviceName;
 use lengthwise_model::eval::conf::{EvalConf, Evaluation};
 use lengthwise_model::eval::loss::{Document, Documents};
 use lengthwise_model::eval::suite::{self, Suite};
-use lengthwise_model::eval::{File as Asked, Subject, Text};
+use lengthwise_model::eval::{EvalModel, InputFile as Asked, TextTokenizer};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
@@ -42,14 +42,14 @@ pub struct Model {
     heldout: Option<Location>,
     /// Where outputs are found and published.
     output: Location,
-    devices: Vec<Name>,
+    devices: Vec<DeviceName>,
     ranks: usize,
     precision: Precision,
     /// RoPE, where it is not to be the checkpoint's.
     pub rope_theta: Option<f64>,
     pub rope_scaling: Option<Value>,
     /// Read when the first question is asked, for all.
-    subject: OnceCell<Subject>,
+    subject: OnceCell<EvalModel>,
 }
 
 impl Model {
@@ -66,7 +66,7 @@ impl Model {
             (None, Some(train)) => (train.devices.clone(), conf.ranks.or(train.ranks)),
             (None, None) => (vec!["flex".to_owned()], conf.ranks),
         };
-        let devices = names.iter().map(|name| Name::parse(name)).collect::<Result<Vec<_>, _>>()?;
+        let devices = names.iter().map(|name| DeviceName::parse(name)).collect::<Result<Vec<_>, _>>()?;
         let json_at = checkpoint.join("tokenizer.json");
         let tokenizer = json_at.get().await?.ok_or_else(|| {
             let help = "a checkpoint's folder is wanted, `RUN/checkpoint` of a run; a model of others' needs its tokenizer.json in it";
@@ -94,7 +94,7 @@ impl Model {
 
     /// Whether texts have the same ids with both.
     pub fn reads_as(&self, other: &Model) -> Result<bool> {
-        Ok(Text::new(&self.tokenizer)?.is_alike(&Text::new(&other.tokenizer)?))
+        Ok(TextTokenizer::new(&self.tokenizer)?.same_vocabulary(&TextTokenizer::new(&other.tokenizer)?))
     }
 
     /// The digest of a file of the checkpoint.
@@ -104,7 +104,7 @@ impl Model {
         serde_json::from_value(digest).ok()
     }
 
-    async fn subject(&self) -> Result<&Subject> {
+    async fn subject(&self) -> Result<&EvalModel> {
         let open = async || {
             let mut checkpoint = Checkpoint::open(&(&self.checkpoint).into()).await?;
             if let Some(theta) = self.rope_theta {
@@ -116,7 +116,7 @@ impl Model {
             checkpoint.config.check()?;
             let wait = tokio::runtime::Handle::current();
             tokio::task::block_in_place(|| {
-                Subject::open(&checkpoint, &self.devices, self.ranks, self.precision, &wait)
+                EvalModel::open(&checkpoint, &self.devices, self.ranks, self.precision, &wait)
             })
         };
         Ok(self.subject.get_or_try_init(open).await?)
@@ -149,9 +149,9 @@ pub async fn check(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
         run.conf.wrong(&["eval", key], e.to_string(), "asked for here", None)
     };
     for name in conf.devices.iter().flatten() {
-        Name::parse(name).and_then(Name::open).map_err(|e| wrong("devices", e))?;
+        DeviceName::parse(name).and_then(DeviceName::open).map_err(|e| wrong("devices", e))?;
     }
-    let text = Text::new(&tokenizer.json)?;
+    let text = TextTokenizer::new(&tokenizer.json)?;
     for evaluation in conf.evaluations() {
         let (name, mut files) = (evaluation.name(), vec![]);
         for (key, url) in evaluation.clone().urls() {
@@ -307,7 +307,7 @@ async fn ask(
     draft: &Draft,
 ) -> Result<Vec<Value>> {
     let subject = model.subject().await?;
-    let text = Text::new(&model.tokenizer)?;
+    let text = TextTokenizer::new(&model.tokenizer)?;
     let job = async |name: &str, work: &dyn Fn() -> lengthwise_model::Result<Vec<Value>>| {
         check_stop(context.stop)?;
         let output = draft.job(name, async {
@@ -333,7 +333,7 @@ async fn ask(
             if some.is_empty() {
                 break;
             }
-            let cases = job(&format!("documents-{number:06}"), &|| suite::read(subject, &some)).await?;
+            let cases = job(&format!("documents-{number:06}"), &|| suite::loss_cases(subject, &some)).await?;
             let tokens = some.iter().map(|document| document.ids.len() as u64).sum();
             bar.add(0, some.len() as u64, tokens, 0);
             all.extend(cases);

@@ -3,10 +3,12 @@
 use std::sync::atomic::Ordering;
 
 use lengthwise_model::checkpoint::Checkpoint;
-use lengthwise_model::comm::Place;
+use lengthwise_model::comm::LaunchEnv;
 use lengthwise_model::plan::Plan;
-use lengthwise_model::train::config_of;
-use lengthwise_model::{Location as Folder, Step as Metrics, TrainConf, TrainJob, checkpoint_parts, resume};
+use lengthwise_model::train::model_config;
+use lengthwise_model::{
+    Location as Folder, StepMetrics as Metrics, TrainConf, TrainJob, checkpoint_parts, resume,
+};
 use object_store::ObjectStore;
 use serde_json::{Value, json};
 
@@ -175,7 +177,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
 
 /// Says where a training begins anew though there is one that differs in its length alone.
 async fn warn_of_other_lengths(run: &Run, list: &Ingredients, folder: &Location) -> Result<()> {
-    let saved = async |folder: &Location| resume::last(&(&folder.join("checkpoints")).into()).await;
+    let saved = async |folder: &Location| resume::latest(&(&folder.join("checkpoints")).into()).await;
     if saved(folder).await?.is_some() {
         return Ok(());
     }
@@ -226,7 +228,7 @@ fn digest_of(files: &Value) -> String {
 
 /// Whether this process is a rank of a training that another process leads: that one runs the stages and publishes.
 pub fn follows() -> Result<bool> {
-    Ok(Place::of_this_process()?.is_some_and(|place| place.rank > 0))
+    Ok(LaunchEnv::from_env()?.is_some_and(|launch| launch.rank > 0))
 }
 
 async fn train(
@@ -254,7 +256,7 @@ pub async fn plan(run: &Run) -> Result<Option<Plan>> {
     };
     let sequence_tokens = run.conf.pack.sequence_tokens.0 as usize;
     let checkpoint = checkpoint.as_ref().map(Folder::from);
-    let config = config_of(&conf, checkpoint.as_ref(), vocab_size, sequence_tokens).await?;
+    let config = model_config(&conf, checkpoint.as_ref(), vocab_size, sequence_tokens).await?;
     Ok(Some(Plan::new(&conf, &config, sequence_tokens)))
 }
 
