@@ -2,6 +2,7 @@
 //! platform's math library comes from pure-Rust `libm` here, under the same names, and arithmetic is [`exact`].
 
 pub mod exact;
+mod exact_sum;
 pub mod hashes;
 
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use datafusion::logical_expr::{
 use datafusion::prelude::SessionContext;
 
 use crate::hash::unit_hash;
+use crate::tables;
 
 /// Makes the functions known to a session, once; those of the same name are replaced.
 pub fn register(session: &SessionContext) {
@@ -35,6 +37,8 @@ pub fn register(session: &SessionContext) {
     }
     session.register_udf(power());
     session.register_udf(sql_unit_hash());
+    session.register_udf(length_bucket());
+    session.register_udaf(exact_sum::exact_sum());
     for inner in [range_udf(), gen_series_udf()] {
         session.register_udf(ScalarUDF::new_from_impl(Counted { inner }));
     }
@@ -94,6 +98,17 @@ fn power() -> ScalarUDF {
     let signature = Signature::exact(vec![Float64, Float64], Volatility::Immutable);
     let power: ScalarUDF = SimpleScalarUDF::new_with_signature("power", signature, Float64, on_arrays).into();
     power.with_aliases(["pow"])
+}
+
+/// `length_bucket(tokens)`: the number, from 0, of the paper's bucket (Figure 2) that a document of so many tokens is in.
+fn length_bucket() -> ScalarUDF {
+    let on_arrays = on_arrays(|args| {
+        let tokens = args[0].as_primitive::<Int64Type>();
+        let bucket = |tokens| tables::length_bucket(tokens) as i64;
+        Ok(Arc::new(unary::<_, _, Int64Type>(tokens, bucket)))
+    });
+    let signature = Signature::exact(vec![Int64], Volatility::Immutable);
+    SimpleScalarUDF::new_with_signature("length_bucket", signature, Int64, on_arrays).into()
 }
 
 /// `unit_hash(seed, doc_id, start)`: a number in [0, 1) that depends on nothing but its arguments.

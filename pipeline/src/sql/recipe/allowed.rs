@@ -7,7 +7,7 @@
 #[rustfmt::skip]
 pub const SCALARS: &[&str] = &[
     // ours
-    "exp", "ln", "log2", "log10", "power", "unit_hash",
+    "exp", "length_bucket", "ln", "log2", "log10", "power", "unit_hash",
     // numbers
     "abs", "ceil", "degrees", "factorial", "floor", "gcd", "iszero", "lcm", "pi", "radians", "round", "signum", "sqrt",
     "trunc",
@@ -109,7 +109,7 @@ pub const REFUSED: &[(&[&str], &str, &str)] = &[
 /// Functions of a group's rows, or a window's, that no order of the rows changes …
 #[rustfmt::skip]
 pub const AGGREGATES: &[&str] = &[
-    "bit_and", "bit_or", "bit_xor", "bool_and", "bool_or", "count", "grouping", "max", "median", "min",
+    "bit_and", "bit_or", "bit_xor", "bool_and", "bool_or", "count", "exact_sum", "grouping", "max", "median", "min",
     "percentile_cont",
 ];
 

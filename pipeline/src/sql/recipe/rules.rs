@@ -417,31 +417,23 @@ fn adding<'e>(
 ) -> Option<(String, String)> {
     let name = function.name();
     let of_type = args.first().and_then(|arg| arg.get_type(input.schema().as_ref()).ok());
-    let float_cure = format!(
-        "round it to an integer first: cast(sum(cast(round({argument} * 4294967296) as decimal(38, 0))) as double) / 4294967296"
-    );
+    let cure = format!("write exact_sum({argument})");
     match name {
         _ if allowed::AGGREGATES.contains(&name) => None,
         // without a type, the planner's own message is better
         "sum" => match of_type? {
             DataType::Decimal128(..) | DataType::Decimal256(..) => None,
-            integer if integer.is_integer() || integer.is_null() => Some((
-                format!("sum({argument}) adds up {integer}: the sum may be beyond it"),
-                format!("write sum(cast({argument} as decimal(38, 0)))"),
-            )),
+            integer if integer.is_integer() || integer.is_null() => {
+                Some((format!("sum({argument}) adds up {integer}: the sum may be beyond it"), cure))
+            }
             float => Some((
                 format!("sum({argument}) adds up {float}: its last bits depend on the order of the rows"),
-                float_cure,
+                cure,
             )),
         },
         "avg" => Some((
             format!("avg({argument}) adds up floats: its last bits depend on the order of the rows"),
-            match of_type? {
-                float if float.is_floating() => format!("{float_cure} / count({argument})"),
-                _ => format!(
-                    "write cast(sum(cast({argument} as decimal(38, 0))) as double) / count({argument})"
-                ),
-            },
+            format!("write exact_sum(cast({argument} as double)) / count({argument})"),
         )),
         "first_value" | "last_value" | "nth_value" | "array_agg" | "string_agg" => {
             let keys: Vec<&Expr> = keys.collect();
