@@ -1,4 +1,5 @@
-//! Runs whose heavy tasks a cluster does: real schedulers and executors, some of which are killed.
+//! Runs whose heavy tasks are performed by a cluster: real schedulers and executors, some of which are
+//! killed.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,14 +8,14 @@ use std::time::{Duration, Instant};
 use bench::{Bench, PROGRAM, corpus, flip, packed, random, rewrite, said, tree};
 use servers::{Process, S3, SECRET, free_ports, quiet};
 
-// what the other end-to-end tests have, too
+// shared with the other end-to-end tests
 #[allow(dead_code)]
 #[path = "e2e/bench.rs"]
 mod bench;
 #[path = "e2e/servers.rs"]
 mod servers;
 
-/// A scheduler and executors of one slot each.
+/// A scheduler, and executors with one slot each.
 struct Cluster {
     port: u16,
     scheduler: Process,
@@ -47,12 +48,12 @@ impl Cluster {
         self.scheduler = schedule(self.port);
     }
 
-    /// Kills the executor that has been there the longest, with SIGKILL.
+    /// Kills the oldest executor with SIGKILL.
     fn kill(&mut self) {
         drop(self.executors.remove(0));
     }
 
-    /// The `--set` that has a run use it.
+    /// The value of `--set` that makes a run use this cluster.
     fn set(&self) -> String {
         format!("engine.url=df://localhost:{}", self.port)
     }
@@ -64,11 +65,11 @@ fn schedule(port: u16) -> Process {
     Process(quiet(&mut command).spawn().unwrap())
 }
 
-/// A corpus of several units, which are tasks of their own; its run packs many files.
+/// A corpus of several units, each of which is a task. A run over it packs many files.
 fn bench() -> Bench {
     let bench = Bench::empty();
     for seed in 0..6 {
-        // beyond 4 MB a file is a unit
+        // a file of more than 4 MB is a unit of its own
         let rows = corpus(seed, 60).into_iter().cycle().take(2400);
         let rows: Vec<_> =
             rows.enumerate().map(|(i, (domain, text))| (domain, format!("{i} {text}"))).collect();
@@ -89,14 +90,14 @@ fn a_cluster_makes_the_bytes_of_a_run_without_one() {
     assert_eq!(said.code, 0, "{said:?}");
     assert!(packed(Path::new(said.out.trim())) == want);
     assert_eq!(bench.say(&["verify", said.out.trim()]).code, 0);
-    // what one made is there for the other
+    // a run without the cluster finds the outputs of a run with it
     let plan = bench.say(&["plan", "conf.toml", "--set", "run.output=together"]);
     assert!(plan.out.lines().filter(|line| line.contains("cached")).count() >= 6, "{}", plan.out);
-    // tasks that went by way of storage are gone
+    // tasks that were passed through storage have been removed
     assert_eq!(tree(&bench.path("together/tasks")), Vec::<std::path::PathBuf>::new());
 }
 
-/// Kills an executor as soon as a stage has begun to write, and starts another one.
+/// Kills an executor as soon as a stage has begun to write, and starts another.
 fn killed_in(stage: &str) {
     let bench = bench();
     let want = packed(&bench.run(&["--set", "run.output=alone"]));
@@ -173,7 +174,7 @@ fn what_an_executor_finds_broken_is_computed_again() {
 #[test]
 fn two_runs_at_once_share_a_cluster() {
     let bench = Bench::empty();
-    // tasks that go by way of storage, for they name thousands of files
+    // the tasks are passed through storage, because they name thousands of files
     for (i, row) in corpus(9, 2000).into_iter().enumerate() {
         bench.jsonl(&format!("in/{i:05}.jsonl"), &[row]);
     }
@@ -257,14 +258,14 @@ fn a_hundred_random_kills_change_nothing() {
     let mut cluster = Cluster::start(2, |command| with(&server, command));
     let kills: usize = std::env::var("KILLS").map_or(100, |kills| kills.parse().unwrap());
     let mut next = random(1);
-    // what was killed, how the run that was under way ended
+    // counts by (what was killed, exit code of the run at that time)
     let mut outcomes = std::collections::BTreeMap::<(&str, i32), usize>::new();
     let (mut done, mut runs) = (0, 0);
     while done < kills {
         let output = format!("run.output=s3://bucket/out-{runs}");
         let arguments = ["run", "conf.toml", "--set", &cluster.set(), "--set", &output];
         let arguments = [&arguments[..], &["--set", "source.0.url=s3://bucket/corpus/*"]].concat();
-        // the same command, until it comes to its end
+        // repeats the same command until it succeeds
         let run = loop {
             let mut command = bench.command(&arguments);
             with(&server, &mut command);
@@ -289,7 +290,7 @@ fn a_hundred_random_kills_change_nothing() {
             }
             let said = said(running.wait_with_output().unwrap());
             *outcomes.entry((killed, said.code)).or_default() += 1;
-            // killed (-1), or an error that says that the same command goes on
+            // finished, killed (-1), or an error whose help says that the same command continues
             assert!([0, 4, -1].contains(&said.code), "{killed}: {said:?}");
             if said.code == 0 {
                 break said.out.trim().to_owned();

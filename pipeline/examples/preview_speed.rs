@@ -1,4 +1,5 @@
-//! What `lengthwise preview` does, over a catalog of `synthetic_catalog`: statistics of domains, the recipe, its sums.
+//! Measures what `lengthwise preview` does on a catalog of `synthetic_catalog`: statistics of domains, the
+//! recipe, and the sums.
 //!
 //!     cargo run --release --example preview_speed -- sql/mixtures/per_source.sql /tmp/catalog 2 [name=text …]
 
@@ -73,7 +74,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let given = given.map(|(name, value)| (name.to_owned(), ScalarValue::from(value)));
     let bound = Recipe::parse(file, &std::fs::read_to_string(file)?)?
         .bind(&builtin.map(number).into(), &given.collect::<BTreeMap<_, _>>())?;
-    // what other engines are asked, too: the recipe's rows counted and summed, in any order, none of them checked
+    // the query that other engines are measured with, too: the recipe's rows, counted and summed in any
+    // order, unchecked
     let begin = Instant::now();
     let asked = DataFrame::new(session.state(), bound.plan(&session).await?);
     let tokens = col("copies") * cast(col("stop") - col("start"), DataType::Float64);
@@ -89,7 +91,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::var_os("EXPLAIN").is_some() {
         eprintln!("{}", displayable(physical.as_ref()).indent(false));
     }
-    // the preview's own work: joined with the catalog, checked row by row, summed by stratum and length
+    // the work of a preview: the rows are joined with the catalog, checked one by one, and summed by stratum
+    // and length
     let rows = execute_stream(physical, session.task_ctx())?.map_err(|e| query("the recipe", e));
     let documents = "select doc_id, domain, tokens from documents order by doc_id";
     let documents =
@@ -114,7 +117,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// The most memory that this process has held.
+/// The peak resident memory of this process, in MiB.
 fn peak_megabytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -1,8 +1,9 @@
-//! A corpus many times over, its documents made distinct, to see what grows with it:
+//! Repeats a corpus several times with distinct documents, to measure what grows with it:
 //!
 //!     cargo run --release --example repeat_corpus -- CORPUS DIR TIMES
 //!
-//! CORPUS is a folder of JSONL.zst with a `text` in each line; DIR gets TIMES files for each, whose texts begin with their number.
+//! CORPUS is a folder of JSONL.zst files with a `text` in each line. DIR gets TIMES files for each of them,
+//! whose texts begin with the number of the repetition.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};

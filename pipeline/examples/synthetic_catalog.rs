@@ -1,9 +1,10 @@
-//! Writes a catalog of N made-up documents, to see how recipes and previews scale without tokenising anything.
+//! Writes a catalog of N made-up documents, to measure how recipes and previews scale without tokenising
+//! anything.
 //!
 //!     cargo run --release --example synthetic_catalog -- 100000000 /tmp/catalog
 //!
-//! The files are like those of the stage *catalog*: sorted by doc_id, one after the other. Lengths are log-normal
-//! by domain, roughly those of SlimPajama's seven.
+//! The files are like those of the stage *catalog*: sorted by doc_id, within and across files. Lengths are
+//! log-normal by domain, roughly those of SlimPajama's seven domains.
 
 use std::fs::File;
 use std::path::Path;
@@ -15,7 +16,8 @@ use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
-/// Share of the documents, and mean and deviation of the logarithm of their tokens.
+/// Per domain: its share of the documents, and the mean and the standard deviation of the logarithm of their
+/// tokens.
 const DOMAINS: [(&str, f64, f64, f64); 7] = [
     ("RedPajamaC4", 0.480, 5.9, 1.0),
     ("RedPajamaCommonCrawl", 0.310, 6.9, 1.3),
@@ -76,7 +78,8 @@ fn write_file(path: &Path, from: u64, to: u64, rows: u64) {
     writer.close().expect("DIR can be written");
 }
 
-/// doc_id, domain and tokens of the i-th of n documents. Ids ascend with i: each is random within its n-th part.
+/// The doc_id, domain and tokens of the i-th of n documents. Ids ascend with i: the i-th is random within the
+/// i-th of n equal parts of the range.
 fn document(i: u64, n: u64) -> ([u8; 16], &'static str, i64) {
     let random = |salt: u64| mix(i.wrapping_mul(8).wrapping_add(salt));
     let part = u64::MAX / n;
@@ -91,7 +94,7 @@ fn document(i: u64, n: u64) -> ([u8; 16], &'static str, i64) {
         place < 0.0
     });
     let (name, _, mean, deviation) = domain.unwrap_or(&DOMAINS[0]);
-    // the normal distribution, by Box and Muller
+    // a normal variate, by the Box–Muller transform
     let normal = libm::sqrt(-2.0 * libm::log(1.0 - unit(3))) * libm::cos(std::f64::consts::TAU * unit(4));
     let tokens = libm::exp(mean + deviation * normal).clamp(1.0, 3e6) as i64;
     (id, name, tokens)

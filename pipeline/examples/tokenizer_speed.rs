@@ -1,4 +1,5 @@
-//! How fast documents are tokenised on one core, and whether the ids are Hugging Face's own.
+//! Measures how fast documents are tokenised on one core, and with `--check` whether the ids are those of
+//! Hugging Face's `tokenizers`.
 //!
 //!     cargo run --release --example tokenizer_speed -- TOKENIZER.json CORPUS.jsonl.zst… [--check]
 

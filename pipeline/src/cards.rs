@@ -1,4 +1,5 @@
-//! What the ecosystem looks for beside data and models: a dataset card, and a model card. They say what they are of.
+//! The cards that Hugging Face's tools look for beside data and models: a dataset card and a model card. They
+//! state what the dataset and the model were made from.
 
 use std::path::Path;
 
@@ -6,7 +7,7 @@ use crate::directory::RunManifest;
 use crate::preview::NAMED;
 use crate::stages::domains::Domain;
 
-/// Cards of a run's directory, by file name.
+/// The cards of a run's directory, as pairs of file name and text.
 pub fn cards(manifest: &RunManifest) -> Vec<(&'static str, String)> {
     let has = |folder: &str| manifest.files.iter().any(|file| file.name.starts_with(folder));
     let mut cards = vec![("README.md", dataset(manifest, has("heldout/")))];
@@ -20,7 +21,7 @@ fn recipe(manifest: &RunManifest) -> String {
     Path::new(&manifest.conf.mixture.recipe).file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// "commit 1234567", or what there is instead.
+/// The commit in words, such as "commit `1234567`", or that there is none.
 fn commit(manifest: &RunManifest) -> String {
     match (&manifest.commit, manifest.dirty) {
         (Some(commit), false) => format!("commit `{commit}`"),
@@ -29,7 +30,7 @@ fn commit(manifest: &RunManifest) -> String {
     }
 }
 
-/// A name between other words, or in a cell of a table: nothing in it is Markdown.
+/// A name as plain text in a sentence or a table cell: characters that Markdown would interpret are escaped.
 fn plain(name: &str) -> String {
     let mut plain = String::new();
     for c in name.chars() {
@@ -41,7 +42,7 @@ fn plain(name: &str) -> String {
     plain
 }
 
-/// A name as code, between more backticks than it has side by side.
+/// A name as inline code, fenced with more backticks than it has in a row.
 fn code(name: &str) -> String {
     let name = name.replace(char::is_control, " ");
     let most = name.split(|c| c != '`').map(str::len).max().unwrap_or(0);
@@ -50,7 +51,7 @@ fn code(name: &str) -> String {
     format!("{fence}{space}{name}{space}{fence}")
 }
 
-/// What both cards say of where it all comes from.
+/// The lines on the run, the commit, the conf and the recipe that both cards have.
 fn made_of(manifest: &RunManifest) -> String {
     let mixture = &manifest.conf.mixture;
     format!(
@@ -64,7 +65,7 @@ fn made_of(manifest: &RunManifest) -> String {
     )
 }
 
-/// For Hugging Face's `datasets`, which finds the files by it.
+/// The dataset card. Hugging Face's `datasets` finds the files by its header.
 fn dataset(manifest: &RunManifest, heldout: bool) -> String {
     let mut card =
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n"
@@ -108,7 +109,7 @@ fn dataset(manifest: &RunManifest, heldout: bool) -> String {
     card
 }
 
-/// For whoever loads the checkpoint.
+/// The model card, for whoever loads the checkpoint.
 fn model(manifest: &RunManifest) -> String {
     let base = manifest
         .conf

@@ -1,5 +1,5 @@
-//! compare: what differs between runs, in what was asked of them and in what came of it. The first is what the others are
-//! compared with.
+//! compare: differences between runs, both in their confs and SQL and in their results. The other runs are
+//! compared with the first.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,19 +13,20 @@ use crate::storage::{Location, json_lines};
 use crate::tables::LENGTH_BUCKET_NAMES;
 use crate::{Error, Result};
 
-/// A difference of the loss beyond this counts (paper, Table 5).
+/// Differences of the loss of at most this many nats per token do not count (paper, Table 5).
 pub const COUNTS: f64 = 0.01;
 
-/// One of the runs.
+/// One of the compared runs.
 pub struct Side {
-    /// What it is called among the others; runs of one name are the same with other seeds.
+    /// The name of the run in the comparison. Runs of the same name are repetitions with other seeds.
     pub name: String,
     pub manifest: RunManifest,
     losses: Vec<Losses>,
     metrics: Vec<Value>,
 }
 
-/// A held-out document's losses, as the evaluation wrote them.
+/// A held-out document's losses as the evaluation wrote them: the sum (nats) and the count of each range of
+/// positions.
 #[derive(Deserialize)]
 pub struct Losses {
     domain: String,
@@ -33,30 +34,31 @@ pub struct Losses {
     sums: Vec<(f64, u64)>,
 }
 
-/// What differs.
+/// The result of a comparison. Lists by side have one entry per name, in the order of `names`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
     pub names: Vec<String>,
-    /// One of each, or one a seed.
+    /// The runs of each name: one per seed.
     pub runs: Vec<Vec<String>>,
     pub commits: Vec<Option<String>>,
-    /// Keys of the conf that differ, with the value of each side; empty where it has none.
+    /// Keys of the conf that differ, with the value of each side; an empty text if the side has no such key.
     pub conf: Vec<(String, Vec<String>)>,
-    /// Diffs of SQL files, each side's to the first one's.
+    /// Diffs of SQL files, from the first side to each other side.
     pub sql: Vec<SqlDiff>,
-    /// Shares of the drawn tokens, by domain, and by length of their document; the corpus's own of the first side before.
+    /// Shares of the drawn tokens by domain, and by the length of their document; before them the share in
+    /// the first side's corpus.
     pub domains: Vec<Shares>,
     pub lengths: Vec<Shares>,
-    /// Shares of a domain's drawn tokens that are in long documents.
+    /// The share of each domain's drawn tokens that lie in long documents.
     pub long: Vec<Shares>,
     pub loss: Vec<LossRow>,
     /// Scores of the other evaluations.
     pub scores: Vec<(String, Vec<Option<f64>>)>,
-    /// Loss of the last step of training.
+    /// The training loss of the last step, in nats per token.
     pub training: Vec<Option<f64>>,
 }
 
-/// A file of SQL that is not the first side's.
+/// An SQL file that differs from the first side's.
 #[derive(Clone, Debug, Serialize)]
 pub struct SqlDiff {
     pub name: String,
@@ -64,7 +66,7 @@ pub struct SqlDiff {
     pub diff: String,
 }
 
-/// Shares of something, in the corpus and by side.
+/// The shares of one domain or length bucket: in the corpus, and by side.
 #[derive(Clone, Debug, Serialize)]
 pub struct Shares {
     pub name: String,
@@ -72,49 +74,50 @@ pub struct Shares {
     pub sides: Vec<f64>,
 }
 
-/// Loss of a domain over a range of positions.
+/// The loss of a domain over a range of positions, in nats per token.
 #[derive(Clone, Debug, Serialize)]
 pub struct LossRow {
-    /// `None` of all together.
+    /// `None` for all domains together.
     pub domain: Option<String>,
     pub positions: Value,
-    /// Documents that reach there.
+    /// How many documents have tokens in the range.
     pub documents: usize,
-    /// The first side's.
+    /// The first side's loss.
     pub loss: f64,
-    /// The others', less the first's; `None` where they have no document in common.
+    /// The other sides' losses minus the first side's; `None` if they have no document in common.
     pub differences: Vec<Option<Difference>>,
 }
 
-/// A difference of two means over the same documents.
+/// The difference of two mean losses over the same documents, in nats per token.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Difference {
     pub mean: f64,
-    /// Its standard error over documents, each compared with itself, and over seeds, where there are several; `None` of one
-    /// document.
+    /// The standard error: over documents, each compared with itself, and over seeds if there are several.
+    /// `None` for a single document.
     pub error: Option<f64>,
     pub documents: usize,
 }
 
-/// Of fewer documents a standard error is itself too much of a guess.
+/// A standard error over fewer documents than this is itself too uncertain.
 pub const ENOUGH: usize = 5;
 
 impl Difference {
-    /// Whether it is beyond what counts, and beyond twice its error, of documents enough.
+    /// Whether the difference counts: it is larger than [`COUNTS`], larger than twice its error, and over at
+    /// least [`ENOUGH`] documents.
     pub fn counts(&self) -> bool {
         self.documents >= ENOUGH
             && self.mean.abs() > COUNTS
             && self.error.is_some_and(|error| self.mean.abs() > 2.0 * error)
     }
 
-    /// Whether it is for the better; `None` where it doesn't count.
+    /// Whether the loss is lower than the first side's; `None` if the difference does not count.
     pub fn better(&self) -> Option<bool> {
         self.counts().then_some(self.mean < 0.0)
     }
 }
 
 impl LossRow {
-    /// Its domain, or that it is of all.
+    /// The domain's name, or "all".
     pub fn domain(&self) -> &str {
         self.domain.as_deref().unwrap_or("all")
     }
@@ -129,7 +132,7 @@ impl Side {
         Ok(Self { name, manifest, losses, metrics })
     }
 
-    /// Loss by tokens trained.
+    /// The training loss as points of (tokens trained, nats per token).
     pub fn training(&self) -> Vec<(f64, f64)> {
         let point = |line: &Value| Some((line["tokens"].as_f64()?, line["loss"].as_f64()?));
         self.metrics.iter().filter_map(point).collect()
@@ -141,7 +144,7 @@ impl Side {
     }
 }
 
-/// The runs by name, in the order in which names come.
+/// The runs grouped by name, in the order in which the names first occur.
 fn groups(sides: &[Side]) -> Vec<Vec<&Side>> {
     let mut groups: Vec<Vec<&Side>> = vec![];
     for side in sides {
@@ -163,7 +166,7 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
     sum / count
 }
 
-/// Compares the first with the others.
+/// Compares the other runs with the first. `sides` has at least one run.
 pub fn compare(sides: &[Side]) -> Comparison {
     let groups = groups(sides);
     let firsts: Vec<&Side> = groups.iter().map(|group| group[0]).collect();
@@ -174,14 +177,14 @@ pub fn compare(sides: &[Side]) -> Comparison {
         previews.iter().map(|group| group.iter().map(|preview| preview.only(&named)).collect()).collect();
     let scores = sides.iter().flat_map(|side| side.manifest.summary.evaluations.keys());
     let scores: BTreeSet<&String> = scores.collect();
-    // losses of other tokens have nothing to do with each other
+    // losses over tokens of different tokenizers are not comparable
     let mut losses_by_group: Vec<Vec<&[Losses]>> = vec![];
     for group in &groups {
         let alike = |side: &Side| side.manifest.tokenizer == sides[0].manifest.tokenizer;
         let own = group.iter().map(|side| if alike(side) { side.losses.as_slice() } else { &[] });
         losses_by_group.push(own.collect());
     }
-    // of all seeds, if all have it
+    // the mean over all seeds, if every seed has a value
     let of_all = |group: &Vec<&Side>, value: &dyn Fn(&Side) -> Option<f64>| {
         let values: Option<Vec<f64>> = group.iter().map(|side| value(side)).collect();
         values.map(|values| mean(values.into_iter()))
@@ -240,7 +243,7 @@ fn by_domain(
     names.into_iter().map(shares).collect()
 }
 
-/// A conf's keys and values, tables opened: `train.shape.layers`.
+/// Adds a conf's keys and values to `into`; nested tables become paths such as `train.shape.layers`.
 fn flat(prefix: &str, value: &toml::Value, into: &mut BTreeMap<String, String>) {
     let key = |name: &str| if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
     match value {
@@ -268,7 +271,7 @@ fn confs(sides: &[&Side]) -> Vec<(String, Vec<String>)> {
         flats.iter().map(|flat| flat.get(key).cloned().unwrap_or_default()).collect::<Vec<_>>()
     };
     keys.into_iter()
-        // where it is stored is no difference
+        // where the output is stored makes no difference
         .filter(|key| *key != "run.output")
         .map(|key| (key.clone(), values(key)))
         .filter(|(_, values)| values.iter().any(|value| *value != values[0]))
@@ -280,7 +283,7 @@ fn sql(sides: &[&Side]) -> Vec<SqlDiff> {
     let mut all = vec![];
     for side in others {
         let recipe = |side: &Side| side.manifest.conf.mixture.recipe.clone();
-        // recipes are compared with each other, whatever their names
+        // the recipes are compared even if their files have different names
         let mut pairs = vec![(recipe(first), recipe(side))];
         let files = first.manifest.sql.keys().chain(side.manifest.sql.keys()).collect::<BTreeSet<_>>();
         let others = files.into_iter().filter(|file| **file != recipe(first) && **file != recipe(side));
@@ -298,18 +301,19 @@ fn sql(sides: &[&Side]) -> Vec<SqlDiff> {
     all
 }
 
-/// A file of JSON lines; nothing where there is none.
+/// The values of a file of JSON lines; empty if there is no such file.
 async fn lines(at: &Location) -> Result<Vec<Value>> {
     let lines = json_lines(&at.get().await?.unwrap_or_default()).collect::<Result<_, _>>();
     lines.map_err(|e| Error::Corrupt { url: at.url(), message: e.to_string() })
 }
 
-/// The losses that an evaluation wrote as its cases.
+/// The losses in an evaluation's file of cases.
 pub async fn losses_of(cases: &Location) -> Result<Vec<Losses>> {
     Ok(lines(cases).await?.into_iter().filter_map(|case| serde_json::from_value(case).ok()).collect())
 }
 
-/// Sum and count of the losses in a range of each document of a domain that reaches there, by domain and id.
+/// The sum and the count of the losses in a range of positions, by (domain, doc_id), for each document that
+/// reaches the range. With a `domain`, only its documents.
 fn sums<'a>(
     losses: &'a [Losses],
     domain: Option<&str>,
@@ -318,7 +322,7 @@ fn sums<'a>(
     let mut all: BTreeMap<_, (f64, u64)> = BTreeMap::new();
     for losses in losses.iter().filter(|losses| domain.is_none_or(|domain| losses.domain == domain)) {
         if let Some((sum, count)) = losses.sums.get(range).filter(|(_, count)| *count > 0) {
-            // a document that was drawn several times is read as often
+            // a document that was packed several times has as many entries
             let of = all.entry((losses.domain.as_str(), losses.doc_id.as_str())).or_default();
             *of = (of.0 + sum, of.1 + count);
         }
@@ -326,13 +330,14 @@ fn sums<'a>(
     all
 }
 
-/// The ranges of positions of the first run's losses.
+/// The ranges of positions that the first run's losses are summed over.
 fn ranges(sides: &[&Side]) -> Vec<Value> {
     let notes = sides.first().and_then(|side| side.manifest.summary.evaluations.get("loss"));
     notes.and_then(|notes| notes["ranges"].as_array().cloned()).unwrap_or_default()
 }
 
-/// The first group's loss by domain and range of positions, and the others' difference; in a group, a model a seed.
+/// The first group's loss by domain and range of positions, and the other groups' differences from it. A
+/// group holds one list of losses per seed.
 pub fn loss_rows(ranges: &[Value], groups: &[Vec<&[Losses]>]) -> Vec<LossRow> {
     let Some((firsts, others)) = groups.split_first() else { return vec![] };
     let domains: BTreeSet<Option<&str>> = firsts
@@ -348,7 +353,7 @@ pub fn loss_rows(ranges: &[Value], groups: &[Vec<&[Losses]>]) -> Vec<LossRow> {
             if own.iter().any(BTreeMap::is_empty) {
                 continue;
             }
-            // each seed with the first recipe's of the same seed
+            // each seed is compared with the first group's run in the same place
             let difference = |group: &Vec<&[Losses]>| {
                 let seeds = own.iter().zip(group).map(|(own, losses)| {
                     let theirs = sums(losses, domain, range);
@@ -377,7 +382,8 @@ pub fn loss_rows(ranges: &[Value], groups: &[Vec<&[Losses]>]) -> Vec<LossRow> {
     rows
 }
 
-/// The mean difference a loss, from differences summed over documents and counts, and its error as that of a ratio.
+/// The mean difference per token and its standard error, from pairs of (difference summed over a document,
+/// number of tokens). The mean is a ratio of sums, and the error is the one of a ratio estimator.
 fn paired(pairs: &[(f64, f64)]) -> Option<Difference> {
     let (sum, count) = pairs.iter().fold((0.0, 0.0), |(s, c), (difference, n)| (s + difference, c + n));
     if count == 0.0 {
@@ -389,11 +395,12 @@ fn paired(pairs: &[(f64, f64)]) -> Option<Difference> {
     Some(Difference { mean, error, documents: pairs.len() })
 }
 
-/// A seed's differences, summed over each document by domain and id, and counts.
+/// A seed's differences by (domain, doc_id): the difference summed over the document, and the number of
+/// tokens.
 type Pairs = BTreeMap<(String, String), (f64, f64)>;
 
-/// The mean of the differences with several seeds. Its error is that over documents, of which seeds may share some, and that
-/// over seeds.
+/// The mean of the differences over several seeds. Its error combines the error over documents, some of which
+/// several seeds may share, with the error over seeds.
 fn over_seeds(seeds: &[Pairs]) -> Option<Difference> {
     let (mut all, count) = (Pairs::new(), seeds.len() as f64);
     for (document, (difference, n)) in seeds.iter().flatten() {
@@ -416,7 +423,7 @@ mod tests {
 
     #[test]
     fn a_difference_is_of_the_same_documents_and_counts_beyond_its_error() {
-        // each document a tenth better a loss: no error at all
+        // each document is better by a tenth per token, so that the error is 0
         let five = [(-1.0, 10.0), (-2.0, 20.0), (-1.0, 10.0), (-3.0, 30.0), (-1.0, 10.0)];
         let same = paired(&five).unwrap();
         assert!((same.mean + 0.1).abs() < 1e-12 && same.error.unwrap() < 1e-12 && same.counts());
@@ -434,7 +441,7 @@ mod tests {
 
     #[test]
     fn what_seeds_do_not_agree_on_is_in_the_error() {
-        // documents of ten tokens each, by name, with the difference of each token
+        // documents of ten tokens each, with their names and the difference per token
         let seed = |documents: &[(&str, f64)]| -> Pairs {
             let pair =
                 |(name, mean): &(&str, f64)| (("d".to_owned(), (*name).to_owned()), (mean * 10.0, 10.0));
@@ -447,7 +454,7 @@ mod tests {
         // 0.1 and 0.3: a deviation of √0.02 over two seeds is an error of 0.1
         let flat = [seed(&[("a", 0.1), ("b", 0.1)]), seed(&[("a", 0.3), ("b", 0.3)])];
         assert!((error(&flat) - 0.1).abs() < 1e-12, "{}", error(&flat));
-        // the same documents again are no more documents, others are
+        // the same documents in two seeds add no evidence, other documents do
         let again = [one[0].clone(), one[0].clone()];
         assert!((error(&again) - alone).abs() < 1e-12, "{}", error(&again));
         let others = [one[0].clone(), seed(&[("c", 0.1), ("d", 0.3)])];

@@ -1,4 +1,5 @@
-//! The dataflow of a run, from sources to the trained checkpoint: which stage takes what of which.
+//! The dataflow of a run, from sources to the trained checkpoint: which stage takes which outputs of earlier
+//! stages.
 
 use serde_json::json;
 
@@ -14,7 +15,7 @@ use crate::stages::{self, catalog, domains, draw, mixture, pack, shuffle};
 use crate::storage::Location;
 use crate::{Error, Result};
 
-/// What the stages gave, as far as the run went.
+/// The outputs of the stages that a run has gone through so far.
 #[derive(Default)]
 pub struct Flow {
     pub tokenizer: Option<Tokenizer>,
@@ -26,11 +27,11 @@ pub struct Flow {
     pub packed: Option<Published>,
     pub heldout: Option<Published>,
     pub trained: Option<Published>,
-    /// By the evaluation's name.
+    /// Pairs of an evaluation's name and its output.
     pub evaluated: Vec<(String, Published)>,
 }
 
-/// That this build has what the conf's `[train]` asks for.
+/// Checks that this build and machine have what the conf's `[train]` asks for.
 #[cfg(feature = "train")]
 fn can_train(run: &Run) -> Result<()> {
     stages::train::check_devices(run)
@@ -50,7 +51,8 @@ fn ends(until: Option<Stage>, stage: Stage) -> bool {
     until.is_some_and(|until| until <= stage)
 }
 
-/// The tokenizer, after what can be wrong in the conf of a run up to `until` was looked for: it is said before hours are spent.
+/// Checks the conf of a run up to `until`, so that its errors are reported before hours are spent, and
+/// returns the tokenizer.
 pub async fn checked(run: &Run, until: Option<Stage>) -> Result<Tokenizer> {
     #[cfg(feature = "train")]
     {
@@ -73,10 +75,11 @@ pub async fn checked(run: &Run, until: Option<Stage>) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// A run that finds so many outputs broken, one after the other, gives up.
+/// A run gives up after it has found this many broken outputs.
 const MAX_WITHDRAWN: usize = 100;
 
-/// Does `work` again where it finds that what a stage left is broken: that is withdrawn by then, and computed again.
+/// Repeats `work` when it finds that a stage's output is broken. The output has been withdrawn by then, and
+/// is computed again.
 pub async fn mended<T>(run: &Run, mut work: impl AsyncFnMut() -> Result<T>) -> Result<T> {
     for _ in 0..MAX_WITHDRAWN {
         match work().await {
@@ -91,8 +94,8 @@ pub async fn mended<T>(run: &Run, mut work: impl AsyncFnMut() -> Result<T>) -> R
 }
 
 impl Flow {
-    /// Goes through the stages up to `until`, and leaves in `self` what there is when one fails. Where a stage finds that
-    /// what an earlier one left is broken, that is computed again.
+    /// Goes through the stages up to `until`. If one fails, `self` keeps the outputs before it. If a stage
+    /// finds an earlier output broken, that output is computed again.
     pub async fn go(&mut self, run: &Run, until: Option<Stage>) -> Result<()> {
         mended(run, async || {
             *self = Self::default();
@@ -171,7 +174,8 @@ impl Flow {
         Ok(())
     }
 
-    /// What there is once sequences are packed; `None` for a flow that ended before.
+    /// The outputs that a run's directory is made from; `None` if the flow ended before sequences were
+    /// packed.
     pub fn dataset(&self) -> Option<Dataset<'_>> {
         Some(Dataset {
             tokenizer: self.tokenizer.as_ref()?,
@@ -188,13 +192,13 @@ impl Flow {
     }
 }
 
-/// Remembers what this conf's stages were made of, so that the next `plan` can say what changed.
+/// Records the keys and ingredients of this conf's stages, so that the next `plan` can say what changed.
 pub async fn remember(run: &Run) -> Result<()> {
     if run.goal == Goal::Look || run.steps.lock().expect("no panic while held").is_empty() {
         return Ok(());
     }
     let at = latest_of(run);
-    // a preview goes less far than the run before it
+    // a preview ends at an earlier stage than the run before it, whose later stages are kept
     let before = at.get().await?.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let mut latest: serde_json::Map<String, serde_json::Value> = before.unwrap_or_default();
     for step in run.steps.lock().expect("no panic while held").iter() {

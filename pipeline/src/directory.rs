@@ -1,10 +1,10 @@
-//! The directory of a run: what a person, a trainer and `verify` find.
+//! The directory of a run, which people, trainers and `verify` read.
 //!
 //! ```text
 //! <output>/runs/<name>-<hash of its last stages' keys>/
 //!     data/train-00000-of-000NN.parquet    heldout/heldout-….parquet    checkpoint/…
 //!     report.html    attempts/<time>.json: machines and times, outside every hash
-//!     manifest.json                        written last, if absent
+//!     manifest.json                        written last; one that it replaces is kept in attempts/
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,47 +22,50 @@ use crate::stages::shuffle::Planned;
 use crate::storage::{Location, sealed};
 use crate::{Error, Result};
 
-/// All that a run was made of and all that it made. Nothing in it says when or where.
+/// Everything that a run was made from, and everything that it produced. It contains no times and no machine
+/// names, so that equal runs have equal manifests.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunManifest {
     pub run: String,
-    /// What computed it.
+    /// The build that computed the run.
     pub build: Build,
-    /// The git commit of the folder that conf and SQL were read from, where it is one.
+    /// The git commit of the folder that the conf and the SQL were read from; `None` if it is not a git
+    /// repository.
     pub commit: Option<String>,
-    /// Whether tracked files differed from that commit.
+    /// Whether tracked files differed from that commit, or the conf or the recipe was not tracked.
     pub dirty: bool,
     pub conf_file: String,
-    /// As resolved, with defaults.
+    /// The resolved conf, with defaults.
     pub conf: Conf,
     pub sql: BTreeMap<String, String>,
     pub inputs: Vec<Input>,
-    /// What looked like data where a source's files are, and was not read, by the source's name.
+    /// Files that look like data and lie among a source's files, but were not read, by the source's name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub not_read: BTreeMap<String, Vec<Unread>>,
     pub tokenizer: Digest,
     /// The keys of the stages, in order.
     pub stages: Vec<StageKey>,
-    /// Files of this directory, by path.
+    /// The files of this directory; names are relative to it.
     pub files: Vec<File>,
-    /// Digests of rows of the packed tables, whatever library wrote their bytes.
+    /// Row counts and row digests of the packed tables, which do not depend on the library that wrote the
+    /// bytes. Their `files` are empty.
     pub tables: BTreeMap<String, Table>,
     pub summary: Summary,
 }
 
-/// What a program is made of, as far as what it computes may depend on it.
+/// The parts of a program that its results may depend on.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct Build {
     /// The version of lengthwise.
     pub lengthwise: String,
-    /// A digest of its sources, and of the SQL in it.
+    /// A digest of its sources and of the built-in SQL.
     pub sources: String,
-    /// Libraries and their versions.
+    /// Versions of the libraries, by name.
     pub libraries: BTreeMap<String, String>,
 }
 
 impl Build {
-    /// This program's.
+    /// The build of this program.
     pub fn this() -> Self {
         let libraries = env!("LENGTHWISE_LIBRARIES").split(',').filter_map(|library| library.split_once(' '));
         Self {
@@ -72,7 +75,7 @@ impl Build {
         }
     }
 
-    /// What differs from another build, a line each.
+    /// The differences from a later build `other`, one line each.
     pub fn differences(&self, other: &Build) -> Vec<String> {
         let mut lines = vec![];
         let mut differ = |what: &str, a: Option<&String>, b: Option<&String>| {
@@ -91,22 +94,22 @@ impl Build {
     }
 }
 
-/// The run in numbers, for the report and for comparisons.
+/// The numbers of a run, for the report and for comparisons.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Summary {
-    /// documents, tokens, duplicates, rejects, …
+    /// Counts by name: documents, tokens, duplicates, rejects, …
     pub counts: BTreeMap<String, u64>,
     pub domains: Vec<Domain>,
     pub asked: Asked,
     pub drawn: Asked,
     pub planned: Planned,
-    /// What each evaluation gave.
+    /// Results of the evaluations, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub evaluations: BTreeMap<String, serde_json::Value>,
 }
 
 impl Summary {
-    /// The one number that an evaluation comes to, if it comes to one.
+    /// The single score of an evaluation, if it has one.
     pub fn score(&self, evaluation: &str) -> Option<f64> {
         let notes = self.evaluations.get(evaluation)?;
         ["score", "f1", "accuracy"].iter().find_map(|key| notes[*key].as_f64())
@@ -121,12 +124,12 @@ pub struct Attempt {
     pub host: String,
     pub cores: usize,
     pub steps: Vec<Step>,
-    /// What it wrote into the run's directory that says when, where or how fast, or that a newer version would word in
-    /// another way: report, cards and the training's logs.
+    /// Files in the run's directory that contain times, machine names or speeds, or that a newer version may
+    /// word differently: the report, the cards and the training logs.
     pub files: Vec<File>,
 }
 
-/// The attempts at a run, the first one first.
+/// The attempts at a run, in the order in which they started.
 pub async fn attempts(folder: &Location) -> Result<Vec<Attempt>> {
     let mut listed = folder.join("attempts").list().await?;
     listed.sort_by(|a, b| a.location.cmp(&b.location));
@@ -134,13 +137,16 @@ pub async fn attempts(folder: &Location) -> Result<Vec<Attempt>> {
     for meta in listed {
         let at = folder.join("attempts").join(meta.location.filename().unwrap_or_default());
         let bytes = at.get().await?.unwrap_or_default();
-        // what a manifest said before lies there, too
+        // the folder also holds manifests that were replaced
         attempts.extend(serde_json::from_slice::<Attempt>(&bytes).ok());
     }
     Ok(attempts)
 }
 
-/// The manifest in a run's directory, whether or not its files are there.
+/// The manifest in a run's directory; `None` if there is none. The run's files may be missing all the same.
+///
+/// # Errors
+/// [`Error::Corrupt`] if it is not the manifest of a run of this version.
 pub async fn written(folder: &Location) -> Result<Option<RunManifest>> {
     let at = folder.join("manifest.json");
     let Some(bytes) = at.get().await? else { return Ok(None) };
@@ -151,7 +157,10 @@ pub async fn written(folder: &Location) -> Result<Option<RunManifest>> {
     manifest.map(Some)
 }
 
-/// The manifest that a person asks for by the run's directory.
+/// The manifest of a run whose directory a user named.
+///
+/// # Errors
+/// [`Error::Usage`] if the folder has no manifest.
 pub async fn read(folder: &Location) -> Result<RunManifest> {
     written(folder).await?.ok_or_else(|| {
         Error::usage(
@@ -161,12 +170,12 @@ pub async fn read(folder: &Location) -> Result<RunManifest> {
     })
 }
 
-/// Where a run's stages are: two folders up.
+/// The output that a run's directory belongs to: two folders up.
 pub fn output_of(run_folder: &Location) -> Location {
     run_folder.parent().parent()
 }
 
-/// A stage of a run, by its key.
+/// The folder and the manifest of a stage's output, by the stage's key; `None` if it does not exist.
 pub async fn stage_of(output: &Location, key: &StageKey) -> Result<Option<(Location, output::Manifest)>> {
     let folder = output.join("stages").join(&key.stage).join(&key.key);
     let Some(bytes) = folder.join("manifest.json").get().await? else { return Ok(None) };

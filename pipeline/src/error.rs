@@ -1,4 +1,4 @@
-//! The one error type of this crate, and the exit code each kind of failure ends with.
+//! The error type of this crate, and the exit code of each kind of error.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -22,15 +22,15 @@ pub enum TokenizerError {
     NotTrained(String),
 }
 
-/// What can go wrong, grouped by who can mend it.
+/// The errors of this crate, grouped by who can fix the cause.
 #[derive(Debug, Error, Diagnostic)]
 pub enum Error {
-    /// Something the user wrote (a conf, a recipe, a `--set`) is wrong; points at the place.
+    /// A mistake in something the user wrote (a conf, a recipe, a `--set`); points at the place.
     #[error(transparent)]
     #[diagnostic(transparent)]
     Written(#[from] Box<Written>),
 
-    /// The input data is not what the conf says it is.
+    /// The input data is not what the conf states.
     #[error("{message}")]
     Data {
         message: String,
@@ -38,7 +38,7 @@ pub enum Error {
         help: Option<String>,
     },
 
-    /// The command line asks for something that can't be.
+    /// The command line asks for something impossible.
     #[error("{message}")]
     Usage {
         message: String,
@@ -56,14 +56,15 @@ pub enum Error {
         source: object_store::Error,
     },
 
-    /// A stored file is not what its manifest says.
+    /// A stored file does not have the digest that its manifest states, or cannot be read.
     #[error("{url}: {message}")]
     #[diagnostic(help(
         "`lengthwise verify RUN` withdraws what is broken; the next `lengthwise run` computes it again"
     ))]
     Corrupt { url: String, message: String },
 
-    /// A stored file was not what its manifest says, and its stage's output is withdrawn.
+    /// A stored file did not have the digest that its manifest states, and the output of its stage was
+    /// withdrawn.
     #[error("{url} was broken, and is withdrawn")]
     #[diagnostic(help("the next `lengthwise run` computes it again"))]
     Withdrawn { url: String },
@@ -75,7 +76,7 @@ pub enum Error {
     ))]
     Unbalanced { stage: &'static str, message: String },
 
-    /// Asked for something of a stage that has not been computed.
+    /// A command needs the output of a stage that has not been computed.
     #[error("stage {stage} has not been computed for this conf")]
     #[diagnostic(help("`lengthwise run CONF --until {stage}` computes it"))]
     Absent { stage: &'static str, key: String, ingredients: BTreeMap<String, serde_json::Value> },
@@ -84,11 +85,11 @@ pub enum Error {
     #[error("{0}")]
     Differs(String),
 
-    /// A query failed while it ran.
+    /// A query could not be planned or failed while it ran.
     #[error("{doing}: {cause}")]
     Query {
         doing: String,
-        // not its `source`: it says its own causes
+        // not a `source`, because its message already includes its causes
         cause: Box<datafusion::error::DataFusionError>,
         #[help]
         help: Option<String>,
@@ -98,12 +99,12 @@ pub enum Error {
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
 
-    /// The model can't be trained or asked.
+    /// The model cannot be trained or evaluated.
     #[cfg(feature = "train")]
     #[error("{}", model_failed(.0))]
     Train(#[from] lengthwise_model::Error),
 
-    /// What a task ended with on an executor.
+    /// The error of a task that failed on an executor.
     #[error("{message}")]
     Remote {
         code: u8,
@@ -112,18 +113,19 @@ pub enum Error {
         help: Option<String>,
     },
 
-    /// A cluster can't be reached, or loses what it is given.
+    /// A cluster cannot be reached, or loses tasks.
     #[error("the cluster at {url}: {message}")]
     #[diagnostic(help(
         "`lengthwise cluster scheduler` and `lengthwise cluster executor` have to run there; the same command goes on where this one was"
     ))]
     Cluster { url: String, message: String },
 
-    /// SIGTERM or SIGINT: nothing half-done was published, the same command goes on from here.
+    /// SIGTERM or SIGINT ended the run. Nothing half-done was published, and the same command continues from
+    /// here.
     #[error("stopped by a signal; the same command goes on where this one was")]
     Stopped,
 
-    /// Everything else that an operating system can refuse.
+    /// Any other error of the operating system.
     #[error("{doing}")]
     Io {
         doing: String,
@@ -147,7 +149,8 @@ pub struct Written {
 }
 
 impl Error {
-    /// A wrong place in a text the user wrote. `span` is a byte range of `text`; `label` stands under it.
+    /// An error in a text that the user wrote. `span` is a byte range of `text`, and `label` is shown under
+    /// it.
     pub fn written(
         file: &str,
         text: &str,
@@ -175,8 +178,8 @@ impl Error {
         Error::Usage { message: message.into(), help: Some(help.into()) }
     }
 
-    /// Why it came about, the nearest cause first. Libraries say their causes twice, in their own message, too: what was said
-    /// is left out.
+    /// The causes of the error, the nearest first. Libraries often repeat a cause in their own message; a
+    /// cause that was already stated is left out.
     pub fn causes(&self) -> Vec<String> {
         let mut said: Vec<String> = vec![];
         for cause in chain(self) {
@@ -187,7 +190,7 @@ impl Error {
         said.split_off(1)
     }
 
-    /// File and line of what the user wrote wrong, with what stands under it.
+    /// The file, the line and the label of a mistake in the user's text; `None` for other errors.
     pub fn place(&self) -> Option<String> {
         let Error::Written(written) = self else { return None };
         let Written { text, span, label, .. } = &**written;
@@ -196,7 +199,7 @@ impl Error {
         Some(format!("{}:{line}: {label}", text.name()))
     }
 
-    /// As it is shown on a terminal: what is wrong, where, why, and what to do.
+    /// The error as a terminal shows it: what is wrong, where, why, and what to do.
     pub fn shown(self) -> miette::Report {
         let mut cause = None;
         for message in self.causes().into_iter().rev() {
@@ -205,12 +208,12 @@ impl Error {
         Shown { error: self, cause }.into()
     }
 
-    /// The error and its causes in a line.
+    /// The error and its causes on one line.
     pub fn in_a_line(&self) -> String {
         [vec![self.to_string()], self.causes()].concat().join(": ")
     }
 
-    /// The exit code of the process, as documented in the README.
+    /// The exit code of the process, which the documentation lists.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Written(_) | Error::Usage { .. } | Error::Absent { .. } => 2,
@@ -223,7 +226,7 @@ impl Error {
                 }
             }
             Error::Io { source, .. } => match source.kind() {
-                // a text that is not UTF-8
+                // std reports a text that is not UTF-8 as InvalidData
                 ErrorKind::InvalidData => 2,
                 kind if is_lasting(kind) => 2,
                 _ => 4,
@@ -253,7 +256,7 @@ impl Error {
     }
 }
 
-/// What an error says, and each of its causes, without secrets.
+/// The messages of an error and of each of its causes, with secrets hidden.
 pub fn chain(error: &Link) -> impl Iterator<Item = String> {
     links(error).map(|error| hide(error.to_string()))
 }
@@ -265,7 +268,7 @@ fn links(error: &Link) -> impl Iterator<Item = &Link> {
 
 type Link = dyn std::error::Error + 'static;
 
-/// An error whose causes are those of [`Error::causes`].
+/// An error whose chain of causes is [`Error::causes`].
 #[derive(Debug, Error)]
 #[error("{error}")]
 struct Shown {
@@ -296,7 +299,7 @@ impl Diagnostic for Shown {
     }
 }
 
-/// The headline over a failure of the model crate.
+/// The headline for an error of the model crate.
 #[cfg(feature = "train")]
 fn model_failed(error: &lengthwise_model::Error) -> &'static str {
     match error {
@@ -308,7 +311,7 @@ fn model_failed(error: &lengthwise_model::Error) -> &'static str {
     }
 }
 
-/// What to do where storage refuses.
+/// Advice for a storage error.
 fn storage_help(url: &str, why: &object_store::Error) -> String {
     if let Some(cure) = cure(why) {
         return cure.to_owned();
@@ -317,11 +320,11 @@ fn storage_help(url: &str, why: &object_store::Error) -> String {
     look + "the same command goes on where this one was"
 }
 
-/// What has to change where trying again helps nobody; `None` where it may help.
+/// What the user has to change, if trying again cannot help; `None` if it may help.
 fn cure(why: &object_store::Error) -> Option<&'static str> {
     for link in links(why) {
         match link.downcast_ref() {
-            // it was there a moment ago, unless all of the bucket is not
+            // the object was there a moment ago, unless the whole bucket is missing
             Some(object_store::Error::NotFound { .. }) => break,
             Some(object_store::Error::InvalidPath { .. }) => {
                 return Some(
@@ -349,8 +352,8 @@ fn cure(why: &object_store::Error) -> Option<&'static str> {
         .then_some("there is no such bucket: make it, or name another one")
 }
 
-/// Whether what an operating system refuses, it refuses until somebody changes something. A full disk is not of this kind:
-/// others leave it, too.
+/// Whether an I/O error lasts until somebody changes something. A full disk is not such an error, because
+/// other users of the disk may free space.
 fn is_lasting(kind: ErrorKind) -> bool {
     use ErrorKind::*;
     [
@@ -365,7 +368,7 @@ fn is_lasting(kind: ErrorKind) -> bool {
     .contains(&kind)
 }
 
-/// The variables that storage of a scheme takes.
+/// The environment variables that configure storage of a scheme, as a sentence.
 pub fn variables(scheme: &str) -> Option<&'static str> {
     match scheme {
         "s3" | "s3a" => Some(
@@ -381,12 +384,13 @@ pub fn variables(scheme: &str) -> Option<&'static str> {
     }
 }
 
-/// What to look at before trying again; `None` for a disk's errors, which say it themselves.
+/// What to check before trying again; `None` for paths without a scheme, whose errors are clear by
+/// themselves.
 fn what_to_look_at(url: &str, why: &object_store::Error) -> Option<String> {
     let why = chain(why).collect::<Vec<_>>().join("\n");
     let says = |signs: &[&str]| signs.iter().any(|sign| why.contains(sign));
     let variables = variables(url.split_once("://")?.0)?;
-    // what stores say in their answers, and where clouds tell their machines who they are
+    // messages of storage services, and the metadata addresses that clouds give credentials at
     if says(&["URL scheme is not allowed"]) {
         return Some(
             "the endpoint is an http:// address: set AWS_ALLOW_HTTP=true where that is meant".into(),
@@ -413,7 +417,7 @@ fn what_to_look_at(url: &str, why: &object_store::Error) -> Option<String> {
     Some(refused.unwrap_or_default().to_owned() + variables)
 }
 
-/// Attaches what was being done to an I/O error.
+/// Adds to an I/O error what was being done.
 pub trait Doing<T> {
     fn doing(self, what: impl FnOnce() -> String) -> Result<T>;
 }
@@ -444,12 +448,12 @@ mod tests {
             ("403 Forbidden: <Code>SignatureDoesNotMatch</Code>", "wrong, expired, or not allowed"),
             ("500", "AWS_ENDPOINT"),
         ] {
-            // what an object is called is no sign of anything
+            // an object's name must not be taken for a sign of the cause
             let answer = format!("{answer}: GET http://storage/certificates/x");
             let error = refused("s3://bucket/certificates/x", &answer);
             let help = error.help().expect("there is help").to_string();
             assert!(help.contains(cure) && help.ends_with("where this one was"), "{help}");
-            // the library's message has its cause's in it
+            // the library's message already contains its cause
             assert_eq!(error.causes(), [format!("Generic S3 error: {answer}")]);
             let shown = format!("{:?}", error.shown());
             assert_eq!(shown.matches("Generic S3 error").count(), 1, "{shown}");
@@ -467,7 +471,7 @@ mod tests {
         let io = |source: Io| Error::Io { doing: "cannot do it".into(), source };
         let of = Io::from_raw_os_error;
         for (code, error) in [
-            // what somebody has to change
+            // errors that last until somebody changes something
             (2, store(path)),
             (2, store(generic(of(libc::ENOTDIR)))),
             (2, store(generic(of(libc::EISDIR)))),
@@ -484,7 +488,7 @@ mod tests {
             (2, io(ErrorKind::InvalidData.into())),
             (2, Error::usage("", "")),
             (3, Error::data("", "")),
-            // what may have changed by itself
+            // errors that may pass by themselves
             (4, store(generic(of(libc::ENOSPC)))),
             (4, store(generic(of(libc::EIO)))),
             (4, store(generic(of(libc::EDQUOT)))),
@@ -493,7 +497,7 @@ mod tests {
             (4, store(missing("404 Not Found: <Code>NoSuchKey</Code>"))),
             (4, store(object_store::Error::NotFound { path: "x".into(), source: of(libc::ENOENT).into() })),
             (4, refused("s3://bucket/x", "503 Slow Down")),
-            // keys are renewed
+            // credentials may be renewed meanwhile
             (4, refused("s3://bucket/x", "403 Forbidden: <Code>ExpiredToken</Code>")),
             (4, refused("s3://bucket/x", "client error (Connect): tcp connect error: Connection refused")),
             (4, io(of(libc::ENOSPC))),

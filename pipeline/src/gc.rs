@@ -1,15 +1,15 @@
-//! gc: what dead runs left behind.
+//! gc: finds and removes files that dead runs left behind.
 //!
 //! ```text
-//! <output>/stages/<stage>/<key>/   without a manifest: a run that died, unless it is still at work
-//!                                  with one: what it doesn't name, such as jobs/, which nobody reads any more
-//! <output>/runs/<run>/             without a manifest
+//! <output>/stages/<stage>/<key>/   without a manifest: everything, if its run died
+//!                                  with one: files it does not name, such as jobs/, which are no longer read
+//! <output>/runs/<run>/             without a manifest: everything, if its run died
 //! <output>/tasks/<key>.json        messages to executors
 //! ```
 //!
-//! Nothing goes that is younger than a given age, or whose folder has something younger: a run marks what it works on. What a
-//! manifest names stays, and so does whatever lies beside or below a manifest that isn't a stage's, such as a checkpoint's.
-//! Files that don't belong to this layout are none of its business.
+//! Files younger than a given age stay, and so does everything in a folder with a younger file, because a run
+//! at work marks its folders. Files that a manifest names stay, and so does everything beside or below a
+//! nested manifest, such as a checkpoint's. Files that do not belong to this layout are left alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,15 +22,18 @@ use crate::output::Manifest;
 use crate::storage::{Location, sealed};
 use crate::{Error, Result};
 
-/// An object that nobody needs.
+/// An object that nothing refers to.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Leftover {
-    /// Below the output.
+    /// The path relative to the output.
     pub path: String,
     pub bytes: u64,
 }
 
-/// Everything in an output that dead runs left there before `before`, in seconds since 1970.
+/// Everything in an output that dead runs left before `before`, in seconds since 1970.
+///
+/// # Errors
+/// [`Error::Corrupt`] if the manifest of a stage's output cannot be read; storage errors.
 pub async fn leftovers(output: &Location, before: i64) -> Result<Vec<Leftover>> {
     let mut found = vec![];
     for (folder, objects) in folders(output).await? {
@@ -39,19 +42,20 @@ pub async fn leftovers(output: &Location, before: i64) -> Result<Vec<Leftover>> 
     Ok(found)
 }
 
-/// Removes what [`leftovers`] finds, a folder at a time, each looked at again just before.
+/// Removes what [`leftovers`] finds, one folder after the other. Each folder is listed again just before, and
+/// `gone` is called for every object that was removed.
 pub async fn collect(output: &Location, before: i64, mut gone: impl FnMut(&Leftover)) -> Result<()> {
     for folder in folders(output).await?.into_keys() {
         let at = output.join(&folder);
         let mut objects = below(output, at.list().await?);
         objects.retain(|(path, _)| folder_of(path).is_some());
         let mut leftovers = of_folder(output, &folder, &objects, before).await?;
-        // what a run that goes on would take for done goes first
+        // a job's record goes before its files, because a resumed run would take the job for done
         leftovers.sort_by_key(|leftover| !leftover.path.contains("/jobs/"));
         let was = marks(&at).await?;
         for leftover in leftovers {
             if marks(&at).await?.iter().any(|mark| !was.contains(mark)) {
-                // somebody goes on with it
+                // a run has resumed this folder
                 break;
             }
             output.join(&leftover.path).delete().await?;
@@ -61,7 +65,8 @@ pub async fn collect(output: &Location, before: i64, mut gone: impl FnMut(&Lefto
     Ok(())
 }
 
-/// What a run writes into a folder before anything else, and last, as far as it is there.
+/// The objects that show that a run works in a folder or has finished it: the attempts, `begun` and
+/// `manifest.json`.
 async fn marks(folder: &Location) -> Result<Vec<ObjectMeta>> {
     let mut marks = folder.join("attempts").list().await?;
     for name in ["begun", "manifest.json"] {
@@ -75,7 +80,7 @@ async fn marks(folder: &Location) -> Result<Vec<ObjectMeta>> {
     Ok(marks)
 }
 
-/// The objects of the folders that are looked at, by path below the output.
+/// The objects of each folder that `gc` looks at, by path relative to the output.
 async fn folders(output: &Location) -> Result<BTreeMap<String, Vec<(String, ObjectMeta)>>> {
     let mut folders: BTreeMap<String, Vec<_>> = BTreeMap::new();
     for (path, meta) in below(output, output.list().await?) {
@@ -107,7 +112,7 @@ async fn of_folder(
         let old = objects.iter().filter(|(_, meta)| old(meta));
         return Ok(old.map(|(path, meta)| Leftover { path: path.clone(), bytes: meta.size }).collect());
     }
-    // a run at work writes now and then
+    // a run at work has written something recently
     if objects.iter().any(|(_, meta)| !old(meta)) {
         return Ok(vec![]);
     }
@@ -118,7 +123,7 @@ async fn of_folder(
             return Ok(vec![]);
         }
         let at = output.join(&own);
-        // one that can't be read names who knows what
+        // a manifest that is gone by now may name anything, so the folder is left alone
         let Some(bytes) = at.get().await? else { return Ok(vec![]) };
         let manifest: Manifest =
             sealed::open(&bytes).map_err(|message| Error::Corrupt { url: at.url(), message })?;
@@ -126,7 +131,7 @@ async fn of_folder(
         named = files.map(|file| format!("{folder}/{}", file.name)).collect();
         named.insert(own.clone());
     }
-    // a checkpoint has a manifest of its own, and all that lies below it is its
+    // a checkpoint has its own manifest, and everything below its folder belongs to it
     let inner: Vec<&str> = objects
         .iter()
         .filter(|(path, _)| *path != own)
@@ -146,11 +151,11 @@ mod tests {
     use proptest::prelude::*;
 
     const DONE: &str = "d0e0d0e0d0e0d0e0d0e0d0e0d0e0d0e0";
-    /// What others keep where an output is.
+    /// Folders in which others keep files beside the output.
     const FOREIGN: [&str; 5] = ["elsewhere/x", "runs/exp1", "stages/a/b", "stages/tokens/b", "tokenizers"];
     const DEAD: &str = "deaddeaddeaddeaddeaddeaddeaddead";
 
-    /// An output with a folder of each kind; `names` are files, of which the manifest names those that are `true`.
+    /// An output with a folder of each kind. `names` are files, with whether the manifest names them.
     async fn output(names: &[(String, bool)]) -> Location {
         let output = Stores::new("/").open("memory:///out").unwrap();
         let file = |name: &String| File { name: name.clone(), bytes: 1, rows: 0, blake3: Digest::of(b"x") };

@@ -1,4 +1,5 @@
-//! Names and checks made of hashes: keys of stages, digests of files and of rows, places in an order.
+//! Hashes that name and check things: keys of stages, digests of files and of rows, and pseudo-random places
+//! in an order.
 
 use std::fmt;
 
@@ -6,7 +7,7 @@ use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Float64Type, Int32Type, Int64Type, UInt16Type, UInt32Type};
 use serde::{Deserialize, Serialize};
 
-/// BLAKE3 of some bytes, written as 64 hexadecimal digits.
+/// The BLAKE3 hash of some bytes, displayed as 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest(pub [u8; 32]);
 
@@ -15,7 +16,7 @@ impl Digest {
         Self(*blake3::hash(bytes).as_bytes())
     }
 
-    /// Enough of it for a folder's name.
+    /// The first 32 hexadecimal digits (128 bits), which folders are named by.
     pub fn short(&self) -> String {
         self.to_string()[..32].to_owned()
     }
@@ -33,9 +34,11 @@ impl fmt::Debug for Digest {
     }
 }
 
-/// Digest of a table's rows whatever their order: the sum of the rows' hashes modulo 2¹²⁸.
+/// A digest of a table's rows that does not depend on their order: the sum of the rows' 128-bit hashes modulo
+/// 2¹²⁸.
 ///
-/// It tells a newer Parquet or zstd library, which changes bytes but not rows, from a real difference.
+/// A newer Parquet or zstd library changes a file's bytes, but not this digest. So it tells such a change
+/// from a real difference.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct RowDigest(pub u128);
 
@@ -44,7 +47,7 @@ impl RowDigest {
         self.0 = self.0.wrapping_add(other.0);
     }
 
-    /// Digest of a batch's rows over all of its columns, by position.
+    /// The digest of a batch's rows over all of its columns, by position.
     pub fn of(batch: &RecordBatch) -> Self {
         let mut sum = 0u128;
         let mut row_bytes = Vec::new();
@@ -63,7 +66,8 @@ fn first_16(hash: &blake3::Hash) -> u128 {
     u128::from_le_bytes(hash.as_bytes()[..16].try_into().expect("16 of 32 bytes"))
 }
 
-/// One value in a form that depends on nothing but the value: no library's row format, no offsets.
+/// Appends one value in a form that depends only on the value: it uses no library's row format and no
+/// offsets.
 fn write_value(array: &dyn Array, row: usize, out: &mut Vec<u8>) {
     if array.is_null(row) {
         return out.push(0);
@@ -95,7 +99,7 @@ fn write_value(array: &dyn Array, row: usize, out: &mut Vec<u8>) {
             let values = array.as_list::<i32>().value(row);
             out.extend_from_slice(&(values.len() as u64).to_le_bytes());
             match values.data_type() {
-                // ids: the one list that is long, so its numbers go in without a mark each
+                // ids are the only long lists, so their values are written without a null mark each
                 DataType::UInt16 => values
                     .as_primitive::<UInt16Type>()
                     .values()
@@ -160,13 +164,14 @@ pub fn doc_id(domain: &str, text: &str) -> [u8; 16] {
     first_16(&hasher.finalize()).to_le_bytes()
 }
 
-/// `text_id`: the first 16 bytes of BLAKE3 over the text. Documents of several domains may have one text.
+/// `text_id`: the first 16 bytes of BLAKE3 over the text. Documents of different domains may have the same
+/// text.
 pub fn text_id(text: &str) -> [u8; 16] {
     first_16(&blake3::hash(text.as_bytes())).to_le_bytes()
 }
 
-/// 64 bits that look random and depend on nothing but their arguments. `tag` keeps the uses apart:
-/// what is drawn says nothing about where it is placed.
+/// 64 pseudo-random bits that depend only on the arguments. `tag` separates the uses, so that whether a span
+/// is drawn is independent of where it is placed.
 pub fn unit_hash(tag: &str, seed: u64, doc_id: &[u8; 16], start: u64, copy: u32) -> u64 {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&(tag.len() as u64).to_le_bytes()).update(tag.as_bytes());
@@ -178,12 +183,12 @@ pub fn unit_hash(tag: &str, seed: u64, doc_id: &[u8; 16], start: u64, copy: u32)
     u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("8 of 32 bytes"))
 }
 
-/// Whether a text is a number of so many hexadecimal digits, as keys and digests are in names.
+/// Whether a text consists of exactly `digits` hexadecimal digits, as keys and digests in names do.
 pub fn is_hex(text: &str, digits: usize) -> bool {
     text.len() == digits && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// A doc_id as people and other software see it.
+/// A doc_id in hexadecimal, the form in which people and other software see it.
 pub fn hex(doc_id: &[u8]) -> String {
     doc_id.iter().map(|byte| format!("{byte:02x}")).collect()
 }

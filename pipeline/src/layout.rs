@@ -1,9 +1,11 @@
-//! The layout of an output: what runs write where. Somebody else's files may lie in folders of the same names.
+//! The layout of an output: which paths runs write to. Folders of the same names may hold files that other
+//! people put there.
 
 use crate::hash::is_hex;
 use crate::stage::STAGES;
 
-/// The folder that a file is looked at with; `None` where it is none of ours.
+/// The folder, relative to the output, that `gc` treats as one unit with the file `path`; `None` if no run
+/// writes such a path.
 pub fn folder_of(path: &str) -> Option<String> {
     let parts: Vec<&str> = path.split('/').collect();
     let depth = match parts[..] {
@@ -19,13 +21,15 @@ fn is_stage(name: &str) -> bool {
     STAGES.iter().any(|stage| stage.name == name)
 }
 
-/// Whether a path in an output lies in one of the folders that runs write to.
+/// Whether a path in an output lies in one of the folders that runs write to. The file itself may be somebody
+/// else's.
 pub fn is_of_runs(path: &str) -> bool {
     let first = path.split('/').next().unwrap_or_default();
     ["stages", "runs", "latest", "reproduced", "tokenizers", "tasks"].contains(&first)
 }
 
-/// Whether a path in an output is what runs write there: somebody else's files may lie in folders of the same names.
+/// Whether a path in an output has the form of a file that runs write, and is not somebody else's file in a
+/// folder of the same name.
 pub fn is_written_by_runs(path: &str) -> bool {
     let parts: Vec<&str> = path.split('/').collect();
     match parts[..] {

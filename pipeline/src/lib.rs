@@ -1,17 +1,17 @@
 //! lengthwise: from documents to packed sequences of a chosen length mixture.
 //!
-//! Arrows point down only: a module uses those below it.
+//! A module uses only modules below it:
 //!
 //! ```text
-//! cli            one file a command: arguments in, printing out
-//! dataflow       the one function that goes through the stages in order; directory, report: what is published of it
-//! stages         plan: a stage's inputs, key, tasks, accounts, checks; one file a stage
-//! run            a run's conf, goal, clock; where a stage's output is found or computed
-//! executor       who performs tasks: here, or Ballista's executors
-//! tasks          work, on any machine: tokenize, distinct, a pass of the draw, scatter, pack
-//! algorithms     no I/O: the tokenizer, cuts of budgets, the planner of sequences, sums over strata
+//! cli            one file per command: parses arguments, prints results
+//! dataflow       goes through the stages in order; publish, directory, report: what a run publishes
+//! stages         one file per stage, with its inputs, key, tasks, accounts and checks
+//! run            a run's conf, goal and clock; finds or computes a stage's output
+//! executor       performs tasks, in this process or on Ballista's executors
+//! tasks          work that any machine can do: tokenize, distinct, a pass of the draw, scatter, pack
+//! algorithms     without I/O: the tokenizer, division of budgets, the planner of sequences, sums over strata
 //! source · sql   rows of the sources' files; engine, statements, functions, recipes
-//! output         how a stage's output is begun, found and published; stage, tables: what there is
+//! output         begins, finds and publishes a stage's output; stage, tables: the stages and the tables
 //! storage        locations, stores, secrets, checksummed JSON; hash: digests
 //! ```
 

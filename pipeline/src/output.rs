@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! <output>/stages/<stage>/<key>/      key: hash of everything the output depends on
-//!     begun                           written first: `gc` sees by its age whether somebody is at work
+//!     begun                           written first: its age tells `gc` whether a run is at work here
 //!     *.parquet …                     files, written in any order, by any number of attempts
-//!     jobs/<job>.json                 what a finished job wrote; a killed run goes on behind it
+//!     jobs/<job>.json                 the output of a finished job; a run that was killed resumes after it
 //!     manifest.json                   written last, if absent: from now on the output exists
 //! ```
 //!
 //! What has no manifest does not exist. Two runs that compute the same key write the same bytes under the
-//! same names, so neither can harm the other; the first to finish publishes.
+//! same names, so that neither can harm the other. The first to finish publishes.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -22,19 +22,19 @@ use crate::hash::{Digest, RowDigest};
 use crate::storage::{Location, sealed};
 use crate::{Error, Result};
 
-/// Everything a stage's output depends on, by name. Its hash is the stage's key.
+/// Everything that a stage's output depends on, by name. The stage's key is their hash.
 pub type Ingredients = BTreeMap<String, Value>;
 
-/// Says what a stage's output is: its files, with digests of bytes and of rows.
+/// Describes a stage's output: its tables and files, with digests of bytes and of rows.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct Manifest {
     pub stage: String,
     pub key: String,
     pub ingredients: Ingredients,
     pub tables: BTreeMap<String, Table>,
-    /// What was counted for the accounts: documents, tokens, rejects, …
+    /// Counts by name, which the accounts are checked with: documents, tokens, rejects, …
     pub counts: BTreeMap<String, u64>,
-    /// What later stages and the report want to know and no table says.
+    /// Facts for later stages and the report that are in no table.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub notes: Value,
 }
@@ -53,11 +53,12 @@ pub struct StageKey {
     pub key: String,
 }
 
-/// A table, or any set of files that belong together.
+/// A table, or another set of files that belong together.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct Table {
     pub rows: u64,
-    /// Order-free digest of the rows over the columns that are content (locations are not).
+    /// The digest of the rows, independent of their order, over the columns that are content. Locations are
+    /// not content.
     pub digest: RowDigest,
     pub files: Vec<File>,
 }
@@ -79,18 +80,18 @@ impl Table {
     }
 }
 
-/// A stage's output that exists.
+/// An output of a stage that exists.
 #[derive(Clone, Debug)]
 pub struct Published {
     pub manifest: Arc<Manifest>,
     pub folder: Location,
-    /// Whether it was there already.
+    /// Whether it existed before.
     pub cached: bool,
     pub seconds: f64,
 }
 
 impl Published {
-    /// The named table; empty where the stage wrote none.
+    /// The table of this name; empty if the stage wrote none.
     pub fn table(&self, name: &str) -> Table {
         self.manifest.tables.get(name).cloned().unwrap_or_default()
     }
@@ -99,10 +100,11 @@ impl Published {
         self.manifest.counts.get(name).copied().unwrap_or(0)
     }
 
-    /// What the stage left in its notes.
+    /// The stage's notes.
     ///
     /// # Errors
-    /// They are those of another version.
+    /// [`Error::Corrupt`] if the notes do not have the form `T`, for example because another version wrote
+    /// them.
     pub fn notes<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
         serde_json::from_value(self.manifest.notes.clone()).map_err(|e| Error::Corrupt {
             url: self.folder.join("manifest.json").url(),
@@ -110,26 +112,26 @@ impl Published {
         })
     }
 
-    /// The digest a later stage takes as its ingredient.
+    /// The row digest of a table, as the ingredient of a later stage.
     pub fn digest(&self, table: &str) -> Value {
         Value::String(self.table(table).digest.to_string())
     }
 }
 
-/// The key of a stage: its name, its version and its ingredients.
+/// The key of a stage: a hash of its name and its ingredients, which include its version.
 pub fn key(stage: &str, ingredients: &Ingredients) -> String {
     let text = serde_json::to_string(&(stage, ingredients)).expect("JSON values print");
     Digest::of(text.as_bytes()).short()
 }
 
-/// A stage being computed: the folder to write into, and the jobs that are done already.
+/// A stage's output while it is computed: the folder that jobs write to.
 pub struct Draft {
     pub folder: Location,
-    /// Whether finished jobs are done again too (`--from`).
+    /// Whether jobs that an earlier attempt finished are repeated (`--from`).
     pub again: bool,
 }
 
-/// What a job reports: the tables it added to, what it counted.
+/// The result of a job: the tables that it added to, and its counts.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Output {
     pub tables: BTreeMap<String, Table>,
@@ -151,7 +153,7 @@ impl Output {
         self.tables.entry(name.to_owned()).or_default().extend(table);
     }
 
-    /// Adds another job's output to this one; notes are not merged.
+    /// Adds another job's output to this one. Notes are not merged.
     pub fn merge(&mut self, other: Output) {
         for (name, table) in other.tables {
             self.table(&name, table);
@@ -163,14 +165,14 @@ impl Output {
 }
 
 impl Draft {
-    /// Begins a computation, and marks the folder as one that is worked in: `gc` leaves it alone.
+    /// Begins a computation. It marks the folder as in use, so that `gc` leaves it alone.
     pub async fn begin(folder: Location, again: bool) -> Result<Self> {
         folder.join("begun").put("").await?;
         Ok(Self { folder, again })
     }
 
-    /// Runs a job unless an earlier attempt finished it. A job's name holds everything its output depends
-    /// on beyond the stage's key.
+    /// Runs a job unless an earlier attempt finished it. The job's name has to contain everything that its
+    /// output depends on beyond the stage's key.
     pub async fn job(&self, name: &str, work: impl Future<Output = Result<Output>>) -> Result<Output> {
         if let Some(done) = self.done(name).await? {
             return Ok(done);
@@ -180,8 +182,8 @@ impl Draft {
         Ok(output)
     }
 
-    /// What an earlier attempt's job wrote, if it finished and its files still have the digests that it says: a disk may
-    /// have lost what was written last, and kept the size.
+    /// The output that an earlier attempt's job recorded, if its files still have the recorded digests. A
+    /// disk may have lost the bytes that were written last although the file's size is right.
     pub async fn done(&self, name: &str) -> Result<Option<Output>> {
         if self.again {
             return Ok(None);
@@ -200,7 +202,7 @@ impl Draft {
 }
 
 impl File {
-    /// Whether the file is there with the right bytes.
+    /// Whether the file exists and has the right digest.
     pub async fn is_sound(&self, folder: &Location) -> Result<bool> {
         match folder.join(&self.name).digest().await {
             Ok(digest) => Ok(digest == self.blake3),
@@ -209,15 +211,19 @@ impl File {
         }
     }
 
-    /// Reads the file, for a consumer that can't check what it reads.
+    /// Reads the file and checks its digest; withdraws the output if the file is broken or missing.
     ///
     /// # Errors
-    /// [`Error::Withdrawn`] where it is not what its manifest says: the output it is of is none any more.
+    /// [`Error::Withdrawn`] if the file is not what its manifest states. Its output no longer exists then.
     pub async fn checked(&self, folder: &Location) -> Result<bytes::Bytes> {
         self.or_withdrawn(folder, self.read(folder).await).await
     }
 
-    /// The same where something else reads it: it is never whole in memory.
+    /// Checks the file as [`File::checked`] does, for a file that something else reads. The file is never
+    /// whole in memory.
+    ///
+    /// # Errors
+    /// [`Error::Withdrawn`] if the file is not what its manifest states.
     pub async fn check(&self, folder: &Location) -> Result<()> {
         let at = folder.join(&self.name);
         let checked = match at.digest().await {
@@ -229,7 +235,7 @@ impl File {
 
     async fn or_withdrawn<T>(&self, folder: &Location, read: Result<T>) -> Result<T> {
         match read {
-            // or another one has found the same, and is at just this
+            // a file that is gone may have been withdrawn by another process just now
             Err(Error::Corrupt { .. })
             | Err(Error::Storage { source: object_store::Error::NotFound { .. }, .. }) => {
                 let at = folder.join(&self.name);
@@ -241,7 +247,10 @@ impl File {
         }
     }
 
-    /// The file's bytes, checked against its digest.
+    /// Reads the file and checks its digest.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if the digest differs.
     pub async fn read(&self, folder: &Location) -> Result<bytes::Bytes> {
         let at = folder.join(&self.name);
         let bytes = at.read().await?;
@@ -256,7 +265,7 @@ fn corrupt(at: &Location) -> Error {
     Error::Corrupt { url: at.url(), message: "its bytes are not those its manifest names".into() }
 }
 
-/// Reads the manifest of a stage's key, if the output exists with all of its files in their sizes.
+/// Reads the manifest of a stage's output; `None` unless it exists and all of its files have their sizes.
 pub async fn find(folder: &Location) -> Result<Option<Manifest>> {
     let Some(bytes) = folder.join("manifest.json").get().await? else { return Ok(None) };
     let manifest = match sealed::open::<Manifest>(&bytes) {
@@ -281,7 +290,10 @@ pub async fn find(folder: &Location) -> Result<Option<Manifest>> {
     Ok(Some(manifest))
 }
 
-/// Publishes a finished output. Where another run was first, both must have computed the same.
+/// Publishes a finished output by writing its manifest if absent.
+///
+/// # Errors
+/// [`Error::Differs`] if another run has published other rows under the same key.
 pub async fn publish(folder: &Location, manifest: &Manifest) -> Result<()> {
     let text = sealed::seal(manifest);
     let at = folder.join("manifest.json");
@@ -296,13 +308,13 @@ pub async fn publish(folder: &Location, manifest: &Manifest) -> Result<()> {
             there.rows_differ(manifest).unwrap_or_default(),
             at.url()
         ))),
-        // an output that lost files, or a manifest that can't be read: this one takes its place
+        // the published output lost files, or its manifest cannot be read: this one replaces it
         _ => at.put(text).await,
     }
 }
 
 impl Manifest {
-    /// The first table whose rows are not those of `other`, in words.
+    /// The first table whose rows differ from those of `other`, in words.
     pub fn rows_differ(&self, other: &Manifest) -> Option<String> {
         let names = self.tables.keys().chain(other.tables.keys());
         names

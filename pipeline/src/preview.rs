@@ -1,4 +1,4 @@
-//! preview: what a recipe makes of the corpus, before anything is drawn.
+//! preview: the mixture that a recipe makes of the corpus, before anything is drawn.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -12,53 +12,53 @@ use crate::stages::domains::Domain;
 use crate::stages::mixture::{left_out, shortfalls};
 use crate::tables::LENGTH_BUCKET_NAMES;
 
-/// A mixture beside the corpus it is made of.
+/// A mixture, and the corpus that it is made from.
 #[derive(Clone, Debug, Serialize)]
 pub struct Preview {
     pub recipe: String,
     pub budget: u64,
     pub long_tokens: u64,
     pub domains: Vec<Mixed>,
-    /// Shares of tokens by the paper's length buckets (Figure 2): in the corpus, in the mixture.
+    /// Shares of tokens by the paper's length buckets (Figure 2), in the corpus and in the mixture.
     pub lengths_before: Vec<f64>,
     pub lengths_after: Vec<f64>,
     pub most_copies: Vec<Repeated>,
-    /// What falls short, a line each.
+    /// The strata and domains that fall short, one line each.
     pub shortfalls: Vec<String>,
-    /// What the conf leaves out, a line each.
+    /// The domains that the conf leaves out, one line each.
     pub left_out: Vec<String>,
 }
 
-/// So many domains are named where people read; the others are summed.
+/// How many domains are listed by name in texts for people; the others are summed.
 pub const NAMED: usize = 100;
 
-/// What the domains that are not named are called.
+/// The name of the line that sums the other domains.
 const OTHERS: &str = "(all others)";
 
-/// What becomes of a domain.
+/// A domain in the corpus and in the mixture.
 #[derive(Clone, Debug, Serialize)]
 pub struct Mixed {
     pub domain: String,
     pub documents: u64,
     pub tokens: u64,
-    /// Of the corpus, of the target, of the mixture.
+    /// The domain's share of the tokens: of the corpus, of the target, of the mixture.
     pub share: f64,
     pub target: f64,
     pub mixture_share: f64,
     /// Expected tokens in the mixture.
     pub drawn: u64,
-    /// How often the domain is gone through.
+    /// Expected tokens drawn per token of the domain.
     pub epochs: f64,
-    /// Share of the domain's tokens in long documents, before and after.
+    /// Share of the domain's tokens that lie in long documents, in the corpus and in the mixture.
     pub long_before: f64,
     pub long_after: f64,
-    /// Shares of the domain's tokens by length, before and after.
+    /// Shares of the domain's tokens by length bucket, in the corpus and in the mixture.
     pub lengths_before: Vec<f64>,
     pub lengths_after: Vec<f64>,
 }
 
 impl Mixed {
-    /// Some domains as one.
+    /// Sums several domains into one.
     fn sum(domains: &[Mixed]) -> Self {
         let add = |of: fn(&Mixed) -> f64| domains.iter().map(of).sum::<f64>();
         let (tokens, drawn) = (add(|d| d.tokens as f64).max(1.0), add(|d| d.drawn as f64).max(1.0));
@@ -145,7 +145,7 @@ impl Preview {
         domains.iter().take(NAMED).map(|mixed| mixed.domain.clone()).collect()
     }
 
-    /// The same, with only these domains named, and a line that sums the others.
+    /// The same preview with only these domains named, and one line that sums the others.
     pub fn only(&self, names: &BTreeSet<String>) -> Self {
         let (mut domains, others): (Vec<Mixed>, Vec<Mixed>) =
             self.domains.iter().cloned().partition(|mixed| names.contains(&mixed.domain));
@@ -153,7 +153,7 @@ impl Preview {
         Self { domains, ..self.clone() }
     }
 
-    /// For a terminal.
+    /// The preview as text for a terminal.
     pub fn text(&self) -> String {
         let mut out = String::new();
         let shown = self.only(&self.largest()).domains;
@@ -228,7 +228,7 @@ impl Preview {
     }
 }
 
-/// Two mixtures side by side, with the difference in points.
+/// Two mixtures side by side, with their differences in percentage points.
 pub fn against(a: (&str, &Preview), b: (&str, &Preview)) -> String {
     let mut out = String::new();
     let named: BTreeSet<String> = a.1.largest().into_iter().chain(b.1.largest()).collect();

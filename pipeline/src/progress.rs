@@ -1,4 +1,4 @@
-//! Progress of long work, on stderr: a bar a stage on a terminal, a line now and then elsewhere.
+//! Progress of long work on stderr: one bar per stage on a terminal, a log line now and then elsewhere.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,10 +9,10 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use futures::TryStreamExt;
 use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Without a terminal, a line is logged this often.
+/// How often a line is logged if there is no terminal.
 pub const EVERY: Duration = Duration::from_secs(10);
 
-/// Says whether it is time to say again what would be said too often: at first, and then so long after it was.
+/// Limits how often a message is repeated: it is due at first, and then again once `every` has passed.
 pub struct Rarely {
     every: Duration,
     last: Mutex<Option<Instant>>,
@@ -23,7 +23,7 @@ impl Rarely {
         Self { every, last: Mutex::default() }
     }
 
-    /// Whoever asks when it is time is the one who says it.
+    /// Whether the message is due. The caller that gets `true` is the one to log it.
     pub fn is_time(&self) -> bool {
         let mut last = self.last.lock().expect("no panic while held");
         let is_time = last.is_none_or(|at| at.elapsed() >= self.every);
@@ -38,22 +38,22 @@ impl Rarely {
 #[derive(Clone)]
 pub struct Progress {
     terminal: bool,
-    /// Whether it is said at all.
+    /// Whether nothing is shown or logged.
     silent: bool,
 }
 
 impl Progress {
-    /// For nobody.
+    /// Shows nothing.
     pub fn none() -> Self {
         Self { terminal: false, silent: true }
     }
 
-    /// For stderr as it is.
+    /// Writes to stderr: bars if it is a terminal, otherwise log lines.
     pub fn stderr() -> Self {
         Self { terminal: std::io::IsTerminal::is_terminal(&std::io::stderr()), silent: false }
     }
 
-    /// Starts a stage's bar. `total` is in the unit that `done` counts, 0 where it isn't known.
+    /// Starts a stage's bar. `total` is in the unit that `done` counts, or 0 if it is not known.
     pub fn stage(&self, name: &'static str, total: u64) -> Bar {
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
         if self.terminal {
@@ -105,12 +105,12 @@ struct Inner {
     lines: Rarely,
 }
 
-/// A stage's progress. Clones count together.
+/// A stage's progress. Clones share their counts.
 #[derive(Clone)]
 pub struct Bar(Arc<Inner>);
 
 impl Bar {
-    /// Adds to what is done: `done` in the bar's unit, and rows, tokens and bytes of text for the message.
+    /// Adds to the counts: `done` in the bar's unit, and rows, tokens and bytes of text for the message.
     pub fn add(&self, done: u64, rows: u64, tokens: u64, bytes: u64) {
         let counts = &self.0.counts;
         let add = |count: &AtomicU64, n| count.fetch_add(n, Ordering::Relaxed) + n;
@@ -138,7 +138,7 @@ impl Bar {
         }
     }
 
-    /// Counts a query's rows as they pass.
+    /// Passes a query's rows on, and counts them.
     pub fn watch(&self, rows: SendableRecordBatchStream) -> SendableRecordBatchStream {
         let bar = self.clone();
         let schema = rows.schema();
@@ -147,7 +147,7 @@ impl Bar {
         Box::pin(RecordBatchStreamAdapter::new(schema, counted))
     }
 
-    /// Replaces the message: for work that isn't counted in rows. The first is logged at once.
+    /// Replaces the message, for work that is not counted in rows. The first message is logged at once.
     pub fn say(&self, done: u64, message: String) {
         self.0.bar.set_position(done);
         self.0.bar.set_message(message.clone());

@@ -18,7 +18,7 @@ use crate::stages::tokens::Tokens;
 use crate::storage::{Location, json_lines, sealed};
 use crate::{Error, Result};
 
-/// What a run has once its sequences are packed.
+/// The outputs that a run's directory is made from, once sequences are packed.
 pub struct Dataset<'a> {
     pub tokenizer: &'a Tokenizer,
     pub tokens: &'a Tokens,
@@ -29,24 +29,25 @@ pub struct Dataset<'a> {
     pub packed: &'a Published,
     pub heldout: Option<&'a Published>,
     pub trained: Option<&'a Published>,
-    /// By the evaluation's name.
+    /// Pairs of an evaluation's name and its output.
     pub evaluated: &'a [(String, Published)],
 }
 
 impl Dataset<'_> {
-    /// Where the run's directory is.
+    /// The location of the run's directory.
     pub fn folder(&self, run: &Run) -> Location {
         let last: Vec<&Published> =
             [Some(self.packed), self.heldout, self.trained].into_iter().flatten().collect();
         run.output.join("runs").join(&id(&run.conf.run.name, &last))
     }
 
-    /// Writes the run's directory, and returns where it is.
+    /// Writes the run's directory, and returns its location.
     pub async fn publish(&self, run: &Run) -> Result<Location> {
         let folder = self.folder(run);
         let steps = run.steps.lock().expect("no panic while held").clone();
         let mut attempt = attempt(run, &steps, self.logs());
-        // before files that may be links to old ones: `gc` sees that the folder is worked in
+        // written first, because the files may be links to old ones: `gc` sees by it that the folder is in
+        // use
         let name = format!("attempts/{}-{}", run.started.strftime("%Y%m%dT%H%M%S"), std::process::id());
         let at = folder.join(&format!("{name}.json"));
         at.put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
@@ -54,9 +55,9 @@ impl Dataset<'_> {
         let mut files = self.copy_files(&folder).await?;
         let mut evaluations: BTreeMap<String, Value> =
             self.evaluated.iter().map(|(name, e)| (name.clone(), e.manifest.notes.clone())).collect();
-        // what the same model was asked before, by a conf with another [eval], is no less true
+        // results of earlier evaluations of the same model, by a conf with another [eval], remain valid
         let before = match written(&folder).await {
-            // a broken one is written anew
+            // a broken manifest is replaced below
             Err(Error::Corrupt { .. }) => None,
             before => before?,
         };
@@ -75,7 +76,7 @@ impl Dataset<'_> {
         }
         at.put(serde_json::to_vec_pretty(&attempt).expect("plain values")).await?;
 
-        // the manifest says what the last run was made of
+        // the manifest describes the last run; the one before it is kept beside the attempt
         let (text, at) = (sealed::seal(&manifest), folder.join("manifest.json"));
         match at.get().await? {
             Some(before) if before == text => {}
@@ -89,7 +90,7 @@ impl Dataset<'_> {
         Ok(folder)
     }
 
-    /// The files of the training's logs, where something was trained.
+    /// The files of the training logs, each with its stage's output; empty if nothing was trained.
     fn logs(&self) -> Vec<(&Published, File)> {
         let logs = self.trained.map(|trained| (trained, trained.table("logs").files));
         logs.into_iter()
@@ -97,8 +98,9 @@ impl Dataset<'_> {
             .collect()
     }
 
-    /// Copies what stages wrote into the run's directory. Logs lie beside the model, where people look for them; they say
-    /// when and how fast, and are not among the files that are returned.
+    /// Copies the stages' files into the run's directory, and returns them. The training logs are copied
+    /// beside the model, where people look for them, but are not returned, because they contain times and
+    /// speeds.
     async fn copy_files(&self, folder: &Location) -> Result<Vec<File>> {
         let mut files = copy_table(self.packed, "train", folder, "data").await?;
         if let Some(heldout) = self.heldout {
@@ -140,7 +142,8 @@ impl Dataset<'_> {
             let Table { rows, digest, .. } = stage?.table(name);
             Some((name.to_owned(), Table { rows, digest, files: vec![] }))
         });
-        // units of tokens have keys of their own; what shuffle leaves is no part of a run; evaluations come and go
+        // the units of `tokens` are added by their own keys, `shuffle` leaves nothing in a run, and
+        // evaluations may be added later
         let is_of_run = |step: &&Step| {
             !matches!(Stage::of_step(&step.stage), Some(Stage::Tokens | Stage::Shuffle | Stage::Eval))
         };
@@ -183,7 +186,7 @@ impl Dataset<'_> {
     }
 }
 
-/// This attempt at a run, as far as it is known before its report is written.
+/// This attempt at a run, without the files that are written after it.
 fn attempt(run: &Run, steps: &[Step], logs: Vec<(&Published, File)>) -> Attempt {
     let host = std::env::var("HOSTNAME").or_else(|_| std::fs::read_to_string("/etc/hostname"));
     Attempt {
@@ -196,12 +199,13 @@ fn attempt(run: &Run, steps: &[Step], logs: Vec<(&Published, File)>) -> Attempt 
     }
 }
 
-/// Where a file of the training's logs is in a run's directory.
+/// The path of a training log in a run's directory.
 fn in_checkpoint(log: &File) -> String {
     format!("checkpoint/{}", log.name.rsplit('/').next().unwrap_or_default())
 }
 
-/// The commit of a folder, and whether tracked files differ from it.
+/// The commit that the run's files were read from, and whether tracked files differ from it or the conf or
+/// the recipe is untracked.
 fn commit_of(run: &Run) -> (Option<String>, bool) {
     let ask = |arguments: &[&str]| {
         let output = git(&run.files.root, arguments).ok().filter(|output| output.status.success())?;
@@ -222,16 +226,17 @@ fn commit_of(run: &Run) -> (Option<String>, bool) {
     }
 }
 
-/// A run's id: its name and the hash of its last stages' keys, so that a killed run finds itself again.
+/// A run's id: its name and a hash of its last stages' keys, so that a run that was killed finds its
+/// directory again.
 fn id(name: &str, last: &[&Published]) -> String {
     let keys: Vec<&str> = last.iter().map(|stage| stage.manifest.key.as_str()).collect();
     format!("{name}-{}", &Digest::of(keys.join(" ").as_bytes()).to_string()[..12])
 }
 
-/// Copies a stage's files into a folder of the run; a hard link each where storage is local, and can.
+/// Copies a stage's files into a folder of the run, by hard link if the storage is local and supports it.
 ///
 /// # Errors
-/// [`Error::Withdrawn`] where a file of the stage is broken.
+/// [`Error::Withdrawn`] if a file of the stage is broken.
 async fn copy_table(from: &Published, table: &str, folder: &Location, below: &str) -> Result<Vec<File>> {
     let mut files = vec![];
     for file in from.table(table).files {

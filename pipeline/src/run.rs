@@ -1,4 +1,5 @@
-//! One run: its conf, where it reads and writes, and the one place where a stage is found or computed.
+//! One run: its conf, the places where it reads and writes, and the function that finds or computes a stage's
+//! output.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,23 +26,23 @@ use crate::storage::{Location, Stores};
 use crate::tasks::Worker;
 use crate::{Error, Result};
 
-/// What to do about a stage whose output isn't there.
+/// What to do about a stage whose output does not exist.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Goal {
-    /// Compute it; from a stage on, compute it even where it is there, and compare.
+    /// Compute it. From the stage `from` on, compute it even if it exists, and compare.
     Compute { from: Option<Stage> },
-    /// Only look: [`Error::Absent`].
+    /// Compute nothing: return [`Error::Absent`].
     Look,
 }
 
-/// What came of a stage, for the run's manifest and the report.
+/// What a run did about one stage, for the run's manifest and the report.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Step {
     pub stage: String,
     pub key: String,
     pub cached: bool,
     pub seconds: f64,
-    /// When, as RFC 3339 has it.
+    /// The time when the stage ended, in RFC 3339.
     #[serde(default)]
     pub ended: String,
     pub counts: BTreeMap<String, u64>,
@@ -52,29 +53,30 @@ pub struct Step {
 /// A run under way.
 pub struct Run {
     pub conf: Conf,
-    /// The conf's path, for messages.
+    /// The path of the conf, for messages.
     pub conf_file: String,
     pub files: Files,
-    /// The files of checks, by stage.
+    /// Paths of the checks, by stage.
     checks: BTreeMap<&'static str, Vec<String>>,
     pub stores: Stores,
     pub output: Location,
-    /// What is no source, though it may be among them: the output, and that of the run which is reproduced.
+    /// Locations that are not read as sources even if a source's URL covers them: the output, and the output
+    /// of a run that is reproduced.
     pub outputs: Vec<Location>,
     pub engine: Arc<Engine>,
     pub executor: Executor,
     pub progress: Progress,
-    /// Set by SIGTERM and SIGINT; hot loops look at it.
+    /// The stop flag: SIGTERM and SIGINT set it, and hot loops check it.
     pub stop: Arc<AtomicBool>,
-    /// Whether it is training, and a stop waits for a checkpoint.
+    /// Whether the run is training, so that a stop waits for a checkpoint.
     pub training: AtomicBool,
     pub goal: Goal,
-    /// When it began, as the machine's clock had it …
+    /// When the run began, by the machine's clock.
     pub started: jiff::Timestamp,
-    /// … and by a clock that nobody sets.
+    /// When the run began, by the monotonic clock.
     clock: Instant,
     pub steps: Mutex<Vec<Step>>,
-    /// Every SQL text that was used, by file.
+    /// The SQL texts that were used, by path.
     pub sql: Mutex<BTreeMap<String, String>>,
 }
 
@@ -143,23 +145,26 @@ impl Run {
         })
     }
 
-    /// Ends a computation at the next good place.
+    /// Returns an error once a stop was requested.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] if the stop flag is set.
     pub fn check_stop(&self) -> Result<()> {
         check_stop(&self.stop)
     }
 
-    /// It begins now, and not when its conf was read.
+    /// Lets the run begin now rather than when its conf was read.
     pub fn begin(&mut self) {
         (self.started, self.clock) = (jiff::Timestamp::now(), Instant::now());
         self.steps = Mutex::default();
     }
 
-    /// How long it has taken so far.
+    /// The seconds since the run began.
     pub fn seconds(&self) -> f64 {
         self.clock.elapsed().as_secs_f64()
     }
 
-    /// A stage's SQL file.
+    /// Reads and parses a stage's SQL, and records its text.
     pub fn stage_sql(&self, name: &str) -> Result<StageSql> {
         let file = format!("sql/stages/{name}.sql");
         let text = self.files.stage(&file)?;
@@ -168,7 +173,7 @@ impl Run {
         Ok(sql)
     }
 
-    /// What checks may ask for by name.
+    /// The parameters that checks may use, by name.
     fn parameters_of_checks(&self) -> BTreeMap<&'static str, i64> {
         let mixture = &self.conf.mixture;
         BTreeMap::from([
@@ -179,10 +184,11 @@ impl Run {
         ])
     }
 
-    /// Runs the checks of a stage over the tables of a session: each SELECT returns the wrong rows, and there may be none.
+    /// Runs a stage's checks over the tables of a session. Each check is a SELECT that returns the wrong
+    /// rows, so it has to return none.
     ///
     /// # Errors
-    /// A check has rows; the stage is not published.
+    /// [`Error::Data`] if a check returns rows; the stage is not published then.
     pub async fn check(&self, stage: Stage, session: &SessionContext) -> Result<()> {
         let parameters = self.parameters_of_checks();
         for file in self.checks.get(stage.name()).into_iter().flatten() {
@@ -206,7 +212,7 @@ impl Run {
 
     /// The key of a stage's output and its folder; adds the stage's checks to its ingredients.
     pub fn place(&self, stage: Stage, ingredients: &mut Ingredients) -> Result<(String, Location)> {
-        // another check, or one that is asked with other numbers, is another stage: what is there has not passed it
+        // other checks or other parameters give another key, because the existing output has not passed them
         let parameters = self.parameters_of_checks();
         let mut checks = vec![];
         for file in self.checks.get(stage.name()).into_iter().flatten() {
@@ -226,7 +232,7 @@ impl Run {
         Ok((key, folder))
     }
 
-    /// The output of a stage: found by the hash of its ingredients, or else computed and published.
+    /// Finds the output of a stage by the hash of its ingredients, or computes and publishes it.
     pub async fn obtain(
         &self,
         stage: Stage,
@@ -236,14 +242,14 @@ impl Run {
         let place = self.place(stage, &mut ingredients)?;
         let before = self.steps.lock().expect("no panic while held").len();
         let mut published = obtain(stage, self.goal, &self.stop, place, ingredients, compute).await?;
-        // a stage that this one asked for has told its seconds by itself
+        // stages that this one needed have recorded their own seconds
         let within = |steps: &[Step]| steps.iter().map(|step| step.seconds).sum::<f64>();
         published.seconds -= within(&self.steps.lock().expect("no panic while held")[before..]);
         self.did(stage.name(), &published);
         Ok(published)
     }
 
-    /// Notes what came of a stage.
+    /// Records what the run did about a stage.
     pub fn did(&self, name: &str, published: &Published) {
         let Published { manifest, cached, seconds, .. } = published;
         self.steps.lock().expect("no panic while held").push(Step {
@@ -258,7 +264,11 @@ impl Run {
     }
 }
 
-/// The output of a stage with a key and a folder: found, or else computed and published.
+/// Finds the output of a stage by its key and folder, or computes and publishes it.
+///
+/// # Errors
+/// [`Error::Absent`] if it does not exist and `goal` is [`Goal::Look`]; [`Error::Stopped`] if a stop was
+/// requested.
 pub async fn obtain(
     stage: Stage,
     goal: Goal,
@@ -287,9 +297,10 @@ pub async fn obtain(
     Ok(Published { manifest: Arc::new(manifest), folder, cached, seconds })
 }
 
-/// Bytes of memory that this process may take: the machine's, or what its cgroup allows. `root` is `/`.
+/// How many bytes of memory this process may use: the machine's memory or the limit of its cgroup, whichever
+/// is smaller. `root` is `/`; tests pass another folder.
 pub fn machine_memory(root: &Path) -> Option<u64> {
-    // a system without these files says nothing of limits, and nothing is refused
+    // on a system without these files no limit is known, and nothing is refused
     let read = |path: &str| std::fs::read_to_string(root.join(path)).ok();
     let kilobytes = read("proc/meminfo")?
         .lines()
@@ -299,7 +310,7 @@ pub fn machine_memory(root: &Path) -> Option<u64> {
     limits.chain([kilobytes << 10]).min()
 }
 
-/// A stage's ingredients: its version, and a list of names and values.
+/// A stage's ingredients: its version and the given pairs of name and value.
 pub fn ingredients<const N: usize>(stage: Stage, list: [(&str, Value); N]) -> Ingredients {
     let version = ("version", stage.about().version.into());
     list.into_iter().chain([version]).map(|(name, value)| (name.to_owned(), value)).collect()

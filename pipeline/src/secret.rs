@@ -1,19 +1,22 @@
-//! Credentials come from the environment; one that is typed into a URL is refused, and never shown.
+//! Credentials come from the environment. A URL that carries one is refused, and the credential is never
+//! shown.
 
-/// What a path begins with where a URL's colon or slash was forgotten.
+/// URL schemes. A path that begins with one of them is probably a URL whose colon or slash was forgotten.
 pub const SCHEMES: [&str; 11] =
     ["s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https", "file"];
 
-/// What the names of query parameters that carry credentials contain, as in URLs signed by S3 or Google …
+/// Parts of the names of query parameters that carry credentials, as in URLs signed by S3 or Google.
 const SECRET_PARAMETERS: [&str; 6] = ["key", "token", "secret", "signature", "credential", "passw"];
 
-/// … and the one that Azure signs with, which is too short to be looked for inside other names.
+/// The parameter that holds Azure's signature. It is compared whole, because it is too short to look for
+/// inside other names.
 const AZURE_SIGNATURE: &str = "sig";
 
-/// In these URLs of Azure, what stands before `@` is the container, not a user.
+/// In Azure's URLs of these schemes the part before `@` is the container, not a user.
 const CONTAINER_SCHEMES: [&str; 2] = ["abfs", "abfss"];
 
-/// Where in a text the next URL begins, and what follows its `://`; also where that is misspelt, as in `s3:/` and `s3//`.
+/// Where the next URL of a text begins, and where the part after its `://` begins. Misspelt forms such as
+/// `s3:/` and `s3//` are found, too.
 fn next_url(text: &str) -> Option<(usize, usize)> {
     text.match_indices([':', '/']).find_map(|(at, _)| {
         let is_scheme = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
@@ -33,7 +36,7 @@ fn next_url(text: &str) -> Option<(usize, usize)> {
     })
 }
 
-/// Does this URL carry a password, a key or a signature?
+/// Whether this URL carries a password, a key or a signature.
 pub fn in_url(url: &str) -> bool {
     let Some((begin, path)) = next_url(url) else { return false };
     let (scheme, rest) = (url[begin..path].trim_end_matches([':', '/']), &url[path..]);
@@ -46,7 +49,8 @@ pub fn in_url(url: &str) -> bool {
     if user.is_some_and(|user| !is_container || user.contains(':')) {
         return true;
     }
-    // A secret key with `/` in it, `s3://key:se/cret@bucket`, looks like a port that is no number.
+    // A secret key that contains `/`, as in `s3://key:se/cret@bucket`, looks like a port that is not a
+    // number.
     let port = host.rsplit_once(':').map_or("", |(_, port)| port);
     if !port.chars().all(|c| c.is_ascii_digit()) && !host.ends_with(']') && !host.contains("${") {
         return true;
@@ -58,7 +62,8 @@ pub fn in_url(url: &str) -> bool {
     })
 }
 
-/// The text with each URL that carries a secret starred out from its `://` on. Lengths stay, so places hold.
+/// The text, with each URL that carries a secret replaced by asterisks after its `://`. The length stays the
+/// same, so that byte ranges remain valid.
 pub fn mask(text: &str) -> String {
     let mut masked = String::with_capacity(text.len());
     let mut rest = text;
@@ -75,17 +80,17 @@ pub fn mask(text: &str) -> String {
     masked + rest
 }
 
-/// What the names of variables with secrets in them contain.
+/// Parts of the names of environment variables that hold secrets.
 const SECRET: [&str; 8] =
     ["KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL", "SERVICE_ACCOUNT", "HEADERS", "PROXY"];
 
-/// The text with the name of the variable wherever the value of one that may be a secret stands in it: stores tell tokens in
-/// their answers.
+/// The text, with each value of an environment variable that may be a secret replaced by the variable's name.
+/// Storage services may repeat tokens in their responses.
 pub fn hide(text: String) -> String {
     let secrets = std::env::vars_os().filter_map(|(name, value)| {
         let (name, value) = (name.into_string().ok()?, value.into_string().ok()?);
         let value = value.trim().to_owned();
-        // what is shorter is no secret, and may be a part of any word
+        // a shorter value is not a secret, and could be part of any word
         let secret = value.len() >= 8 && SECRET.iter().any(|sign| name.to_ascii_uppercase().contains(sign));
         secret.then_some((name, value))
     });

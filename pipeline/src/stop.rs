@@ -1,13 +1,13 @@
-//! A stop that was asked for: a flag that SIGTERM and SIGINT set, and that every hot loop looks at.
+//! The stop flag. SIGTERM and SIGINT set it, and every hot loop checks it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::{Error, Result};
 
-/// Ends a computation at the next good place.
+/// Returns an error once a stop was requested, so that a computation ends at the next place where it can.
 ///
 /// # Errors
-/// [`Error::Stopped`] once the flag is set.
+/// [`Error::Stopped`] if the flag is set.
 pub fn check_stop(stop: &AtomicBool) -> Result<()> {
     if stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
 }

@@ -1,4 +1,4 @@
-//! The columns of every table, in one place: what SQL sees, what files hold.
+//! The schemas of all tables, as SQL sees them and as files hold them.
 
 use std::sync::Arc;
 
@@ -8,10 +8,10 @@ use datafusion::error::DataFusionError;
 
 use crate::{Error, Result};
 
-/// A column of a batch, by its name.
+/// A column of a batch, by name.
 ///
 /// # Errors
-/// There is none of this name and type: the batch is of another table.
+/// [`Error::Query`] if the batch has no column of this name and type.
 pub fn column<'a, A: Array + 'static>(batch: &'a RecordBatch, name: &str) -> Result<&'a A> {
     let found = batch.column_by_name(name).and_then(|column| column.as_any().downcast_ref());
     found.ok_or_else(|| {
@@ -27,10 +27,10 @@ pub fn column<'a, A: Array + 'static>(batch: &'a RecordBatch, name: &str) -> Res
     })
 }
 
-/// Rows of a table from its columns by name, in whatever order.
+/// Builds rows of a table from its columns, given by name in any order.
 ///
 /// # Panics
-/// They are not the table's columns.
+/// If they are not the table's columns.
 pub fn rows<const N: usize>(schema: SchemaRef, columns: [(&str, ArrayRef); N]) -> RecordBatch {
     let of = |field: &Arc<Field>| {
         let named = columns.iter().find(|(name, _)| name == field.name());
@@ -49,8 +49,8 @@ fn schema(columns: &[(&str, DataType)]) -> SchemaRef {
 const DOC_ID: DataType = DataType::FixedSizeBinary(16);
 use DataType::{Boolean, Float64, Int32, Int64, Utf8};
 
-/// A source row that became a document. `text_id` is the same for the same text in every domain; `part` names the file
-/// of ids that holds the document.
+/// Source rows that became documents. `text_id` is the same for the same text in every domain, and `part`
+/// names the file of ids that holds the document.
 pub fn documents() -> SchemaRef {
     schema(&[
         ("doc_id", DOC_ID),
@@ -63,32 +63,34 @@ pub fn documents() -> SchemaRef {
     ])
 }
 
-/// A source row that did not, with the reason.
+/// Source rows that did not become documents, with the reason.
 pub fn rejects() -> SchemaRef {
     schema(&[("origin", Utf8), ("file", Utf8), ("line", Int64), ("reason", Utf8), ("detail", Utf8)])
 }
 
-/// The ids of a document, without special tokens, at most [`CHUNK_IDS`] a row.
+/// The token ids of documents, without special tokens, at most [`CHUNK_IDS`] per row. `narrow` selects 16-bit
+/// ids.
 pub fn tokens(narrow: bool) -> SchemaRef {
     let id = if narrow { DataType::UInt16 } else { DataType::UInt32 };
     let ids = DataType::List(Arc::new(Field::new("item", id, false)));
     schema(&[("doc_id", DOC_ID), ("chunk", Int32), ("ids", ids)])
 }
 
-/// No row of `tokens` has more ids than this, so that no batch overflows on a long document.
+/// The most ids in a row of `tokens`, so that no batch overflows on a long document.
 pub const CHUNK_IDS: usize = 131_072;
 
-/// One row a distinct document, sorted by `doc_id`; `part` is where one copy of it lies.
+/// One row per distinct document, sorted by `doc_id`. `part` names a file that holds one copy of it.
 pub fn catalog() -> SchemaRef {
     documents()
 }
 
-/// One row a document held out of training, as a span that is drawn once, whole; sorted by `doc_id`.
+/// One row per document held out of training, as one span over the whole document, drawn once; sorted by
+/// `doc_id`.
 pub fn heldout() -> SchemaRef {
     drawn()
 }
 
-/// One row a domain, over the documents a recipe may draw from.
+/// One row per domain, with statistics over the documents that a recipe may draw from.
 pub fn domains() -> SchemaRef {
     let numbers = DataType::List(Arc::new(Field::new("item", Int64, false)));
     schema(&[
@@ -109,13 +111,13 @@ pub fn domains() -> SchemaRef {
     ])
 }
 
-/// One row a domain and its target share of the budget; shares sum to 1.
+/// One row per domain, with its target share of the budget. The shares sum to 1.
 pub fn shares() -> SchemaRef {
     schema(&[("domain", Utf8), ("share", Float64)])
 }
 
-/// One row a span to draw from, as the recipe gave it, with its document's domain and length; sorted by
-/// `doc_id, start`. `copies` is a multiple of 2⁻³².
+/// One row per span to draw from, as the recipe returned it, with its document's domain and length in tokens;
+/// sorted by `doc_id, start`. `copies` is a multiple of 2⁻³².
 pub fn mixture() -> SchemaRef {
     schema(&[
         ("doc_id", DOC_ID),
@@ -128,10 +130,10 @@ pub fn mixture() -> SchemaRef {
     ])
 }
 
-/// One copy: `copies` are multiples of 2⁻³².
+/// One copy in the unit of `copies`, 2⁻³².
 pub const ONE: u64 = 1 << 32;
 
-/// One row a copy of a span that was drawn; sorted by `doc_id, start, copy`. `tokens` is the document's length.
+/// One row per drawn copy of a span; sorted by `doc_id, start, copy`. `tokens` is the document's length.
 pub fn drawn() -> SchemaRef {
     schema(&[
         ("doc_id", DOC_ID),
@@ -144,9 +146,9 @@ pub fn drawn() -> SchemaRef {
     ])
 }
 
-/// One row a fragment of the packed dataset: tokens `[start, stop)` of a document, placed from position `at`
-/// of output file `file`. A `label` row is no part of a sequence: its one token is the label of the sequence
-/// that ends at `at`. Sorted by `file, at`, labels first.
+/// One row per fragment of the packed dataset: the tokens `[start, stop)` of a document, placed from position
+/// `at` of output file `file`. A row with `label` set is not part of a sequence: its one token is the label
+/// of the sequence that ends at `at`. Sorted by `file, at`, labels first.
 pub fn plan() -> SchemaRef {
     schema(&[
         ("file", Int32),
@@ -162,7 +164,8 @@ pub fn plan() -> SchemaRef {
     ])
 }
 
-/// One row a part and output file that takes tokens of it: tokens `[begin, begin + tokens)` of the part's file of ids.
+/// One row per part and output file that takes tokens of it: the tokens `[begin, begin + tokens)` of the
+/// part's file of ids.
 pub fn ranges() -> SchemaRef {
     schema(&[("file", Int32), ("part", Int64), ("begin", Int64), ("tokens", Int64)])
 }
@@ -189,11 +192,12 @@ pub fn packed() -> SchemaRef {
 /// Upper bounds (exclusive) of the paper's length buckets (Fig. 2), in tokens; a last bucket takes the rest.
 pub const LENGTH_BUCKETS: [i64; 8] = [1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072];
 
-/// The buckets' names, as the figure writes them.
+/// The names of the buckets, as the figure writes them.
 pub const LENGTH_BUCKET_NAMES: [&str; 9] =
     ["0–1K", "1–2K", "2–4K", "4–8K", "8–16K", "16–32K", "32–64K", "64–128K", "128K+"];
 
-/// The bucket of a document of so many tokens: a document at a bound is in the bucket above it.
+/// The index of the bucket of a document with this many tokens. A document at a bound belongs to the bucket
+/// above it.
 pub fn length_bucket(tokens: i64) -> usize {
     LENGTH_BUCKETS.partition_point(|bound| *bound <= tokens)
 }

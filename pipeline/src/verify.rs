@@ -18,19 +18,21 @@ use crate::sql::engine::{Engine, stream};
 use crate::storage::Location;
 use crate::{Error, Result, tables};
 
-/// What was checked and what was wrong.
+/// How much was checked, and what was wrong.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Verdict {
     pub files: u64,
     pub bytes: u64,
     pub rows: u64,
-    /// A line for everything that is not as its manifest says.
+    /// One line for everything that differs from its manifest.
     pub wrong: Vec<String>,
-    /// Manifests that were withdrawn, so that the next run computes these outputs again.
+    /// URLs of manifests and broken files that were removed, so that the next run computes these outputs
+    /// again.
     pub withdrawn: Vec<String>,
 }
 
-/// Verifies a run. The manifests of broken outputs are removed: what has no manifest does not exist.
+/// Verifies a run and calls `seen` with the name of each part that it begins. The manifests of broken outputs
+/// are removed: what has no manifest does not exist.
 pub async fn verify(
     folder: &Location,
     manifest: &RunManifest,
@@ -75,7 +77,7 @@ pub async fn verify(
     let of_attempts: Vec<File> = attempts.into_iter().flat_map(|attempt| attempt.files).collect();
     check_attempts(folder, &of_attempts, &mut verdict).await?;
     check_packed(folder, manifest, &mut verdict).await?;
-    // what can't be read can't be asked
+    // broken files cannot be queried
     if verdict.wrong.is_empty() {
         check_documents(folder, manifest, &stages, engine, &mut verdict).await?;
     }
@@ -87,7 +89,7 @@ pub async fn verify(
     Ok(verdict)
 }
 
-/// The outputs of a run's stages that are as their manifests say, with their folders, by the stage's name.
+/// The outputs of a run's stages, with their folders, by the stage's name.
 type Stages = BTreeMap<String, Vec<(Location, Manifest)>>;
 
 async fn withdraw(folder: &Location, verdict: &mut Verdict) -> Result<()> {
@@ -97,7 +99,7 @@ async fn withdraw(folder: &Location, verdict: &mut Verdict) -> Result<()> {
     Ok(())
 }
 
-/// The file's bytes where they are what the manifest says.
+/// The file's bytes, if they have the digest that the manifest states. A file with other bytes is deleted.
 async fn check_file(folder: &Location, file: &File, verdict: &mut Verdict) -> Result<Option<Bytes>> {
     let at = folder.join(&file.name);
     let Some(bytes) = at.get().await? else {
@@ -109,7 +111,7 @@ async fn check_file(folder: &Location, file: &File, verdict: &mut Verdict) -> Re
     if Digest::of(&bytes) == file.blake3 {
         return Ok(Some(bytes));
     }
-    // a run that goes on finds files by their sizes first
+    // a resumed run finds files by their sizes, so the broken file must go
     at.delete().await?;
     verdict.withdrawn.push(at.url());
     if bytes.len() as u64 != file.bytes {
@@ -131,7 +133,7 @@ async fn check_table(folder: &Location, name: &str, table: &Table, verdict: &mut
                 }
                 Err(e) => verdict.wrong.push(format!("{}: {e}", folder.join(&file.name).url())),
             },
-            // other files have one digest, that of their bytes
+            // other files only have a digest of their bytes
             _ => whole = false,
         }
     }
@@ -142,7 +144,7 @@ async fn check_table(folder: &Location, name: &str, table: &Table, verdict: &mut
     Ok(())
 }
 
-/// Digest and number of a Parquet file's rows.
+/// The digest and the number of a Parquet file's rows.
 pub fn digest_of(bytes: Bytes) -> Result<(RowDigest, u64), parquet::errors::ParquetError> {
     let (mut digest, mut rows) = (RowDigest::default(), 0);
     for batch in ParquetRecordBatchReaderBuilder::try_new(bytes)?.build()? {
@@ -156,7 +158,7 @@ pub fn digest_of(bytes: Bytes) -> Result<(RowDigest, u64), parquet::errors::Parq
     Ok((digest, rows))
 }
 
-/// Report, cards and logs: each is what one of the attempts wrote.
+/// Checks the report, the cards and the logs: each has to be what one of the attempts wrote.
 async fn check_attempts(folder: &Location, of_attempts: &[File], verdict: &mut Verdict) -> Result<()> {
     let mut written: BTreeMap<&str, Vec<Digest>> = BTreeMap::new();
     for file in of_attempts {
@@ -179,7 +181,8 @@ async fn check_attempts(folder: &Location, of_attempts: &[File], verdict: &mut V
 /// Folders of a run's directory that other programs read whole.
 const READ_WHOLE: [&str; 4] = ["data/", "heldout/", "checkpoint/", "eval/"];
 
-/// Files that are none of the run's, where `load_dataset` or a trainer would read them all the same. They stay.
+/// Reports files that are not the run's, but lie where `load_dataset` or a trainer would read them. They are
+/// not removed.
 async fn check_strays(
     folder: &Location,
     manifest: &RunManifest,
@@ -203,7 +206,7 @@ async fn check_strays(
     Ok(())
 }
 
-/// Asks the packed files which documents they have: of none there is more than was drawn.
+/// Checks that the packed files contain no more tokens of any document than were drawn of it.
 async fn check_documents(
     folder: &Location,
     manifest: &RunManifest,
@@ -234,11 +237,11 @@ async fn check_documents(
     Ok(())
 }
 
-/// So many documents are named.
+/// How many documents are listed by id.
 const MAX_NAMED: usize = 5;
 
-/// Documents with more ids in `packed` than were drawn of them, in words; `bos` and `eos` say how many ids stand before and
-/// after a document.
+/// The documents with more ids in `packed` than were drawn of them, one line each. `bos` and `eos` are the
+/// numbers of ids that stand before and after a document.
 async fn too_much(session: &SessionContext, bos: u8, eos: u8) -> Result<Vec<String>> {
     let sql = format!(
         "with segments as (
@@ -294,13 +297,14 @@ async fn too_much(session: &SessionContext, bos: u8, eos: u8) -> Result<Vec<Stri
     Ok(wrong)
 }
 
-/// Reads the packed files alone: segments tile every sequence, and each domain has the tokens that were planned.
+/// Checks the packed files: segments tile every sequence, and each domain has at least the tokens that were
+/// planned.
 async fn check_packed(folder: &Location, manifest: &RunManifest, verdict: &mut Verdict) -> Result<()> {
     let sequence_tokens = manifest.conf.pack.sequence_tokens.0 as i32;
     let mut ids: BTreeMap<String, u64> = BTreeMap::new();
     let packed = |file: &&File| file.name.starts_with("data/") || file.name.starts_with("heldout/");
     for file in manifest.files.iter().filter(packed) {
-        // planned are the domains of the one, and all sequences of both are as long
+        // the plan counts the domains of `data/` only, but sequences have the same length in both folders
         let mut none = BTreeMap::new();
         let ids = if file.name.starts_with("data/") { &mut ids } else { &mut none };
         let Some(bytes) = folder.join(&file.name).get().await? else { continue };
@@ -310,11 +314,11 @@ async fn check_packed(folder: &Location, manifest: &RunManifest, verdict: &mut V
             }
             Ok(())
         };
-        // a file that can't be read was found above
+        // `check_file` has reported a file that cannot be read
         let _ = read();
     }
     for domain in &manifest.summary.planned.domains {
-        // BOS and EOS belong to segments but to no budget
+        // segments include BOS and EOS, which no budget counts, so more ids than planned are right
         let found = ids.get(&domain.domain).copied().unwrap_or(0);
         if found < domain.packed {
             verdict.wrong.push(format!(
@@ -355,7 +359,8 @@ fn check_sequences(
     }
 }
 
-/// Nothing lost, nothing twice: what a stage took in is what it gave out and what it set aside.
+/// Checks the accounts, so that nothing is lost or counted twice: what a stage took in is what it passed on
+/// plus what it set aside.
 fn accounts(stages: &Stages, manifest: &RunManifest, verdict: &mut Verdict) {
     let sum = |stage: &str, name: &str| -> u64 {
         stages.get(stage).into_iter().flatten().map(|(_, m)| m.counts.get(name).copied().unwrap_or(0)).sum()
@@ -378,7 +383,7 @@ fn accounts(stages: &Stages, manifest: &RunManifest, verdict: &mut Verdict) {
     equal("tokens drawn = tokens packed + tokens dropped", sum("draw", "tokens"), placed);
 }
 
-/// The error that ends `lengthwise verify` when something was wrong.
+/// The error that ends `lengthwise verify` if something was wrong.
 pub fn error(verdict: &Verdict) -> Error {
     Error::Differs(format!("{} of what was checked is not as the manifests say", verdict.wrong.len()))
 }

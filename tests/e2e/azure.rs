@@ -1,4 +1,4 @@
-//! The same on Azure's blob storage, as Microsoft's own emulator has it: azurite, from npm.
+//! A run on Azure's blob storage, with Microsoft's emulator azurite from npm.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 use crate::bench::{Bench, corpus, packed, said};
 use crate::servers::{Process, free_ports, quiet};
 
-/// Makes the container. The account and its key are those that every emulator has.
+/// Creates the container. All emulators have the same account and key.
 const MAKE: &str = r"
 const [url, account, key] = process.argv.slice(1);
 const date = new Date().toUTCString(), version = '2021-08-06';
@@ -94,6 +94,6 @@ fn a_run_on_azure_gives_the_bytes_of_a_local_run() {
             assert!(*bytes == there, "{name}");
         }
     });
-    // the same run again: all of it is there
+    // the same run again finds all of its outputs
     assert_eq!(run(KEY).out, done.out);
 }

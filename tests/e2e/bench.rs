@@ -1,4 +1,4 @@
-//! A folder with a small corpus, a conf, and the program to run in it.
+//! A temporary folder with a small corpus and a conf, in which tests run the program.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -9,14 +9,14 @@ use serde_json::{Value, json};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_lengthwise");
 
-/// A recipe of this repository.
+/// The path of a recipe of this repository.
 pub fn recipe(name: &str) -> String {
     format!("{}/../sql/mixtures/{name}.sql", env!("CARGO_MANIFEST_DIR"))
 }
 
 pub type Row = (String, String);
 
-/// Numbers below a bound, the same for the same seed.
+/// Pseudo-random numbers below a bound, the same for the same seed.
 pub fn random(seed: u64) -> impl FnMut(u64) -> u64 {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) + 1;
     move |below: u64| {
@@ -47,7 +47,7 @@ pub struct Bench {
     pub dir: tempfile::TempDir,
 }
 
-/// What the program said.
+/// The exit code and the output of the program.
 #[derive(Debug)]
 pub struct Said {
     pub code: i32,
@@ -79,7 +79,7 @@ impl Bench {
         std::fs::write(path, bytes).unwrap();
     }
 
-    /// Writes rows as JSONL; compressed as the name says.
+    /// Writes rows as JSONL, compressed as the name's extension says.
     pub fn jsonl(&self, name: &str, rows: &[Row]) {
         let lines: Vec<String> = rows
             .iter()
@@ -98,7 +98,7 @@ impl Bench {
         self.write(name, bytes);
     }
 
-    /// Writes `conf.toml` over the files of `url`; `more` are further lines of `[mixture]`.
+    /// Writes `conf.toml` with a source over `url`. `more` are further lines of `[mixture]`.
     pub fn conf(&self, url: &str, format: &str, more: &str) {
         let recipe = recipe("per_source");
         self.write(
@@ -123,7 +123,8 @@ impl Bench {
         said(self.command(arguments).output().unwrap())
     }
 
-    /// Has the conf name the tokenizer that it trains now: trained on other documents, it would be another one.
+    /// Makes the conf name the tokenizer that it trains now, because a tokenizer trained on other documents
+    /// would differ.
     pub fn keep_tokenizer(&self) {
         let said = self.say(&["run", "conf.toml", "--until", "tokenizer"]);
         assert_eq!(said.code, 0, "{said:?}");
@@ -133,7 +134,7 @@ impl Bench {
         self.change("conf.toml", "train = { vocab = 400 }", "url = \"tokenizer.json\"");
     }
 
-    /// Gives the folder a recipe of its own, so that it can be committed.
+    /// Gives the folder its own recipe, so that it can be committed.
     pub fn own_recipe(&self) {
         self.write("sql/mixtures/own.sql", std::fs::read(recipe("per_source")).unwrap());
         self.change("conf.toml", &recipe("per_source"), "sql/mixtures/own.sql");
@@ -166,7 +167,7 @@ impl Bench {
         PathBuf::from(said.out.lines().last().unwrap_or_default())
     }
 
-    /// `lengthwise sql … --json`, with the `--set`s of the run that is asked about.
+    /// The rows of `lengthwise sql … --json`. `more` are the `--set`s of the run that is queried.
     pub fn sql(&self, query: &str, more: &[&str]) -> Vec<Value> {
         let mut arguments = vec!["sql", "conf.toml", query, "--json"];
         arguments.extend(more);
@@ -180,7 +181,7 @@ pub fn said(output: Output) -> Said {
     Said {
         code: output.status.code().unwrap_or(-1),
         out: String::from_utf8_lossy(&output.stdout).into_owned(),
-        // messages are wrapped to a terminal's width
+        // messages are wrapped to a terminal's width, which is undone here
         err: String::from_utf8_lossy(&output.stderr)
             .replace('│', " ")
             .split_whitespace()
@@ -205,7 +206,7 @@ pub fn packed(run: &Path) -> BTreeMap<String, Vec<u8>> {
     files
 }
 
-/// Tells a program to stop, with SIGTERM.
+/// Sends SIGTERM to a program.
 pub fn terminate(child: &Child) {
     assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
 }
@@ -221,7 +222,7 @@ pub fn tree(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Changes the bytes of a file, in a new one: a disk's error would not follow hard links.
+/// Changes the bytes of a file in a new file, because a disk error would not affect its hard links.
 pub fn rewrite(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     let mut bytes = std::fs::read(path).unwrap();
     std::fs::remove_file(path).unwrap();

@@ -1,4 +1,4 @@
-//! Kills, damage, and runs beside each other.
+//! Kills, damaged files, and concurrent runs.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ fn cut(bytes: &mut Vec<u8>) {
     bytes.truncate(bytes.len() / 2);
 }
 
-/// Kills runs at moments spread over their duration, then lets one finish.
+/// Kills runs at times spread over their duration, and then lets one finish.
 fn kills(seed: u64, count: u32) {
     let bench = Bench::new(seed);
     let undisturbed = Bench::new(seed);
@@ -17,12 +17,12 @@ fn kills(seed: u64, count: u32) {
     let whole = started.elapsed();
     for i in 0..count {
         let mut child = bench.command(&["run", "conf.toml"]).spawn().unwrap();
-        // from the start to just before the end, in an order that isn't the clock's
+        // from the start to just before the end, in a scrambled order
         std::thread::sleep(whole.mul_f64(f64::from((i * 7 + 3) % count) / f64::from(count)));
         child.kill().unwrap();
         child.wait().unwrap();
         if i % 3 == 2 {
-            // a run that dies in a fresh place, too
+            // some runs start from an empty output
             std::fs::remove_dir_all(bench.path("out")).ok();
         }
     }
@@ -54,13 +54,13 @@ fn a_clock_that_goes_backwards_changes_nothing() {
     let run = |more: &[&str]| {
         let mut command = bench.command(&[&["run", "conf.toml"], more].concat());
         command.env("LD_PRELOAD", &library).env("FAKETIME_TIMESTAMP_FILE", &clock);
-        // what is read again at every look, and is not the clock by which processes wait
+        // the time is read from the file at every call, and the monotonic clock, which waits use, stays real
         command.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
         command.spawn().unwrap()
     };
     std::fs::write(&clock, "+3d").unwrap();
     assert_eq!(said(run(&["--until", "catalog"]).wait_with_output().unwrap()).code, 0);
-    // what was written is from the future now, and an hour before it begins the run is over
+    // the files written so far now date from the future, and during the run the clock goes back an hour
     std::fs::write(&clock, "+0").unwrap();
     let running = run(&[]);
     std::thread::sleep(std::time::Duration::from_millis(30));

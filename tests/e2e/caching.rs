@@ -1,10 +1,10 @@
-//! Promise 1: what is there is found, and nothing is computed twice.
+//! Promise 1: existing outputs are found, and nothing is computed twice.
 
 use serde_json::Value;
 
 use crate::bench::{Bench, corpus, packed, recipe, tree};
 
-/// Which stages a run computed.
+/// The stages that a run computed.
 fn computed(bench: &Bench, more: &[&str]) -> Vec<String> {
     let mut arguments = vec!["run", "conf.toml", "--json"];
     arguments.extend(more);
@@ -33,7 +33,7 @@ fn an_unchanged_run_computes_nothing_and_another_recipe_does_not_tokenise() {
 #[test]
 fn a_new_source_file_tokenises_only_itself() {
     let bench = Bench::new(1);
-    // each of these files is a unit of its own: large ones are
+    // each of these files is large enough to be a unit of its own
     let big: Vec<_> = corpus(9, 60).into_iter().map(|(domain, text)| (domain, text.repeat(120))).collect();
     for name in ["in/b.jsonl", "in/c.jsonl"] {
         bench.jsonl(name, &big.iter().map(|(d, t)| (d.clone(), format!("{name}{t}"))).collect::<Vec<_>>());
@@ -126,7 +126,7 @@ fn an_own_check_adds_to_the_built_in_ones_and_one_that_would_never_run_is_refuse
         "mixture_is_mine.sql",
     ];
     assert_eq!(checks(&bench.run(&[])), all);
-    // one of the same name is instead of the built-in one
+    // a check of the same name replaces the built-in one
     let own = "select doc_id from mixture where stop > 5\n";
     bench.write("sql/checks/mixture_has_spans_inside_their_documents.sql", own);
     let said = bench.say(&["run", "conf.toml"]);

@@ -1,4 +1,4 @@
-//! What a scheduler is told: to try again only where that may help.
+//! Exit codes tell a scheduler to retry only where a retry may help.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write};
@@ -57,11 +57,11 @@ fn a_bucket_that_is_not_there_is_said_to_be_so() {
     assert!(nowhere.code == 2 && nowhere.err.contains("there is no such bucket"), "{nowhere:?}");
 }
 
-/// Answers as an S3 does whose bucket has these keys; there is no object behind them.
+/// An S3 server that lists these keys, but has no objects for them.
 fn listing(keys: &'static [&'static str]) -> String {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", server.local_addr().unwrap());
-    // ends with the test's process
+    // the thread ends with the test's process
     std::thread::spawn(move || {
         for stream in server.incoming() {
             let mut stream = stream.unwrap();
@@ -82,7 +82,7 @@ fn listing(keys: &'static [&'static str]) -> String {
             let head =
                 format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
             let body = if request.starts_with("HEAD ") { "" } else { &body };
-            // a client that has gone away is no failure
+            // a client may have closed its connection
             let _ = stream.write_all((head + body).as_bytes());
         }
     });

@@ -1,4 +1,5 @@
-//! What a run leaves on a disk: what is there after a power cut, on file systems that can do less, in folders of any name.
+//! What a run leaves on disk: after a power failure, on file systems with fewer features, and in folders with
+//! unusual names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +10,8 @@ use serde_json::Value;
 
 use crate::bench::{Bench, PROGRAM, Said, packed, said, tree};
 
-/// The command with its system calls written to `log`, where there is strace; says so where there is none.
+/// Runs the command under strace, which writes its system calls to `log`. Without strace it returns `None`
+/// and says that the test is skipped.
 fn traced(bench: &Bench, calls: &[&str], log: &Path, arguments: &[&str]) -> Option<Said> {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-y", "-qq", "-s", "4096", "--seccomp-bpf", "-o"]).arg(log).args(calls).arg("--");
@@ -23,13 +25,13 @@ fn traced(bench: &Bench, calls: &[&str], log: &Path, arguments: &[&str]) -> Opti
     }
 }
 
-/// A path as strace writes it, without the mark of a file that has yet to get its name.
+/// A path as strace writes it, without the suffix of a file that has no name yet.
 fn named(path: &str) -> PathBuf {
     let name = path.rsplit_once('#').filter(|(_, digits)| digits.parse::<u32>().is_ok());
     name.map_or(path, |(name, _)| name).into()
 }
 
-/// Which files were synced, and which got their names, in the order of the calls.
+/// The files that were synced or got their names, in the order of the calls.
 fn syncs_and_names(log: &Path) -> Vec<(&'static str, PathBuf)> {
     let text = std::fs::read_to_string(log).unwrap();
     let (mut calls, mut begun) = (vec![], BTreeMap::new());
@@ -37,7 +39,7 @@ fn syncs_and_names(log: &Path) -> Vec<(&'static str, PathBuf)> {
         let (process, rest) = line.split_once(' ').unwrap();
         let rest = rest.trim_start();
         if rest.ends_with("<unfinished ...>") {
-            // of a call that another thread comes between
+            // a call that another thread's call interrupts in the log
             begun.insert(process, rest);
             continue;
         }
@@ -56,7 +58,7 @@ fn syncs_and_names(log: &Path) -> Vec<(&'static str, PathBuf)> {
     calls
 }
 
-/// The files that a manifest names, at their places.
+/// The paths of the files that a manifest names.
 fn files_of(manifest: &Path) -> Vec<PathBuf> {
     fn files(value: &Value, found: &mut Vec<String>) {
         match value {
@@ -88,7 +90,7 @@ fn what_a_manifest_names_is_on_the_disk_before_the_manifest_has_its_name() {
     let calls = syncs_and_names(&log);
     let out = bench.path("out").canonicalize().unwrap();
     let place = |what: &str, path: &Path| calls.iter().position(|(did, of)| *did == what && of == path);
-    // a hard link is the file that was synced under its first name
+    // a hard link has the inode of the file that was synced under its first name
     let inode = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
     let manifests: Vec<PathBuf> =
         tree(&out).into_iter().filter(|path| path.ends_with("manifest.json")).collect();
@@ -103,7 +105,7 @@ fn what_a_manifest_names_is_on_the_disk_before_the_manifest_has_its_name() {
         for file in files_of(manifest) {
             files += 1;
             assert!(inode(&file).is_some_and(|own| inodes.contains(&own)), "{}", file.display());
-            // its name, and the names of the folders that it is in, from the output on
+            // the folder that holds its name is synced, and so are all folders above it up to the output
             for folder in file.ancestors().skip(1).take_while(|folder| folder.starts_with(&out)) {
                 assert!(is_synced(folder), "{}: {}", manifest.display(), folder.display());
             }
@@ -116,7 +118,7 @@ fn what_a_manifest_names_is_on_the_disk_before_the_manifest_has_its_name() {
     assert!(place("synced", out.parent().unwrap()).is_some(), "the output's own name");
 }
 
-/// Runs, verifies, kills a run, and goes on.
+/// Runs and verifies, leaves what a killed run would leave, and runs again.
 fn is_at_home(bench: &Bench, run: impl Fn(&[&str]) -> Said) {
     let alone = Bench::new(3);
     let want = packed(&alone.run(&[]));
@@ -126,7 +128,7 @@ fn is_at_home(bench: &Bench, run: impl Fn(&[&str]) -> Said) {
     assert!(packed(&folder) == want);
     let verdict = run(&["verify", folder.to_str().unwrap()]);
     assert_eq!(verdict.code, 0, "{verdict:?}");
-    // what a process leaves that is killed while it fills a manifest: a part of one
+    // a process that is killed while it writes a manifest leaves a part of it
     for manifest in tree(&bench.path("out")).iter().filter(|path| path.ends_with("manifest.json")) {
         let text = std::fs::read(manifest).unwrap();
         std::fs::write(manifest, &text[..text.len() / 2]).unwrap();
@@ -156,14 +158,14 @@ fn a_file_system_that_knows_neither_links_nor_renames_that_spare_is_one_to_run_o
     });
 }
 
-/// An exFAT of its own for a folder, from FUSE; it is gone with this.
+/// An exFAT file system for a folder, mounted by FUSE until the value is dropped.
 struct ExFat {
     device: String,
     at: PathBuf,
 }
 
 impl ExFat {
-    /// None where it can't be had; says so.
+    /// `None`, with a message, if it cannot be mounted.
     fn mount(bench: &Bench, at: &str) -> Option<Self> {
         let (image, at) = (bench.path("exfat.img"), bench.path(at));
         std::fs::File::create(&image).unwrap().set_len(256 << 20).unwrap();
@@ -235,7 +237,7 @@ fn an_output_may_be_called_anything() {
     let report = bench.say(&["report", run]);
     assert!(report.code == 0 && report.out.contains("<html"), "{report:?}");
 
-    // what a dead run left there, by whatever name
+    // a dead run may leave files with unusual names
     let dead = bench.path(name).join("stages/tokens/deaddeaddeaddeaddeaddeaddeaddead/jobs/é %41#b.json");
     std::fs::create_dir_all(dead.parent().unwrap()).unwrap();
     let file = std::fs::File::create(&dead).unwrap();
@@ -243,7 +245,7 @@ fn an_output_may_be_called_anything() {
     let gone = bench.say(&["gc", name, "--older-than", "30m"]);
     assert!(gone.code == 0 && gone.out.contains("é %41#b.json") && !dead.exists(), "{gone:?}");
     assert_eq!(bench.say(&["verify", run]).code, 0);
-    // and nothing beside it
+    // and nothing was written beside the output
     let beside: BTreeSet<String> = std::fs::read_dir(bench.dir.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

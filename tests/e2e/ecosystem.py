@@ -1,4 +1,5 @@
-"""What Hugging Face's packages make of a run's directory, as a line of JSON. With torch there, the model's own continuation too."""
+"""Prints what Hugging Face's packages read from a run's directory, as a line of JSON. With torch, also the ids that
+the model generates after a text."""
 
 import importlib.util
 import json
@@ -21,7 +22,7 @@ with safe_open(checkpoint + "/model.safetensors", "np") as weights:
 found = {
     "transformers": transformers.__version__,
     "config": type(config).__name__,
-    # one or the other, as the version has it
+    # where it is depends on the version of transformers
     "rope_theta": getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"],
     "rope_type": (getattr(config, "rope_scaling", None) or config.rope_parameters)["rope_type"],
     "factor": (getattr(config, "rope_scaling", None) or config.rope_parameters)["factor"],

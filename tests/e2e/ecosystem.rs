@@ -1,5 +1,6 @@
-//! A run's directory in the hands of Hugging Face's own packages, where they are: `transformers` (4 and 5), `safetensors`,
-//! `datasets`, and with `torch` the model itself. `TRANSFORMERS_4` and `TRANSFORMERS_5` name Pythons that have them.
+//! Reads a run's directory with Hugging Face's own packages, where they are installed: `transformers` (4 and
+//! 5), `safetensors`, `datasets`, and with `torch` the model itself. `TRANSFORMERS_4` and `TRANSFORMERS_5`
+//! name Pythons that have them.
 
 use std::process::Command;
 

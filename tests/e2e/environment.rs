@@ -1,4 +1,4 @@
-//! Variables of the environment that are set wrong: said by their names, and their values by nobody.
+//! Environment variables with wrong values: errors name the variable, and never show its value.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -73,7 +73,7 @@ fn a_variable_that_is_set_wrong_is_named_and_its_value_is_not() {
         let said = said(command.env(name, &binary).output().unwrap());
         assert!(said.code == 2 && said.err.contains(name) && !said.err.contains("planted"), "{said:?}");
     }
-    // others are none of ours, and an empty one is not set
+    // other variables are ignored, and an empty variable counts as not set
     let mut command = bench.command(&["run", "conf.toml"]);
     command
         .env("AWS_REGION", &binary)
@@ -84,7 +84,7 @@ fn a_variable_that_is_set_wrong_is_named_and_its_value_is_not() {
         command.env("OTEL_EXPORTER_OTLP_ENDPOINT", " \n").env("LENGTHWISE_METRICS", "").output().unwrap(),
     );
     assert_eq!(done.code, 0, "{done:?}");
-    // without an account there is none
+    // without an account the error names the missing variable
     let lacking = bench.say(&["run", "conf.toml", "--set", "run.output=az://bucket/x"]);
     assert!(lacking.code == 2 && lacking.err.contains("AZURE_STORAGE_ACCOUNT_NAME"), "{lacking:?}");
 }
@@ -100,7 +100,7 @@ fn white_space_around_what_s3_takes_is_none_of_it() {
         command.env("AWS_ENDPOINT_URL", format!(" http://127.0.0.1:{}/\n", server.port()));
         command.env("AWS_ACCESS_KEY_ID", "key\n").env("AWS_SECRET_ACCESS_KEY", format!("{SECRET}\r\n"));
         command.env("AWS_ALLOW_HTTP", "true\n").env("AWS_REGION", "us-east-1 ").env("AWS_SESSION_TOKEN", "");
-        // whatever a proxy's variable has, it ends in no panic
+        // no value of a proxy's variable causes a panic
         command.env("AWS_ENDPOINT", "").env("HTTPS_PROXY", proxy).env("ALL_PROXY", "");
         let done = said(command.output().unwrap());
         assert_eq!(done.code, 0, "{proxy}: {done:?}");

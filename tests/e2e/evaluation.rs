@@ -9,10 +9,10 @@ use crate::bench::{Bench, recipe, tree};
 const TRAIN: &str =
     "train={ shape = { hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }, steps = 4 }";
 
-/// Essays, and questions with choices.
+/// Writes essays, and questions with choices.
 fn texts(bench: &Bench) {
     let sentence = |i: usize| format!("The sea was calm and wide, dawn {i} until all primes run again. ");
-    // words enough for keys
+    // enough distinct words for keys
     let letter = |i: usize| char::from(b'a' + (i % 26) as u8);
     let word = |i: usize| format!("{}{}{}a", letter(i), letter(i / 26), letter(i * 7));
     let words: Vec<String> = (0..90).map(word).collect();
@@ -30,7 +30,7 @@ fn cases(run: &Path, evaluation: &str) -> Vec<Value> {
     lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// What was stored of each answer, times and all.
+/// The stored record of each answer, including its time.
 fn answers(bench: &Bench) -> Vec<String> {
     let files = tree(&bench.path("out/stages/eval"));
     let jobs = files.iter().filter(|path| path.to_string_lossy().contains("/jobs/"));
@@ -47,7 +47,7 @@ fn a_run_ends_with_its_evaluations_and_asks_them_once() {
         needles.iter().map(|c| (c["length"].as_u64().unwrap(), c["depth"].as_f64().unwrap())).collect();
     assert_eq!(asked, [(400, 0.0), (400, 100.0), (600, 0.0), (600, 100.0)]);
     assert_eq!(cases(&run, "choices").len(), 2);
-    // each held-out document, once
+    // each held-out document occurs once
     let heldout = bench.sql("select doc_id from heldout", &[]);
     let ids = |rows: &[Value]| {
         let mut ids: Vec<String> =
@@ -68,13 +68,13 @@ fn a_run_ends_with_its_evaluations_and_asks_them_once() {
         "{}",
         plan.out
     );
-    // how long each answer took is what it was: they were not asked again
+    // the recorded times are the same, so nothing was asked again
     let before = answers(&bench);
     assert!(before.iter().any(|answer| answer.contains("seconds")));
     assert_eq!(bench.run(&["--set", TRAIN, "--set", EVAL]), run);
     assert_eq!(answers(&bench), before);
     assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
-    // a conf that asks nothing has the same run, of which what was asked before is still true
+    // a conf without evaluations has the same run, and the earlier results remain valid
     assert_eq!(bench.run(&["--set", TRAIN]), run);
     let report = std::fs::read_to_string(run.join("report.html")).unwrap();
     assert!(report.contains("Needle in a haystack") && report.contains("Loss of held-out documents"));
@@ -86,7 +86,7 @@ fn files_of_questions_are_read_each_by_itself() {
     let bench = Bench::new(3);
     let run = bench.run(&["--set", TRAIN]);
     for file in ["a", "b"] {
-        // without a line's end
+        // without a newline at the end
         bench.write(&format!("q/{file}.csv"), "What is 1?,a,b,A");
     }
     let said = bench.say(&["eval", "choices", run.to_str().unwrap(), "--file", "q/*.csv", "--json"]);
@@ -129,14 +129,14 @@ fn a_case_that_was_asked_is_not_asked_again() {
         (value, answers(&bench))
     };
     let (first, before) = ask();
-    // as a kill leaves it: without a manifest, and without the third answer
+    // as after a kill: without a manifest, and without the third answer
     let stage = Path::new(first["cases"].as_str().unwrap()).parent().unwrap();
     std::fs::remove_file(stage.join("manifest.json")).unwrap();
     std::fs::remove_file(stage.join("jobs/length-500-depth-0.json")).unwrap();
     let (second, after) = ask();
     assert_eq!(first["result"]["score"], second["result"]["score"]);
     let same: Vec<bool> = before.iter().zip(&after).map(|(a, b)| a == b).collect();
-    // 400 at 0 and 50, 500 at 0 and 50
+    // lengths 400 and 500, each at depths 0 and 50
     assert_eq!(same, [true, true, false, true]);
 }
 
@@ -166,7 +166,7 @@ fn a_conf_a_run_and_a_checkpoint_are_evaluated_alike() {
         result["cells"].as_array().unwrap().iter().find(|cell| cell["task"] == "single").cloned()
     };
     assert_eq!(single(&all), single(&of_conf));
-    // the loss needs documents, which a checkpoint doesn't have
+    // the loss needs documents, which a checkpoint does not have
     let said = bench.say(&["eval", "loss", checkpoint.to_str().unwrap()]);
     assert!(said.code == 2 && said.err.contains("--heldout"), "{said:?}");
     let heldout = run.join("heldout");
@@ -174,7 +174,7 @@ fn a_conf_a_run_and_a_checkpoint_are_evaluated_alike() {
         bench.say(&["eval", "loss", checkpoint.to_str().unwrap(), "--heldout", heldout.to_str().unwrap()]);
     let own = bench.say(&["eval", "loss", run.to_str().unwrap()]);
     assert_eq!((given.code, own.code), (0, 0), "{given:?} {own:?}");
-    // beside another checkpoint, here itself: no difference
+    // compared with another checkpoint, here the run's own: no difference
     let beside = bench.say(&[
         "eval",
         "loss",
@@ -371,7 +371,7 @@ fn two_commits_of_a_conf_are_compared() {
     bench.change("conf.toml", "long_tokens = 512", "long_tokens = 256");
     bench.change("sql/mixtures/own.sql", "double = 0.70", "double = 0.60");
     bench.commit("after");
-    // not run yet: what is missing is said, and nothing is computed
+    // before the runs exist, the error says what is missing, and nothing is computed
     let early = bench.say(&["compare", "conf.toml", "--at", "HEAD~1..HEAD"]);
     assert!(early.code != 0 && early.err.contains("lengthwise run"), "{early:?}");
     for commit in ["HEAD~1", "HEAD"] {

@@ -1,4 +1,5 @@
-//! A store that fails at its k-th operation, for every k: an error, never a wrong result, and the next run goes on.
+//! A store that fails at its k-th operation, for every k: the run ends with an error, never with a wrong
+//! result, and the next run continues.
 
 use std::fmt;
 use std::ops::Range;
@@ -21,7 +22,7 @@ use object_store::{
 
 use crate::bench::{Bench, packed};
 
-/// Counts down with every operation; fails the one that comes to zero.
+/// A store that counts down with every operation, and fails the operation at which it reaches zero.
 #[derive(Debug)]
 struct Failing {
     inner: LocalFileSystem,
@@ -97,8 +98,8 @@ impl ObjectStore for Failing {
     }
 }
 
-/// Runs to the end in this process, over a store that fails after `left` operations (never, if 0).
-/// Returns the run's directory, and how many operations there were.
+/// Runs to the end in this process, on a store that fails at its `left`-th operation (never, if 0). Returns
+/// the run's directory, and the number of operations.
 async fn run(bench: &Bench, left: i64) -> (lengthwise::Result<PathBuf>, i64) {
     let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
     let conf = Conf::parse(&text, "conf.toml", &[], &|_| None).unwrap();
@@ -129,7 +130,7 @@ async fn a_store_that_fails_at_any_operation_ends_in_an_error_and_the_next_run_i
         let bench = Bench::new(1);
         let (result, _) = run(&bench, k).await;
         match result {
-            // what fails may be a thing that need not succeed; then the result is right
+            // the operation may be one that is allowed to fail; then the result is right
             Ok(folder) => assert!(packed(&folder) == want, "operation {k}"),
             Err(error) => assert_eq!(error.exit_code(), 4, "operation {k}: {error:?}"),
         }

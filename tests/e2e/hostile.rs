@@ -1,4 +1,5 @@
-//! Files made to exhaust memory: small on disk, huge when they are read. The run has not much more memory than without them.
+//! Files made to exhaust memory: small on disk, huge when read. A run over them must not take much more
+//! memory than one without them.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -12,7 +13,7 @@ use parquet::file::properties::WriterProperties;
 
 use crate::bench::{Bench, terminate};
 
-/// Runs to the end of `tokens`. Returns the exit code, the most megabytes that were resident, and what was said.
+/// Runs up to the stage `tokens`. Returns the exit code, the peak resident memory in MB, and stderr.
 fn run(bench: &Bench, sets: &[&str]) -> (i32, u64, String) {
     let sets = sets.iter().flat_map(|set| ["--set", set]);
     let arguments: Vec<&str> = ["run", "conf.toml", "--until", "tokens"].into_iter().chain(sets).collect();
@@ -34,7 +35,7 @@ fn run(bench: &Bench, sets: &[&str]) -> (i32, u64, String) {
     (code, most, said)
 }
 
-/// A folder with a corpus and its tokenizer, and the most megabytes that a run over it has.
+/// A folder with a corpus and its tokenizer, and the peak memory in MB of a run over it.
 fn ordinary() -> (Bench, u64) {
     let bench = Bench::new(5);
     bench.keep_tokenizer();
@@ -43,7 +44,7 @@ fn ordinary() -> (Bench, u64) {
     (bench, most)
 }
 
-/// JSON lines of which one has so many bytes of text.
+/// JSON lines, one of which has a text of `bytes` bytes.
 fn bomb(mut out: impl Write, bytes: usize) {
     writeln!(out, r#"{{"text":"before","meta":{{"set":"web"}}}}"#).unwrap();
     out.write_all(br#"{"meta":{"set":"web"},"text":""#).unwrap();
@@ -62,7 +63,7 @@ fn a_line_of_five_gigabytes_in_a_small_file_is_a_reject_and_takes_no_memory() {
     let mut gz = flate2::write::GzEncoder::new(vec![], flate2::Compression::fast());
     bomb(&mut gz, 1 << 30);
     bench.write("in/c.jsonl.gz", gz.finish().unwrap());
-    // a line may take as much as its text with every letter escaped
+    // a line may be as long as its text with every letter escaped
     let sets = ["source.0.max_reject_share=0.5", "source.0.max_document_bytes=1MB"];
     let (code, most, said) = run(&bench, &sets);
     assert_eq!(code, 0, "{said}");
@@ -96,7 +97,7 @@ fn a_parquet_file_whose_pages_say_the_same_text_thousands_of_times_takes_no_memo
     assert!(std::fs::metadata(bench.path("bomb/a.parquet")).unwrap().len() < 20 << 20);
     let (code, most, said) = run(&bench, &["source.0.url=bomb/*", "source.0.format=parquet"]);
     assert_eq!(code, 0, "{said}");
-    // one document, three thousand times
+    // the file holds one document three thousand times
     assert!(most < before + 600, "{most} MB, {before} MB without: {said}");
     let documents = "select count(*) as n from documents";
     let sets = ["--set", "source.0.url=bomb/*", "--set", "source.0.format=parquet"];
@@ -113,7 +114,7 @@ fn millions_of_bad_rows_in_a_small_file_take_no_memory() {
     assert!(most < before + 1500, "{most} MB, {before} MB without: {said}");
 }
 
-/// One that calls itself without end, and one that is busy with a single batch for years.
+/// Recipes that never end: one recurses endlessly, and one works on a single batch for years.
 pub const ENDLESS: [&str; 2] = [
     "-- Endless.
 -- One row: a document.

@@ -1,10 +1,10 @@
-//! A first project, of whoever has the program and no clone of this repository.
+//! A first project of a user who has the program, but no clone of this repository.
 
 use std::path::Path;
 
 use crate::bench::{Bench, PROGRAM, corpus, said, tree};
 
-/// What `init` printed, each line done by a shell.
+/// Runs the lines that `init` printed in a shell.
 fn typed(bench: &Bench, printed: &str) -> crate::bench::Said {
     std::os::unix::fs::symlink(PROGRAM, bench.path("lengthwise")).unwrap();
     let path = format!("{}:{}", bench.dir.path().display(), std::env::var("PATH").unwrap_or_default());
@@ -50,7 +50,7 @@ fn it_never_overwrites() {
     assert!(refused.err.contains("project/sql/mixtures/global.sql is there already"), "{refused:?}");
     assert_eq!(tree(&bench.path("project")), [bench.path("project/sql/mixtures/global.sql")]);
 
-    // what is there under other names does not matter
+    // existing files with other names do not matter
     bench.write("other/notes.txt", "mine");
     assert_eq!(bench.say(&["init", "other"]).code, 0);
     assert_eq!(bench.say(&["init", "other"]).code, 2);

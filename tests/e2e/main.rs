@@ -18,7 +18,7 @@ mod printing;
 mod rejects;
 mod s3;
 mod same_bytes;
-#[allow(dead_code)] // the cluster's tests start servers again
+#[allow(dead_code)] // only the tests of a cluster restart servers
 mod servers;
 mod training;
 mod trust;

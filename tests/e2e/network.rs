@@ -1,5 +1,5 @@
-//! What networks and object storage do to requests: refusals, resets, answers that are lost, cut or late. A run over S3 outlasts
-//! each of them, or says that it can't and goes on when it can.
+//! Faults of networks and object storage: refusals, resets, and responses that are lost, cut or late. A run
+//! over S3 survives each of them, or reports that it cannot and continues when it can.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -13,15 +13,15 @@ use crate::servers::{S3, SECRET};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fault {
-    /// An answer with this status, and nothing done.
+    /// A response with this status; the request is not performed.
     Status(u16),
-    /// The connection ends before the server has heard of the request.
+    /// The connection is closed before the server receives the request.
     Reset,
-    /// The server does it, and the connection ends without an answer.
+    /// The server performs the request, but the connection is closed without a response.
     Lost,
-    /// Half of the answer, if it is one of success: what is cut of a refusal, object_store takes for final.
+    /// Half of the response, if it reports success. object_store takes a refusal that is cut for final.
     Cut,
-    /// Half of the answer, and the rest after two seconds.
+    /// Half of the response, and the rest after two seconds.
     Late,
 }
 
@@ -36,12 +36,12 @@ const ALL: [Fault; 8] = [
     Fault::Status(502),
 ];
 
-/// Stands before a server and does to the i-th request what `fault` says.
+/// A proxy before a server, which applies the fault `fault(i)` to the i-th request.
 struct Proxy {
     port: u16,
-    /// Requests so far.
+    /// The number of requests so far.
     requests: Arc<AtomicUsize>,
-    /// Faults so far, by method and kind.
+    /// The number of faults so far, by method and kind.
     done: Arc<Mutex<BTreeMap<(String, Fault), usize>>>,
 }
 
@@ -54,14 +54,14 @@ impl Proxy {
             done: Arc::default(),
         };
         let (requests, done, fault) = (proxy.requests.clone(), proxy.done.clone(), Arc::new(fault));
-        // ends with the test's process
+        // the thread ends with the test's process
         std::thread::spawn(move || {
             for client in listener.incoming() {
                 let Ok(client) = client else { continue };
                 let (requests, done, fault) = (requests.clone(), done.clone(), fault.clone());
                 std::thread::spawn(move || {
                     let fault = fault(requests.fetch_add(1, Ordering::Relaxed));
-                    // a client that has gone away is no failure
+                    // a client may have closed its connection
                     if let (Ok(method), Some(fault)) = (pass(client, server, fault), fault) {
                         *done.lock().unwrap().entry((method, fault)).or_default() += 1;
                     }
@@ -80,7 +80,7 @@ impl Proxy {
     }
 }
 
-/// One request and its answer, with a connection of their own. Returns the request's method.
+/// Passes on one request and its response, over a connection of their own. Returns the request's method.
 fn pass(mut client: TcpStream, server: u16, fault: Option<Fault>) -> std::io::Result<String> {
     let mut reader = BufReader::new(client.try_clone()?);
     let (mut head, mut length) = (String::new(), 0);
@@ -147,7 +147,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
 }
 
-/// The packed bytes of a run whose directory on the server this is.
+/// The packed files of a run, whose directory on the server is `run`.
 fn packed_there(server: &S3, run: &str) -> BTreeMap<String, Vec<u8>> {
     use futures::TryStreamExt;
     use object_store::{ObjectStore, ObjectStoreExt};
@@ -180,7 +180,8 @@ fn arguments(output: &str) -> Vec<String> {
     .to_vec()
 }
 
-/// Every fifth request of a run is disturbed, from the `first`-th on, in `rounds` runs, with each kind of fault in turn.
+/// In each of `rounds`, one run has every fifth request disturbed, with each kind of fault in turn. The round
+/// selects the first request and the first fault.
 fn a_run_outlasts(rounds: std::ops::Range<usize>) {
     let Some((server, bench, want)) = prepared() else { return };
     let mut table = BTreeMap::<(String, Fault), usize>::new();
@@ -238,7 +239,7 @@ fn storage_that_stays_away_ends_a_run_with_a_clear_error_and_the_next_one_goes_o
             ended.err
         );
         assert_eq!(ended.code, 4, "{ended:?}");
-        // what a query reads is named by its HTTP address
+        // errors of a query name the object by its HTTP address
         assert!(
             ended.err.replace(' ', "").contains("bucket/") && !ended.err.contains(SECRET),
             "{}",

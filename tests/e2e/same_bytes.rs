@@ -1,4 +1,4 @@
-//! Promise 2: same documents, conf and commit, same bytes.
+//! Promise 2: the same documents, conf and commit give the same bytes.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ fn the_same_documents_in_other_files_give_the_same_bytes() {
     let bench = Bench::new(1);
     let want = packed(&bench.run(&[]));
 
-    // other files, another order, other compression, and a third of the documents twice
+    // other files, another order, other compression, and a third of the documents duplicated
     let other = Bench::empty();
     let mut reversed: Vec<Row> = rows.iter().rev().cloned().collect();
     reversed.rotate_left(31);
@@ -106,7 +106,7 @@ fn a_stage_s_rows_change_only_with_its_version() {
         }
     }
     lines.sort();
-    // where a digest differs and its stage's VERSION doesn't, caches of the old rows would be taken for the new ones
+    // if a digest changed without its stage's VERSION, caches of the old rows would be taken for the new ones
     insta::assert_snapshot!(lines.join("\n"), @r"
     catalog, version 3: catalog, 240 rows, 9c351684
     catalog, version 3: heldout, 10 rows, 93c37e31
@@ -141,7 +141,7 @@ fn what_runs_wrote_is_no_source_of_the_next_one() {
     let again = bench.say(&["reproduce", run.to_str().unwrap()]);
     assert_eq!(again.code, 0, "{again:?}");
     assert_eq!(bench.run(&sets), run);
-    // but where the conf names it, it is
+    // but if the conf names the folder, it is read
     let own = format!("source.0.url={}/*.md", run.display());
     let named =
         bench.say(&["run", "conf.toml", "--json", "--until", "tokens", "--set", &own, "--set", sets[1]]);

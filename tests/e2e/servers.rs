@@ -1,4 +1,4 @@
-//! Real servers that tests start, and end with.
+//! Real servers that tests start. They end with the test.
 
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
@@ -8,10 +8,11 @@ use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutPayload};
 
-/// The S3 server's secret key; it may be found nowhere.
+/// The S3 server's secret key, which must appear nowhere.
 pub const SECRET: &str = "planted-secret-8f3a";
 
-/// Ports that are free, each with the one after it and the one 10,000 above, where servers have their second ones.
+/// Free ports. The next port and the one 10,000 above are free, too, because servers use them as their second
+/// ones.
 pub fn free_ports<const N: usize>() -> [u16; N] {
     use std::sync::atomic::{AtomicU16, Ordering};
     static NEXT: AtomicU16 = AtomicU16::new(0);
@@ -27,13 +28,13 @@ pub fn free_ports<const N: usize>() -> [u16; N] {
     found.try_into().expect("as many as were looked for")
 }
 
-/// A process that ends with the test.
+/// A process that is killed when the value is dropped.
 pub struct Process(pub Child);
 
 impl Process {
-    /// With SIGKILL.
+    /// Kills the process with SIGKILL.
     pub fn kill(&mut self) {
-        // it may have ended by itself
+        // the process may have ended by itself
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -45,9 +46,9 @@ impl Drop for Process {
     }
 }
 
-/// SeaweedFS, with a bucket of the name `bucket`.
+/// SeaweedFS with a bucket named `bucket`.
 pub struct S3 {
-    /// master, volume, filer, S3
+    /// The ports of the master, the volume server, the filer and the S3 API.
     ports: [u16; 4],
     program: String,
     pub store: AmazonS3,
@@ -56,7 +57,7 @@ pub struct S3 {
 }
 
 impl S3 {
-    /// None where there is no `weed`; says so.
+    /// `None`, with a message, if there is no `weed`.
     pub fn start() -> Option<Self> {
         let program = std::env::var("LENGTHWISE_WEED").unwrap_or_else(|_| "weed".into());
         let there =
@@ -85,7 +86,7 @@ impl S3 {
         Some(Self { ports, program, store, process, dir })
     }
 
-    /// Where its S3 is.
+    /// The port of its S3 API.
     pub fn port(&self) -> u16 {
         self.ports[3]
     }
@@ -96,7 +97,8 @@ impl S3 {
         self.process = serve(&self.program, self.dir.path(), self.ports);
     }
 
-    /// Puts the first object, with which the bucket is made; the server takes some seconds to answer.
+    /// Puts the first object, which creates the bucket. Retries, because the server takes some seconds to
+    /// answer.
     pub async fn put_first(&self, name: &str, bytes: Vec<u8>) {
         let began = Instant::now();
         while let Err(error) = self.store.put(&Path::from(name), PutPayload::from(bytes.clone())).await {
@@ -105,7 +107,7 @@ impl S3 {
         }
     }
 
-    /// Has a program find the server.
+    /// Sets the environment variables by which a program finds the server.
     pub fn credentials<'a>(&self, command: &'a mut Command, secret: &str) -> &'a mut Command {
         command
             .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.port()))
@@ -124,7 +126,7 @@ fn serve(program: &str, dir: &std::path::Path, [master, volume, filer, port]: [u
         .args(["-master.volumeSizeLimitMB=64", "-s3", "-s3.config", "s3.json"])
         .args([format!("-master.port={master}"), format!("-volume.port={volume}")])
         .args([format!("-filer.port={filer}"), format!("-s3.port={port}")])
-        // whose ports are the same for all servers
+        // these services would use the same ports in all servers
         .args(["-s3.port.iceberg=0", "-s3.port.lance=0"]);
     Process(quiet(&mut command).spawn().unwrap())
 }

@@ -1,22 +1,22 @@
-//! Training by the program: stops, kills, processes, and what comes of it.
+//! Training by the program: stops, kills, several processes, and their results.
 
 use std::path::Path;
 use std::time::Duration;
 
 use crate::bench::{Bench, said, tree};
 
-/// A small training, for `--set`.
+/// The settings of a small training, as a value of `--set`.
 pub fn train(settings: &str) -> String {
     let shape = "{ hidden_size = 16, intermediate_size = 16, layers = 1, heads = 2 }";
     format!("train={{ shape = {shape}, {settings} }}")
 }
 
-/// Whether a file is of a checkpoint that training goes on from.
+/// Whether a file belongs to a checkpoint that training can resume from.
 fn saved(path: &Path) -> bool {
     path.to_string_lossy().contains("/checkpoints/step-")
 }
 
-/// The steps of a run's training, and their losses.
+/// The steps of a run's training with their losses.
 fn losses(run: &Path) -> Vec<(u64, f64)> {
     let lines = std::fs::read_to_string(run.join("checkpoint/metrics.jsonl")).unwrap();
     let step = |line: &str| {
@@ -34,7 +34,7 @@ fn sigterm_is_a_stop_that_goes_on() {
     let want = losses(&undisturbed.run(&["--set", &train]));
 
     let child = bench.command(&["run", "conf.toml", "--set", &train]).spawn().unwrap();
-    // it is training once the packed files are there
+    // training starts once the packed files exist
     while !tree(&bench.path("out/stages/pack")).iter().any(|path| path.ends_with("manifest.json")) {
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -154,12 +154,12 @@ fn from_is_for_one_process() {
     assert!(said.code == 2 && said.err.contains("--from is for one process"), "{said:?}");
 }
 
-/// Ranks as processes, in builds that have them.
+/// Training with one process per rank, in builds that support it.
 #[cfg(feature = "libtorch")]
 mod processes {
     use super::*;
 
-    /// A training of two processes that has come to its first checkpoint, and the pid of rank 1.
+    /// A training of two processes that has written its first checkpoint, and the pid of rank 1.
     fn started(bench: &Bench, train: &str) -> (std::process::Child, u32) {
         let child = bench.command(&["train", "conf.toml", "--nproc", "2", "--set", train]).spawn().unwrap();
         while !tree(&bench.path("out/stages/train")).iter().any(|path| saved(path)) {
@@ -251,7 +251,7 @@ fn a_longer_training_says_that_it_begins_anew() {
         said.err.contains("a training of another length with the same settings was stopped after step"),
         "{said:?}"
     );
-    // other settings make another training
+    // with other settings it is another training, and the warning is not given
     let said = bench.say(&["run", "conf.toml", "--set", &train("steps = 5, learning_rate = 1e-3")]);
     assert!(said.code == 0 && !said.err.contains("with the same settings"), "{said:?}");
 }

@@ -1,4 +1,5 @@
-//! What is trusted, and how far: leftovers of killed attempts, published files, manifests, a run that is reproduced.
+//! Which files are trusted, and how far: leftovers of killed attempts, published files, manifests, and a run
+//! that is reproduced.
 
 use std::path::{Path, PathBuf};
 
@@ -42,7 +43,8 @@ fn what_a_killed_attempt_left_is_used_only_with_its_digest() {
         ("catalog", "catalog-00000"),
         ("draw", "drawn-00000"),
     ] {
-        // as if the run had been killed when the stage's jobs were done, and the disk had lost a bit since
+        // as if the run had been killed after the stage's jobs were done, and a bit on the disk had flipped
+        // since
         std::fs::remove_dir_all(bench.path("out/runs")).unwrap();
         for after in ["shuffle", "pack"] {
             for manifest in files(&bench, &["/stages/", &format!("/{after}/"), "/manifest.json"]) {
@@ -53,7 +55,7 @@ fn what_a_killed_attempt_left_is_used_only_with_its_digest() {
             std::fs::remove_file(manifest).unwrap();
         }
         if stage == "shuffle" {
-            // before anything of it was packed
+            // as if nothing of it had been packed yet
             std::fs::remove_dir_all(bench.path("out/stages/pack")).unwrap();
         }
         let mut broken = files(&bench, &[&format!("/{stage}/"), &format!("/{file}")]);
@@ -80,7 +82,7 @@ fn what_is_broken_in_a_run_s_directory_is_mended_by_the_next_run() {
         let verdict = bench.say(&["verify", run.to_str().unwrap()]);
         assert_eq!(verdict.code, 0, "{more:?}: {verdict:?}");
     }
-    // the stage's own file, too, where the directory has to be made anew
+    // the stage's own file is checked, too, if the run's directory has to be written again
     std::fs::remove_dir_all(&run).unwrap();
     for file in files(&bench, &["/pack/", "/train-00000"]) {
         rewrite(&file, |bytes| flip(bytes));
@@ -107,7 +109,7 @@ fn a_manifest_says_what_the_last_run_read_and_attempts_what_it_said_before() {
     let kept: Vec<Value> =
         kept.iter().filter(|path| path.to_string_lossy().contains("before")).map(|path| json(path)).collect();
     assert_eq!(kept, [before]);
-    // nothing is kept of a run that says the same
+    // a manifest that did not change is not kept a second time
     bench.run(&[]);
     let olds = tree(&run.join("attempts"));
     assert_eq!(olds.iter().filter(|path| path.to_string_lossy().contains("before")).count(), 1);
@@ -135,12 +137,12 @@ fn verify_sees_strays_and_what_else_was_changed_in_a_run_s_directory() {
         assert!(!verdict.out.contains("withdrawn"), "another run does not mend it: {verdict:?}");
     }
     std::fs::remove_file(stray).unwrap();
-    // what lies beside is nobody's business
+    // other files in the run's directory are ignored
     std::fs::write(run.join("notes.txt"), "mine").unwrap();
     assert_eq!(bench.say(&["verify", url]).code, 0);
 }
 
-/// Writes a packed file again with other segments, and has the run's manifest say so.
+/// Rewrites a packed file with other segments, and updates the run's manifest to match.
 fn repack(
     run: &Path,
     name: &str,
@@ -195,7 +197,7 @@ fn verify_asks_packed_files_whether_they_are_what_the_recipe_asked_for() {
     assert!(verdict.code == 5 && verdict.out.contains("do not tile"), "{verdict:?}");
     assert!(packed(&bench.run(&[])) == want);
 
-    // all of a sequence is said to be of one document, which never was drawn so often
+    // attributes a whole sequence to one document, which was never drawn so often
     repack(&run, "data/train-00000-of-00004.parquet", |_, _, segments| {
         let ids = segments.column(1).as_string::<i32>();
         let first: ArrayRef = std::sync::Arc::new(arrow::array::StringArray::from_iter_values(
@@ -226,7 +228,7 @@ fn a_run_is_reproduced_anew_each_time_and_compared_as_it_lies_there() {
     let twin = again.iter().find(|path| path.ends_with(name)).unwrap();
     let sound = std::fs::read(run.join(name)).unwrap();
 
-    // both copies broken alike, in files that are links to those of stages
+    // breaks both copies alike; they are links to files of stages
     for path in [&run.join(name), twin] {
         rewrite(path, |bytes| flip(bytes));
     }
@@ -237,14 +239,14 @@ fn a_run_is_reproduced_anew_each_time_and_compared_as_it_lies_there() {
     let said = reproduce();
     assert!(said.code == 0 && said.out.contains("the same bytes"), "{said:?}");
 
-    // nor is it compared with itself, whatever it is called
+    // nor is a run compared with itself, by any name of its output
     std::os::unix::fs::symlink("out", bench.path("link")).unwrap();
     for into in ["out", "link", "link/runs", &format!("{url}/data")] {
         let said = bench.say(&["reproduce", url, "--into", into]);
         assert!(said.code == 2 && said.err.contains("the output that the run itself is in"), "{said:?}");
     }
 
-    // the same rows by another library are the same run, and what is not the same is said
+    // the same rows from another library are the same run, and the differences of the build are reported
     reseal(&run.join("manifest.json"), |manifest| {
         manifest["build"]["libraries"]["parquet"] = json!("1.2.3");
         manifest["build"]["sources"] = json!("0");
@@ -277,7 +279,7 @@ fn a_text_that_is_held_out_in_one_domain_is_drawn_in_no_other() {
     let mut rows = vec![];
     for (i, (domain, text)) in corpus(5, 120).into_iter().enumerate() {
         rows.push((domain, text.clone()));
-        // every text has a twin in another domain
+        // every text also occurs in another domain
         rows.push((["copies", "more"][i % 2].to_owned(), text));
     }
     bench.jsonl("in/a.jsonl", &rows);
@@ -336,7 +338,7 @@ fn a_preview_s_figures_are_the_draw_s_where_copies_are_bounded() {
         let drawn = domain["drawn"].as_f64().unwrap();
         assert!((drawn - row["drawn"].as_f64().unwrap()).abs() <= 1.0, "{row} {domain}");
         let long = domain["long_after"].as_f64().unwrap() * drawn;
-        // a share of chance stays in which documents are drawn
+        // which documents are drawn is random, so that some difference remains
         assert!((long - row["long"].as_f64().unwrap_or(0.0)).abs() <= 0.03 * drawn, "{long} {row}");
         bounded += u64::from(row["copy"] == 3);
     }
@@ -351,7 +353,7 @@ fn a_domain_that_the_conf_s_shares_leave_out_is_said() {
     assert!(said.code == 0 && said.out.contains("gives no share to web"), "{said:?}");
     let said = bench.say(&[&["run", "conf.toml", "--until", "mixture"][..], &sets].concat());
     assert!(said.code == 0 && said.err.contains("gives no share to web"), "{said:?}");
-    // a share of 0 is no slip
+    // a share of 0 is deliberate
     let sets = ["--set", "mixture.shares={ book = 1, code = 1, web = 0 }", "--set", "mixture.budget=10K"];
     let said = bench.say(&[&["preview", "conf.toml"][..], &sets].concat());
     assert!(said.code == 0 && !said.out.contains("gives no share"), "{said:?}");

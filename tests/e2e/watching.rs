@@ -1,4 +1,4 @@
-//! What schedulers and monitoring see of a run.
+//! What schedulers and monitoring learn about a run.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -9,12 +9,12 @@ use serde_json::Value;
 
 use crate::bench::{Bench, recipe, said, terminate, tree};
 
-/// Hears what is posted to it, and answers with success.
+/// A server that receives JSON posts, and answers each with success.
 fn listener() -> (String, mpsc::Receiver<(String, Value)>) {
     slow_listener(|_| Duration::ZERO)
 }
 
-/// The same, where answers take as long as is said.
+/// The same server, with a delay before each answer.
 fn slow_listener(
     takes: impl Fn(&Value) -> Duration + Send + 'static,
 ) -> (String, mpsc::Receiver<(String, Value)>) {
@@ -42,7 +42,7 @@ fn slow_listener(
                 return;
             }
             std::thread::sleep(takes);
-            // whoever has ended meanwhile needs no answer
+            // a client that has ended meanwhile needs no answer
             let _ =
                 stream.write_all(b"HTTP/1.1 201 Created\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
         }
@@ -120,7 +120,7 @@ fn opentelemetry_hears_a_span_of_each_stage_inside_the_run_s_and_its_measures() 
         assert_eq!(span["traceId"], run["traceId"]);
         assert_eq!(span["parentSpanId"], run["spanId"]);
         assert!(span["spanId"].as_str().unwrap().len() == 16 && span["status"]["code"] == 1, "{span}");
-        // a stage's seconds are rounded
+        // the seconds of a stage are rounded
         let slack = 10_000_000;
         assert!(time(span, "startTimeUnixNano") + slack >= began, "{span} {run}");
         assert!(time(span, "endTimeUnixNano") <= ended, "{span} {run}");
@@ -211,7 +211,7 @@ fn a_signal_between_two_runs_of_a_sweep_stops_it() {
     let mut command = bench.command(&["sweep", "conf.toml", "--recipes", &recipes]);
     let mut child = command.env("OPENLINEAGE_URL", &url).spawn().unwrap();
     assert!(heard.iter().any(|(_, event)| second(&event)));
-    // while the listener takes its time, no work is under way
+    // while the server delays its answer, no work is done
     terminate(&child);
     assert_eq!(child.wait().unwrap().code(), Some(75));
     let mixtures = tree(&bench.path("out/stages/mixture"));

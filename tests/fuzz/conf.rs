@@ -1,4 +1,4 @@
-//! The conf: whatever the text is, it is an error with a place in it, or a conf that reads itself again.
+//! The conf: any text either is an error with a place in it, or a conf that parses again from its own output.
 #![no_main]
 
 use lengthwise::conf::Conf;

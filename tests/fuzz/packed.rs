@@ -1,4 +1,5 @@
-//! The packed reader: whatever the bytes of a Parquet file are, sequences are what the trainer can take, or the file is an error.
+//! The packed reader: for any bytes of a Parquet file, the sequences are valid input for the trainer, or the
+//! file is an error.
 #![no_main]
 
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
 fuzz_target!(init: {
-    // libFuzzer's own hook ends the process at panics that the reader catches, too
+    // libFuzzer's own hook would abort the process even at panics that the reader catches
     std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
 }, |data: &[u8]| {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();

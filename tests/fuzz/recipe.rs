@@ -1,4 +1,4 @@
-//! The recipe check: whatever the SQL is, it is refused, or it has a key.
+//! The recipe check: any SQL is either refused or has a key.
 #![no_main]
 
 use lengthwise::sql::recipe::Recipe;

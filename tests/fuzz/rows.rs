@@ -1,5 +1,5 @@
-//! The row reader: whatever the bytes of a source file are, its rows are documents or rejects, or the file is an error.
-//! The first byte chooses the format.
+//! The row reader: for any bytes of a source file, its rows are documents or rejects, or the file is an
+//! error. The first byte selects the format.
 #![no_main]
 
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The header of a safetensors file: what it promises is in the file, or the file is an error.
+//! The header of a safetensors file: the tensors that it declares lie in the file, or the file is an error.
 #![no_main]
 
 use std::sync::Arc;

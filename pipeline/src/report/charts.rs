@@ -1,11 +1,11 @@
-//! The drawings of the report: inline SVG for what is drawn, HTML for what is read.
+//! The charts of the report: shapes are inline SVG, text is HTML.
 //!
-//! An SVG that is stretched to its panel would stretch its letters too, so names, numbers and the ticks of axes
+//! An SVG that is stretched to its panel would stretch its letters, too. So names, numbers and tick labels
 //! stand beside it as text: they keep their size on a phone, and can be selected.
 
 use super::text::{escape, percent};
 
-/// Round values from `low` to `high` and a little beyond, about `about` of them.
+/// About `about` round values that cover the range from `low` to `high`.
 pub(super) fn ticks(low: f64, high: f64, about: usize) -> Vec<f64> {
     let rough = ((high - low) / about as f64).max(1e-9);
     let power = 10_f64.powf(rough.log10().floor());
@@ -14,7 +14,7 @@ pub(super) fn ticks(low: f64, high: f64, about: usize) -> Vec<f64> {
     (0..=(last - first).round() as u64).map(|i| (first + i as f64) * step).collect()
 }
 
-/// Without digits that say nothing: 0.5, 20, 1500.
+/// A tick's label, without trailing zeros: 0.5, 20, 1500.
 pub(super) fn tick_label(value: f64) -> String {
     let text = format!("{value:.4}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
@@ -26,17 +26,17 @@ pub struct Axis {
 }
 
 impl Axis {
-    /// One that has room for the largest of some shares.
+    /// An axis that covers the largest of some shares.
     pub fn of(shares: impl Iterator<Item = f64>) -> Self {
         Self { ticks: ticks(0.0, shares.fold(0.001, f64::max) * 100.0, 4) }
     }
 
-    /// Where a share is, from 0 to 100.
+    /// The position of a share on the axis, from 0 to 100.
     fn at(&self, share: f64) -> f64 {
         share * 1e4 / self.ticks[self.ticks.len() - 1]
     }
 
-    /// The ticks, to stand below a column of [`Axis::bars`].
+    /// The tick labels, for the row below a column of [`Axis::bars`].
     pub fn labels(&self) -> String {
         let labels = self.ticks.iter().map(|tick| {
             format!("<span style=\"left:{:.2}%\">{}</span>", self.at(tick / 100.0), tick_label(*tick))
@@ -44,7 +44,7 @@ impl Axis {
         format!("<div class=\"axis\" aria-hidden=\"true\">{}</div>", labels.collect::<String>())
     }
 
-    /// A share before and after, one bar above the other, and a mark at its target.
+    /// A share before and after as two bars, one above the other, with a mark at its target.
     pub fn bars(&self, name: &str, before: f64, after: f64, target: Option<f64>) -> String {
         let aim = target.map(|t| format!(", target {} %", percent(t))).unwrap_or_default();
         let label = format!("{name}: corpus {} %{aim}, drawn {} %", percent(before), percent(after));
@@ -65,7 +65,7 @@ fn upright(class: &str, x: f64) -> String {
     format!("<line class=\"{class}\" x1=\"{x:.2}\" x2=\"{x:.2}\" y1=\"0\" y2=\"24\"/>")
 }
 
-/// The key to the bars.
+/// The legend of the bars.
 pub fn legend(with_target: bool) -> String {
     let target = if with_target { " <span class=\"key target\">target</span>" } else { "" };
     format!(
@@ -74,7 +74,7 @@ pub fn legend(with_target: bool) -> String {
     )
 }
 
-/// A distribution over the length buckets before and after, small enough for a cell.
+/// A distribution over the length buckets before and after, as a chart that fits a table cell.
 pub fn sparkline(name: &str, buckets: &[&str], before: &[f64], after: &[f64]) -> String {
     const HEIGHT: f64 = 22.0;
     const PITCH: usize = 10;
@@ -100,10 +100,10 @@ pub fn sparkline(name: &str, buckets: &[&str], before: &[f64], after: &[f64]) ->
     )
 }
 
-/// More points than this are no longer told apart on a screen.
+/// More points than this cannot be told apart on a screen.
 const MAX_POINTS: usize = 500;
 
-/// Not more points than `most`: the means of groups, and of how many each is.
+/// At most `most` points: the means of groups of consecutive points, with the size of a group.
 pub(super) fn thinned(points: &[(f64, f64)], most: usize) -> (usize, Vec<(f64, f64)>) {
     let group = points.len().div_ceil(most).max(1);
     let mean = |chunk: &[(f64, f64)]| {
@@ -113,14 +113,14 @@ pub(super) fn thinned(points: &[(f64, f64)], most: usize) -> (usize, Vec<(f64, f
     (group, points.chunks(group).map(mean).collect())
 }
 
-/// A quantity by step, as a line with labelled axes; of many steps, the means of groups. Nothing where there
-/// is no line to draw.
+/// A quantity by step, as a line with labelled axes. Long series are drawn as means of groups. Empty if there
+/// are fewer than two points.
 pub fn curve(name: &str, class: &str, points: &[(f64, f64)]) -> String {
     let [first, .., last] = points else { return String::new() };
     let (group, drawn) = thinned(points, MAX_POINTS);
     let (low, high) =
         drawn.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), (_, y)| (l.min(*y), h.max(*y)));
-    // from 0, unless it goes on from a later step
+    // the axis starts at 0, unless the training continues from a later step
     let start = if first.0 < last.0 * 0.1 { 0.0 } else { first.0 };
     let (across, up) = (ticks(start, last.0, 5), ticks(low, high, 4));
     let (bottom, top) = (up[0], up[up.len() - 1]);

@@ -1,11 +1,12 @@
-//! A comparison as a page: what was asked, the mixtures (paper, Figure 2), losses (Table 5), and what evaluations gave.
+//! A comparison as an HTML page: differences of the confs, the mixtures (paper, Figure 2), losses (Table 5),
+//! and results of evaluations.
 
 use super::evaluation::{evaluation, positions};
 use super::text::{Cell, code, escape, figure, percent, table, words};
 use super::{curve, page, section};
 use crate::compare::{COUNTS, Comparison, ENOUGH, LossRow, Shares, Side, firsts};
 
-/// The page.
+/// The HTML page of a comparison.
 pub fn comparison(sides: &[Side], comparison: &Comparison) -> String {
     let head = format!(
         "<header>\n<p class=\"soft\">lengthwise compare</p>\n<h1>{}</h1>\n<p class=\"lead\">Compared with {}.</p>\n</header>\n",
@@ -59,7 +60,7 @@ fn asked(comparison: &Comparison) -> String {
     table("Keys of the conf that differ", &headings(&["key"], &comparison.names), &rows, None)
 }
 
-/// A share as a number on a bar of its length.
+/// A share as a number on top of a bar of that length.
 fn bar(share: f64, most: f64) -> Cell {
     let length = share / most.max(1e-9) * 100.0;
     figure(format!("<span class=\"bar\" style=\"--length:{length:.1}%\">{}</span>", percent(share)))
@@ -145,7 +146,7 @@ fn training(sides: &[&Side]) -> String {
     if curves.is_empty() { curves } else { format!("<div class=\"panels\">\n{curves}</div>\n") }
 }
 
-/// What each run's evaluations gave, one beside the other; the losses are above.
+/// The runs' evaluations side by side, without the losses, which have their own section.
 fn evaluations(sides: &[&Side]) -> String {
     let mut all = String::new();
     for name in ["needle", "retrieval"] {
@@ -179,7 +180,7 @@ fn sql(comparison: &Comparison) -> String {
     comparison.sql.iter().map(diff).collect()
 }
 
-/// A row's name, the first one's loss, and each of the others' differences.
+/// A row's name, the first side's loss, and each other side's difference.
 fn loss_line(row: &LossRow) -> (String, Vec<String>) {
     let differences = row.differences.iter().map(|difference| match difference {
         None => String::new(),
@@ -199,18 +200,18 @@ fn loss_legend() -> String {
     )
 }
 
-/// The width of a terminal's columns of such texts; a difference has room in it.
+/// The width of a terminal's columns for these texts: at least the width of a difference.
 fn width<'a>(texts: impl Iterator<Item = &'a String>) -> usize {
     texts.map(|text| text.chars().count()).max().unwrap_or(0).max(18) + 2
 }
 
-/// A line of a terminal's table.
+/// One line of a table on a terminal.
 fn line(name: &str, values: &[String], width: usize) -> String {
     let values: String = values.iter().map(|value| format!("{value:>width$}")).collect();
     format!("{name:<34}{values}")
 }
 
-/// Losses beside each other, for a terminal.
+/// The losses side by side, as text for a terminal.
 pub fn losses(names: &[String], rows: &[LossRow]) -> String {
     let width = width(names.iter());
     let mut lines = vec![line("", names, width)];
@@ -222,7 +223,7 @@ pub fn losses(names: &[String], rows: &[LossRow]) -> String {
     lines.join("\n")
 }
 
-/// For a terminal.
+/// The comparison as text for a terminal.
 pub fn text(comparison: &Comparison) -> String {
     let mut lines = vec![];
     let values = comparison.conf.iter().flat_map(|(_, values)| values);

@@ -1,4 +1,5 @@
-//! What evaluations gave: grids of scores in the colours of the paper's Figure 1, and losses by domain and position.
+//! Results of evaluations: grids of scores in the colours of the paper's Figure 1, and losses by domain and
+//! position.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +7,7 @@ use serde_json::Value;
 
 use super::text::{Cell, escape, figure, number, percent, table, words};
 
-/// An evaluation's heading and what it gave. `trained` is how many tokens the training's sequences had.
+/// An evaluation's heading and its result as HTML. `trained` is the number of tokens in a training sequence.
 pub fn evaluation(name: &str, notes: &Value, trained: Option<u64>) -> (String, String) {
     match name {
         "needle" => ("Needle in a haystack".to_owned(), needle(notes, trained)),
@@ -38,13 +39,13 @@ pub(super) fn real(value: &Value) -> f64 {
     value.as_f64().unwrap_or(f64::NAN)
 }
 
-/// The lengths of all cells, in ascending order.
+/// The distinct lengths of all cells, in ascending order.
 fn lengths(notes: &Value) -> Vec<u64> {
     let lengths: BTreeSet<u64> = cells(notes).iter().filter_map(|cell| cell["length"].as_u64()).collect();
     lengths.into_iter().collect()
 }
 
-/// Each once, in the order in which they come.
+/// The distinct values, in the order in which they first occur.
 fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
     let mut once = vec![];
     for one in all {
@@ -59,7 +60,7 @@ fn cells(notes: &Value) -> &[Value] {
     notes["cells"].as_array().map(Vec::as_slice).unwrap_or_default()
 }
 
-/// The authors' red, yellow and green at 0, a half and 1.
+/// The colour of a score: the authors' red at 0, yellow at 0.5 and green at 1, interpolated.
 pub(super) fn colour(score: f64) -> String {
     const COLOURS: [[f64; 3]; 3] = [[240.0, 73.0, 110.0], [235.0, 184.0, 57.0], [12.0, 215.0, 159.0]];
     let place = score.clamp(0.0, 1.0) * 2.0;
@@ -68,19 +69,20 @@ pub(super) fn colour(score: f64) -> String {
     format!("rgb({:.0} {:.0} {:.0})", mix(0), mix(1), mix(2))
 }
 
-/// A grid of scores: a row a name, a column a length, which are in ascending order.
+/// A grid of scores: one row per name, one column per length, in ascending order.
 pub struct Grid {
-    /// What it is of, and what its rows are.
+    /// What the grid shows, and what its rows are.
     label: &'static str,
     corner: &'static str,
     pub rows: Vec<(String, Vec<Option<f64>>)>,
     pub lengths: Vec<u64>,
-    /// How many tokens the training's sequences had.
+    /// The number of tokens in a training sequence.
     trained: Option<u64>,
 }
 
 impl Grid {
-    /// The first column that is longer than what training had: before it stands the paper's white dashed line.
+    /// The first column that is longer than the training sequences. The paper draws its white dashed line
+    /// before it.
     pub fn beyond(&self) -> Option<usize> {
         let trained = self.trained?;
         self.lengths.iter().position(|length| *length > trained).filter(|beyond| *beyond > 0)
@@ -127,7 +129,7 @@ impl Grid {
     }
 }
 
-/// The grid of an evaluation that has one.
+/// The grid of an evaluation's scores; `None` for evaluations without one.
 pub fn heat(name: &str, notes: &Value, trained: Option<u64>) -> Option<Grid> {
     let lengths = lengths(notes);
     let row = |name: String, of: &dyn Fn(&Value) -> bool| {
@@ -175,14 +177,14 @@ fn retrieval(notes: &Value, trained: Option<u64>) -> String {
     )
 }
 
-/// "4K–128K".
+/// A range of positions in words, such as "4K–128K".
 pub fn positions(range: &Value) -> String {
     let kilo = |key: &str| range[key].as_u64().unwrap_or(0) >> 10;
     let from = kilo("from");
     if from == 0 { format!("0–{}K", kilo("until")) } else { format!("{from}K–{}K", kilo("until")) }
 }
 
-/// Losses with their standard errors: a row a domain, a column a range of positions.
+/// Losses with their standard errors: one row per domain, one column per range of positions.
 pub struct Losses {
     pub ranges: Vec<String>,
     pub rows: Vec<(String, Vec<Option<(f64, Option<f64>)>>)>,

@@ -1,9 +1,10 @@
-//! report.html: one offline file that says what a run is, and whether it did what its recipe promised.
+//! report.html: one self-contained file that describes a run and judges whether it kept the promises of its
+//! recipe.
 //!
 //! ```text
-//! head: what it is, did it keep its promises (promises), its numbers, what it was made by
+//! head: what the run is, whether it kept its promises (promises), its numbers, what it was made from
 //! sections: lengths and domains before and after (charts) · domains · strata · what fell short · repeats
-//!           training · evaluations · lineage · inputs, conf and SQL          a section without data isn't there
+//!           training · evaluations · lineage · inputs, conf and SQL          empty sections are left out
 //! ```
 
 mod charts;
@@ -34,15 +35,15 @@ use text::{
 
 const STYLE: &str = include_str!("report.css");
 
-/// So many source files are listed by name.
+/// How many source files are listed by name.
 const FILES_LISTED: usize = 20;
 
-/// The report of a run, from its manifest, the attempt that made it, and the lines of its metrics.jsonl, of
-/// which there are none when nothing was trained. What its evaluations gave is in the manifest.
+/// The report of a run as HTML: from its manifest, the attempt that made it, and the lines of its
+/// metrics.jsonl, which are empty if nothing was trained. The results of evaluations are in the manifest.
 pub fn html(manifest: &RunManifest, attempt: &Attempt, metrics: &[Value]) -> String {
     let mixture = &manifest.conf.mixture;
     let mut preview = Preview::new(mixture, &manifest.summary.domains, &manifest.summary.drawn);
-    // the largest first, in charts and in tables
+    // charts and tables list the largest domain first
     preview.domains.sort_by(|a, b| b.tokens.cmp(&a.tokens).then_with(|| a.domain.cmp(&b.domain)));
     let shown = preview.only(&preview.largest());
 
@@ -60,7 +61,7 @@ pub fn html(manifest: &RunManifest, attempt: &Attempt, metrics: &[Value]) -> Str
     page(&manifest.run, &format!("{}{}", head(manifest, &preview), sections.concat()))
 }
 
-/// A page of its own for an evaluation of something.
+/// A page for a single evaluation; `of` names what was evaluated.
 pub fn evaluation_page(name: &str, of: &str, notes: &Value) -> String {
     let (heading, body) = evaluation::evaluation(name, notes, None);
     let head = format!(
@@ -80,7 +81,7 @@ fn page(title: &str, body: &str) -> String {
     )
 }
 
-/// A section an evaluation.
+/// One section per evaluation.
 fn evaluations(manifest: &RunManifest) -> String {
     let trained = manifest.conf.pack.sequence_tokens.0;
     let one = |(name, notes): (&String, &Value)| {
@@ -90,7 +91,7 @@ fn evaluations(manifest: &RunManifest) -> String {
     manifest.summary.evaluations.iter().map(one).collect()
 }
 
-/// A section with its heading; nothing where there is nothing in it.
+/// A section with its heading; empty if its body is empty.
 fn section(title: &str, body: String) -> String {
     if body.is_empty() {
         return body;
@@ -98,7 +99,7 @@ fn section(title: &str, body: String) -> String {
     format!("<section>\n<h2>{title}</h2>\n{body}</section>\n")
 }
 
-/// What this run is, and whether it did what the recipe promised: the first screen.
+/// The first screen: what this run is, and whether it did what the recipe promised.
 fn head(manifest: &RunManifest, preview: &Preview) -> String {
     format!(
         "<header>\n<p class=\"soft\">lengthwise run</p>\n<h1>{}</h1>\n<p class=\"lead\">{}</p>\n{}{}{}{}</header>\n",
@@ -111,7 +112,7 @@ fn head(manifest: &RunManifest, preview: &Preview) -> String {
     )
 }
 
-/// The run in two sentences.
+/// A summary of the run in two sentences.
 fn lead(manifest: &RunManifest, preview: &Preview) -> String {
     let (conf, planned) = (&manifest.conf, &manifest.summary.planned);
     let total = total(preview);
@@ -131,7 +132,7 @@ fn lead(manifest: &RunManifest, preview: &Preview) -> String {
     )
 }
 
-/// What the recipe says of itself: the first line of its header.
+/// The recipe's description: the first line of its header.
 fn description(manifest: &RunManifest) -> String {
     let text = manifest.sql.get(&manifest.conf.mixture.recipe).and_then(|sql| sql.lines().next());
     match text.and_then(|line| line.strip_prefix("--")) {
@@ -189,7 +190,7 @@ fn numbers(manifest: &RunManifest, preview: &Preview) -> String {
     format!("<dl class=\"facts\">\n{}</dl>\n", facts.collect::<String>())
 }
 
-/// All that it takes to make the run again.
+/// Everything that is needed to repeat the run.
 fn made_by(manifest: &RunManifest) -> String {
     let commit = match &manifest.commit {
         Some(commit) if manifest.dirty => format!("{} with uncommitted changes", short(commit)),
@@ -232,7 +233,7 @@ fn total(preview: &Preview) -> Total {
     }
 }
 
-/// Tokens packed and dropped, of all domains.
+/// Tokens packed and tokens dropped, over all domains.
 fn placed(manifest: &RunManifest) -> (u64, u64) {
     let domains = manifest.summary.planned.domains.iter();
     domains.fold((0, 0), |(packed, dropped), d| (packed + d.packed, dropped + d.dropped))
@@ -313,7 +314,7 @@ fn domains(manifest: &RunManifest, preview: &Preview) -> String {
     ];
     let domains = &manifest.summary.planned.domains;
     let by_name: BTreeMap<&str, &Placed> = domains.iter().map(|d| (d.domain.as_str(), d)).collect();
-    // what is left is of those that are not named
+    // the row of the other domains gets what the named ones leave
     let (all_packed, all_dropped) = placed(manifest);
     let named = preview.domains.iter().filter_map(|d| by_name.get(d.domain.as_str()));
     let others = named.fold((all_packed, all_dropped), |(p, d), of| (p - of.packed, d - of.dropped));
@@ -402,7 +403,7 @@ fn strata(manifest: &RunManifest) -> String {
     table("Strata", &["domain", "stratum", "spans drawn", "tokens asked", "tokens drawn"], &rows, foot)
 }
 
-/// Leaves the largest in a list that would be too long to read, in the order that it had, and returns the others.
+/// Shortens a list that is too long to read to its largest elements, in their order, and returns the others.
 fn largest<'a, T, K: Ord>(all: &mut Vec<&'a T>, size: impl Fn(&'a T) -> K) -> Vec<&'a T> {
     if all.len() <= NAMED {
         return vec![];
@@ -415,7 +416,8 @@ fn largest<'a, T, K: Ord>(all: &mut Vec<&'a T>, size: impl Fn(&'a T) -> K) -> Ve
     others
 }
 
-/// What the recipe asked for and did not get, and domains that the conf's shares name but no document has.
+/// Strata that did not get the tokens that the recipe asked for, and domains that have a share but no
+/// documents.
 fn fell_short(manifest: &RunManifest) -> String {
     let short = short_strata(&manifest.summary);
     let mut named: Vec<&Short> = short.iter().collect();
@@ -549,7 +551,7 @@ fn lineage(attempt: &Attempt) -> String {
     )
 }
 
-/// A time without its fractions of a second: 2026-11-23 15:33:17 UTC.
+/// A time without fractions of a second: 2026-11-23 15:33:17 UTC.
 fn clock(time: &str) -> String {
     match time.split_once('T').zip(time.strip_suffix('Z')) {
         Some(((day, time), _)) => format!("{day} {} UTC", time.chars().take(8).collect::<String>()),

@@ -1,4 +1,4 @@
-//! What a recipe promises, and whether the run kept it: the judgement at the head of the report.
+//! The promises of a recipe, and whether the run kept them: the judgement at the head of the report.
 
 use std::collections::BTreeMap;
 
@@ -8,28 +8,28 @@ use crate::conf::Param;
 use crate::directory::{RunManifest, Summary};
 use crate::preview::Preview;
 
-/// A domain's share is flagged where it is farther than this from its target: 0.2 points.
+/// A domain's share is flagged if it differs from its target by more than this: 0.2 percentage points.
 pub const FAR: f64 = 0.002;
 
-/// The total meets the budget when it is within this share of it.
+/// The total meets the budget if it differs by at most this share of it.
 const BUDGET_TOLERANCE: f64 = 0.001;
 
-/// What became of a promise.
+/// Whether a promise was kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Standing {
     Kept,
-    /// Not what one may expect, but what the recipe asks for.
+    /// Not what a reader may expect, but what the recipe asks for.
     Noted,
     Broken,
 }
 
-/// A promise, with what became of it as a sentence of plain text.
+/// A promise and its outcome, as a sentence of plain text.
 pub struct Promise {
     pub standing: Standing,
     pub text: String,
 }
 
-/// A stratum that got other than what the recipe asked for it.
+/// A stratum that was drawn with fewer or more tokens than the recipe asked for.
 pub struct Short<'a> {
     pub domain: &'a str,
     pub stratum: &'a str,
@@ -37,7 +37,7 @@ pub struct Short<'a> {
     pub drawn: u64,
 }
 
-/// The strata that were not drawn to the token.
+/// The strata whose drawn tokens differ from the tokens asked for.
 pub fn short(summary: &Summary) -> Vec<Short<'_>> {
     let drawn = budgets(&summary.drawn);
     let asked = budgets(&summary.asked).into_iter().map(|((domain, stratum), asked)| {
@@ -52,7 +52,7 @@ pub fn budgets(asked: &Asked) -> BTreeMap<(&str, &str), u64> {
     asked.strata.iter().map(|s| ((s.domain.as_str(), s.stratum.as_str()), s.budget)).collect()
 }
 
-/// All that can be told from a manifest, the gravest matters of the data first.
+/// All promises that a manifest can be judged by, the most serious ones first.
 pub fn promises(manifest: &RunManifest, preview: &Preview) -> Vec<Promise> {
     let all =
         [budget(preview), to_the_token(manifest), shares(manifest, preview), long_share(manifest, preview)];
@@ -101,7 +101,7 @@ fn to_the_token(manifest: &RunManifest) -> Option<Promise> {
     (all > 0).then(|| broken_unless(short.is_empty(), text))
 }
 
-/// The domain that is farthest from its target, with its share, among shares by domain.
+/// The domain whose share is farthest from its target: its name, its share and its target.
 fn farthest(preview: &Preview, share: impl Fn(&str) -> f64) -> Option<(&str, f64, f64)> {
     let all = preview.domains.iter().map(|d| (d.domain.as_str(), share(&d.domain), d.target));
     all.max_by(|a, b| (a.1 - a.2).abs().total_cmp(&(b.1 - b.2).abs()))
@@ -143,8 +143,9 @@ fn shares(manifest: &RunManifest, preview: &Preview) -> Option<Promise> {
     Some(Promise { standing, text })
 }
 
-/// Only for recipes with a `$long_share`, from the conf or the recipe's header. Whether it is meant for each domain
-/// or for all, and what `max_copies` leaves of it, is the recipe's affair, so that what stays below is noted.
+/// The promise of recipes with a `$long_share`, from the conf or the recipe's header. A lower share is only
+/// noted, because the recipe decides whether it holds for each domain or for all of them, and `max_copies`
+/// may limit it.
 fn long_share(manifest: &RunManifest, preview: &Preview) -> Option<Promise> {
     let mixture = &manifest.conf.mixture;
     if mixture.params.contains_key("short_keep") {
@@ -175,7 +176,7 @@ fn long_share(manifest: &RunManifest, preview: &Preview) -> Option<Promise> {
     Some(Promise { standing, text: format!("{told}, {rest}.") })
 }
 
-/// The default of a parameter in a recipe's header: `--   $long_share   double = 0.70   …`.
+/// The default of a parameter, read from a recipe's header: `--   $long_share   double = 0.70   …`.
 fn default_of(sql: &str, parameter: &str) -> Option<f64> {
     let header = sql.lines().take_while(|line| line.starts_with("--"));
     let declared = header.filter_map(|line| line.trim_start_matches('-').trim().strip_prefix(parameter));

@@ -1,4 +1,4 @@
-//! Comparisons and evaluations as a picture for a slide: an SVG of panels beside each other.
+//! Comparisons and evaluations as a picture for a slide: one SVG with a grid of panels.
 
 use serde_json::Value;
 
@@ -16,21 +16,22 @@ const SOFT: &str = "#667085";
 const RULE: &str = "#d5dae1";
 const BETTER: &str = "#0a7d4f";
 const WORSE: &str = "#b3261e";
-/// Okabe and Ito's, which people who don't see all colours can tell apart, and some more; the corpus is grey.
+/// Colours of the series: those of Okabe and Ito, which people with colour blindness can tell apart, and some
+/// more. The corpus is grey.
 const SERIES: [&str; 11] = [
     "#9aa3af", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#1d2430",
     "#8c564b", "#b5bd3a",
 ];
-/// The first two have letters of the same widths; one of them is nearly everywhere.
+/// DejaVu Sans and Verdana have letters of the same width, and one of them is installed nearly everywhere.
 const FONTS: &str = "DejaVu Sans, Verdana, sans-serif";
-/// What a letter is wide, of its size, on average.
+/// The average width of a letter, relative to the font size.
 const LETTER: f64 = 0.6;
-/// More points than this a line doesn't show.
+/// More points than this are not visible in a line.
 const MAX_POINTS: usize = 200;
-/// More rows than this can't be read from afar.
+/// More rows than this cannot be read from afar.
 const MAX_ROWS: usize = 20;
 
-/// What one panel shows.
+/// One panel of the picture.
 pub struct Panel {
     title: String,
     body: Body,
@@ -43,7 +44,7 @@ enum Body {
     Lines(Vec<(String, Vec<(f64, f64)>)>),
 }
 
-/// An evaluation's picture; none of those that give but one number.
+/// The panels of an evaluation; empty if its result is a single number.
 pub fn evaluation(name: &str, notes: &Value) -> Vec<Panel> {
     if let Some(grid) = heat(name, notes, None) {
         let title = format!("{name}: {} % on average", percent(real(&notes["score"])));
@@ -66,7 +67,8 @@ pub fn evaluation(name: &str, notes: &Value) -> Vec<Panel> {
     vec![Panel { title: "Loss, nats a token".into(), body: Body::Numbers { head, rows } }]
 }
 
-/// A comparison's picture: what was drawn (paper, Figure 2), losses (Table 5), training, and grids of scores (Figure 3).
+/// The panels of a comparison: the tokens drawn (paper, Figure 2), losses (Table 5), training losses, and
+/// grids of scores (Figure 3).
 pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
     let (mut panels, sides) = (vec![], firsts(sides));
     let names: Vec<String> = ["corpus".to_owned()].into_iter().chain(compared.names.clone()).collect();
@@ -98,7 +100,7 @@ pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
             [(name, INK), (format!("{:.3}", row.loss), INK)].into_iter().chain(differences).collect()
         };
         let head = [String::new()].into_iter().chain(compared.names.clone()).collect();
-        // the paper's Table 5 has these two
+        // the ranges of the paper's Table 5
         let few = compared.loss.len() <= MAX_ROWS;
         let shown = |row: &&LossRow| few || ["0–4K", "4K–128K"].contains(&positions(&row.positions).as_str());
         let rows = compared.loss.iter().filter(shown).map(row).collect();
@@ -127,7 +129,7 @@ pub fn comparison(sides: &[Side], compared: &Comparison) -> Vec<Panel> {
     panels
 }
 
-/// Where something is drawn.
+/// The rectangle that something is drawn in.
 #[derive(Clone, Copy)]
 struct Area {
     x: f64,
@@ -136,10 +138,10 @@ struct Area {
     height: f64,
 }
 
-/// The picture, of 1,920 by 1,080.
+/// The picture as SVG, 1,920 by 1,080 pixels.
 ///
 /// # Errors
-/// There are no panels.
+/// [`Error::Usage`] if there are no panels.
 pub fn svg(title: &str, panels: &[Panel]) -> Result<String> {
     if panels.is_empty() {
         return Err(Error::usage("there is nothing to draw", "use --html or --json for single numbers"));
@@ -186,7 +188,8 @@ impl Drawing {
         self.0 += &format!("<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" {style}/>\n");
     }
 
-    /// A line of text, without its middle where it would be wider than `room`: names that begin alike end differently.
+    /// A line of text. If it is wider than `room` its middle is left out, because names that begin alike
+    /// differ at their ends.
     #[allow(clippy::too_many_arguments)]
     fn text(
         &mut self,
@@ -232,7 +235,8 @@ impl Drawing {
         }
     }
 
-    /// The paper's Figure 1: red to green, a white dashed line at the length that training had.
+    /// A grid of scores as in the paper's Figure 1: red to green, with a white dashed line at the length of
+    /// the training sequences.
     fn heat(&mut self, grid: &Grid, area: Area) {
         let names = grid.rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0) as f64;
         let left = (names * 15.0 * LETTER + 12.0).min(area.width / 3.0);
@@ -263,7 +267,7 @@ impl Drawing {
             }
         }
         let bottom = area.y + grid.rows.len() as f64 * tall;
-        // as many lengths as have room
+        // label as many lengths as there is room for
         let every = ((7.0 * 14.0 * LETTER) / wide).ceil().max(1.0) as usize;
         for (column, length) in grid.lengths.iter().enumerate().step_by(every) {
             let x = area.x + left + (column as f64 + 0.5) * wide;
@@ -288,7 +292,7 @@ impl Drawing {
     fn numbers(&mut self, head: &[String], rows: &[Vec<(String, &'static str)>], area: Area) {
         let tall = (area.height / (rows.len() + 1) as f64).min(40.0);
         let size = (tall * 0.58).min(17.0);
-        // names have two columns' room
+        // names take two columns
         let wide = area.width / (head.len() + 1) as f64;
         let head: Vec<(String, &'static str)> = head.iter().map(|name| (name.clone(), SOFT)).collect();
         let letters = (wide * 0.96 / (size * LETTER)) as usize;
@@ -301,7 +305,7 @@ impl Drawing {
                     0 => self.text(area.x, y, size, Anchor::Start, tone, false, text, wide * 1.9),
                     _ => {
                         let x = area.x + (column + 2) as f64 * wide;
-                        // errors have no room where numbers have none
+                        // where the columns are too narrow, the errors are left out
                         let text = text
                             .split_once(" ±")
                             .filter(|_| crowded)
@@ -315,7 +319,7 @@ impl Drawing {
         }
     }
 
-    /// The names of the series, in their colours, on top; the area that is left.
+    /// Draws the legend at the top, and returns the area that is left.
     fn legend<'a>(&mut self, names: impl Iterator<Item = (usize, &'a String)>, area: Area) -> Area {
         let (mut x, mut y) = (area.x, area.y + 14.0);
         for (i, name) in names {
@@ -331,7 +335,7 @@ impl Drawing {
         Area { y: top, height: area.y + area.height - top, ..area }
     }
 
-    /// Room for what is drawn above its axis, whose values stand at the left.
+    /// Draws the axis with its values on the left, and returns the area that is left, with the axis's limits.
     fn axis(&mut self, area: Area, low: f64, high: f64) -> (Area, f64, f64) {
         let ticks = ticks(low, high, 4);
         let (low, high) = (ticks[0], ticks[ticks.len() - 1]);

@@ -12,7 +12,8 @@ use crate::stages::shuffle::{Placed, Planned};
 
 const MARKUP: &str = "<b>ook & 'son\"";
 
-/// A run of two domains that kept its promises: 4,000 tokens of the first, 1,000 of the second, half of them long.
+/// The manifest of a run that kept its promises: 4,000 tokens of one domain and 1,000 of another, half of
+/// them in long documents.
 fn manifest() -> RunManifest {
     let conf = r#"
         run = { name = "small", output = "out", seed = 7 }
@@ -125,13 +126,13 @@ fn metrics() -> Vec<Value> {
     (1..=20).map(line).collect()
 }
 
-/// Headings of the sections.
+/// The headings of the sections.
 fn sections(html: &str) -> Vec<&str> {
     let after = html.split("<section>\n<h2>").skip(1);
     after.filter_map(|rest| rest.split_once("</h2>").map(|(title, _)| title)).collect()
 }
 
-/// Without tags, and with one blank where tags and white space were.
+/// The text of some HTML: tags and white space become single blanks.
 fn words_of(html: &str) -> String {
     let texts = html.split('<').map(|piece| piece.split_once('>').map_or(piece, |(_, text)| text));
     let text = texts.collect::<Vec<_>>().join(" ").replace('\u{202f}', " ");
@@ -230,7 +231,7 @@ fn a_section_without_data_is_not_there() {
 fn every_number_of_a_domain_is_in_its_row() {
     let html = html(&manifest(), &attempt(), &[]);
     let rows: Vec<String> = html.split("<tr>").map(words_of).collect();
-    // between them stand the shares by length, which the drawing has for those who can't see it
+    // between them stand the shares by length, the chart's text for people who cannot see it
     let row = |start: &str, end: &str| {
         let found =
             rows.iter().find(|row| row.starts_with(start)).unwrap_or_else(|| panic!("no row of {start}"));

@@ -1,6 +1,7 @@
-//! How numbers and names are written in the report, and the table that holds them.
+//! Formatting of numbers, names and tables in the report.
 
-/// Text as HTML and SVG show it, in an element or in an attribute; they know no control characters.
+/// Escapes a text for an element or an attribute of HTML or SVG. Control characters, which neither allows,
+/// are replaced.
 pub fn escape(text: &str) -> String {
     text.replace(|c: char| c.is_control() && !"\t\n\r".contains(c), "\u{fffd}")
         .replace('&', "&amp;")
@@ -10,7 +11,7 @@ pub fn escape(text: &str) -> String {
         .replace('\'', "&#39;")
 }
 
-/// With thin spaces between thousands, which don't break: 4 000 000.
+/// A number with narrow no-break spaces between thousands: 4 000 000.
 pub fn number(n: u64) -> String {
     let digits = n.to_string();
     let mut grouped = String::new();
@@ -23,23 +24,23 @@ pub fn number(n: u64) -> String {
     grouped
 }
 
-/// A number of things, as in "1 domain", "5 domains".
+/// A count with its noun: "1 domain", "5 domains".
 pub fn count(n: u64, thing: &str) -> String {
     format!("{} {thing}{}", number(n), if n == 1 { "" } else { "s" })
 }
 
-/// A share in percent, without its sign.
+/// A share in percent, without the percent sign.
 pub fn percent(share: f64) -> String {
     format!("{:.1}", share * 100.0)
 }
 
-/// A difference of shares, in points.
+/// A difference of shares, in percentage points.
 pub fn points(difference: f64) -> String {
     let text = format!("{:+.2}", difference * 100.0);
     if text == "-0.00" { "+0.00".to_owned() } else { text.replace('-', "\u{2212}") }
 }
 
-/// Decimal, as the conf counts them.
+/// A size in decimal units, as the conf counts bytes.
 pub fn bytes(n: u64) -> String {
     let units = [(1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "KB")];
     match units.iter().find(|(size, _)| n >= *size) {
@@ -48,7 +49,7 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
-/// As long as a person would say it: 21 ms, 33.1 s, 12 min 5 s, 3 h 12 min.
+/// A duration in the units that a person would use: 21 ms, 33.1 s, 12 min 5 s, 3 h 12 min.
 pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match seconds {
@@ -59,7 +60,7 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// Enough of a key or a digest to know it by.
+/// The first 12 digits of a key or a digest, escaped.
 pub fn short(hash: &str) -> String {
     escape(&hash.chars().take(12).collect::<String>())
 }
@@ -71,33 +72,33 @@ pub struct Cell {
     html: String,
 }
 
-/// A name or a sentence; escaped here.
+/// A cell with a name or a sentence, which is escaped here.
 pub fn words(text: &str) -> Cell {
     Cell { class: "words", html: escape(text) }
 }
 
-/// A key, a digest or an id, already short; escaped here.
+/// A cell with a shortened key, digest or id, which is escaped here.
 pub fn code(text: &str) -> Cell {
     Cell { class: "words code", html: escape(text) }
 }
 
-/// A number that was written by one of the functions above.
+/// A cell with a number that one of the functions above formatted.
 pub fn figure(number: impl Into<String>) -> Cell {
     Cell { class: "figure", html: number.into() }
 }
 
-/// The same, where it deserves a look.
+/// A cell with a number that is highlighted.
 pub fn flagged(number: impl Into<String>) -> Cell {
     figure(format!("<span class=\"far\">{}</span>", number.into()))
 }
 
-/// A drawing of [`super::charts`].
+/// A cell with a chart of [`super::charts`].
 pub fn drawing(svg: String) -> Cell {
     Cell { class: "drawing", html: svg }
 }
 
-/// A table that scrolls inside its panel when it is too large; each row begins with its name. A heading is
-/// aligned as what stands below it.
+/// A table that scrolls inside its panel if it is too large. Each row begins with its name, and a heading is
+/// aligned like the cells below it. Empty if there are no rows.
 pub fn table(label: &str, headings: &[&str], rows: &[Vec<Cell>], foot: Option<Vec<Cell>>) -> String {
     if rows.is_empty() {
         return String::new();

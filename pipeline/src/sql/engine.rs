@@ -1,5 +1,5 @@
-//! The embedded DataFusion: sessions under one memory limit, tables of stages as SQL tables, and query
-//! results as files whose bytes depend on rows alone.
+//! The embedded DataFusion: sessions that share one memory limit, stages' tables registered as SQL tables,
+//! and query results written as files whose bytes depend only on the rows.
 
 use std::collections::HashSet;
 use std::io::ErrorKind;
@@ -36,21 +36,25 @@ use crate::sql::functions::exact::NoNumber;
 use crate::storage::Location;
 use crate::{Error, Result};
 
-/// How many files are asked of storage at a time.
+/// How many files are requested from storage at the same time.
 pub const FILES_AT_A_TIME: usize = 16;
 
-/// Where queries run, and within which limits.
+/// The query engine: one DataFusion runtime with its memory limit and its number of partitions.
 pub struct Engine {
     runtime: Arc<RuntimeEnv>,
     memory: usize,
-    /// How many jobs, and how many partitions of a query, run at a time. No result depends on it.
+    /// How many jobs, and how many partitions of a query, run at the same time. No result depends on it.
     pub partitions: usize,
-    /// The files, by URL, whose digests were compared with their manifests.
+    /// URLs of the files whose digests have been compared with their manifests.
     checked: Mutex<HashSet<String>>,
 }
 
 impl Engine {
-    /// `memory` in bytes; what doesn't fit spills to `spill` (the system's temporary folder by default).
+    /// `memory` is the limit for all queries together, in bytes. Data that does not fit is spilled to the
+    /// folder `spill`, by default the system's temporary folder.
+    ///
+    /// # Errors
+    /// [`Error::Query`] if the runtime cannot be built, for example because `spill` cannot be created.
     pub fn new(partitions: usize, memory: u64, spill: Option<&str>) -> Result<Self> {
         let mode = match spill {
             Some(folder) => DiskManagerMode::Directories(vec![folder.into()]),
@@ -66,23 +70,25 @@ impl Engine {
         Ok(Self { runtime, memory: memory as usize, partitions, checked: Mutex::default() })
     }
 
-    /// The same for one of `tasks` at a time, within the same limits.
+    /// The engine for one of `tasks` tasks that run at the same time: it shares the memory limit and takes
+    /// `1/tasks` of the partitions, at least one.
     pub fn share(&self, tasks: usize) -> Self {
         let partitions = (self.partitions / tasks).max(1);
         Self { runtime: self.runtime.clone(), memory: self.memory, partitions, checked: Mutex::default() }
     }
 
-    /// A session without tables.
+    /// A new session without tables. It has the functions of [`functions`].
     pub fn session(&self) -> SessionContext {
         let mut config = SessionConfig::new().with_target_partitions(self.partitions).with_batch_size(4096);
         let options = config.options_mut();
         options.execution.parquet.schema_force_view_types = false;
         options.sql_parser.map_string_types_to_utf8view = false;
         options.sql_parser.collect_spans = true;
-        // a merge of spilled runs reserves this in each partition; all of them together may not take the whole pool
+        // each partition reserves this much to merge spilled runs; all partitions together must not take the
+        // whole pool
         options.execution.sort_spill_reservation_bytes =
             (self.memory / (self.partitions * 16)).clamp(256 << 10, 10 << 20);
-        // keeps a scan in the order of its files where that order is declared
+        // a scan keeps the order of its files if that order is declared, so that no sort is needed
         options.execution.split_file_groups_by_statistics = true;
         options.optimizer.prefer_existing_sort = true;
         let session = SessionContext::new_with_config_rt(config, self.runtime.clone());
@@ -90,14 +96,14 @@ impl Engine {
         session
     }
 
-    /// A session whose joins merge sorted tables instead of holding one in memory.
+    /// A session that uses sort-merge joins, because a hash join holds one of its tables in memory.
     pub fn merging_session(&self) -> SessionContext {
         let session = self.session();
         session.state_ref().write().config_mut().options_mut().optimizer.prefer_hash_join = false;
         session
     }
 
-    /// Compares a file with its digest, once.
+    /// Compares a file with its digest, once per engine.
     async fn check(&self, folder: &Location, file: &File) -> Result<()> {
         let url = folder.join(&file.name).url();
         if self.checked.lock().expect("no panic while held").contains(&url) {
@@ -108,11 +114,11 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes a stage's table known to a session under `name`. `sorted_by` are the columns its files are sorted
-    /// by, one file after the other.
+    /// Registers a stage's table in a session under `name`. `sorted_by` names the columns that its files are
+    /// sorted by, within each file and from one file to the next.
     ///
     /// # Errors
-    /// [`Error::Withdrawn`] where a file is not what its manifest says.
+    /// [`Error::Withdrawn`] if a file does not have the digest that its manifest states.
     pub async fn register(
         &self,
         session: &SessionContext,
@@ -127,7 +133,7 @@ impl Engine {
             session.register_object_store(&folder.store_url(), folder.store.clone());
             for file in table.files.iter().filter(|file| file.rows > 0) {
                 urls.push(ListingTableUrl::parse(folder.join(&file.name).table_url()).map_err(failed)?);
-                // a query reads what is there, whatever it is
+                // a query would read a broken file without noticing
                 checks.push(self.check(folder, file));
             }
         }
@@ -151,7 +157,7 @@ impl Engine {
     }
 }
 
-/// Wraps an error of DataFusion, with a cure where the cause is known.
+/// Wraps an error of DataFusion in an [`Error`], with advice if the cause is known.
 pub fn query(doing: &str, source: DataFusionError) -> Error {
     let source = match source {
         DataFusionError::External(inner) => match inner.downcast::<Error>() {
@@ -160,13 +166,14 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
         },
         other => other,
     };
-    // storage may have failed deep inside: in a scan, in its Parquet reader, shared between partitions
+    // a storage error may lie deep in the chain: inside a scan, its Parquet reader, or an error shared
+    // between partitions
     let mut cause: Option<&dyn std::error::Error> = Some(&source);
     while let Some(error) = cause {
         if let Some(no_number) = error.downcast_ref::<NoNumber>() {
             return Error::data(format!("{doing}: {no_number}"), no_number.cure);
         }
-        // of our own readers
+        // our own readers report storage errors as `Error`
         match error.downcast_ref() {
             Some(Error::Withdrawn { url }) => return Error::Withdrawn { url: url.clone() },
             Some(Error::Storage { doing, url, .. }) => {
@@ -182,7 +189,7 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
         }
         cause = error.source();
     }
-    // of errors of files, libraries hand on no more than the text
+    // the libraries pass on only the text of an I/O error
     let text = source.to_string();
     if text.contains("No space left on device") {
         let doing = format!(
@@ -196,22 +203,23 @@ pub fn query(doing: &str, source: DataFusionError) -> Error {
     Error::Query { doing: doing.to_owned(), cause: Box::new(source), help }
 }
 
-/// Runs one SELECT and hands its rows on as they come, in one stream.
+/// Runs one SELECT and streams its rows, all partitions merged into one stream.
 pub async fn stream(session: &SessionContext, doing: &str, sql: &str) -> Result<SendableRecordBatchStream> {
     let frame = session.sql(sql).await.map_err(|e| query(doing, e))?;
     frame.execute_stream().await.map_err(|e| query(doing, e))
 }
 
-/// A number that doesn't fit its column is an error, not a null.
+/// A cast fails on a number that does not fit its column, instead of writing a null.
 const STRICT: CastOptions<'static> = CastOptions { safe: false, format_options: FormatOptions::new() };
 
-/// Rows of a row group, and of a file, of narrow tables.
+/// Rows per row group, and rows per file.
 const GROUP_ROWS: usize = 65_536;
 const FILE_ROWS: u64 = 1 << 20;
 
-/// How all Parquet files are written. Nothing in them says when, where or by which version.
+/// The properties of every Parquet file that is written. They record no time, no machine and no version, so
+/// that equal rows give equal bytes.
 pub fn writer_properties() -> WriterProperties {
-    // ids spread over a whole vocabulary: a dictionary of them takes three times as long to write, and more room
+    // ids are spread over a whole vocabulary: a dictionary takes three times as long to write, and is larger
     let ids = ColumnPath::from(vec!["ids".into(), "list".into(), "item".into()]);
     WriterProperties::builder()
         .set_created_by("lengthwise".into())
@@ -219,15 +227,16 @@ pub fn writer_properties() -> WriterProperties {
         .set_max_row_group_row_count(Some(GROUP_ROWS))
         .set_column_dictionary_enabled(ids.clone(), false)
         .set_column_encoding(ids.clone(), Encoding::BYTE_STREAM_SPLIT)
-        // nobody looks for a range of ids, and finding the least and the greatest of every page costs time
+        // no query filters on ids, and their minimum and maximum per page cost time
         .set_column_statistics_enabled(ids, EnabledStatistics::None)
         .build()
 }
 
-/// Values of lists that are encoded at a time.
+/// How many list values are encoded at a time.
 const SLICE_VALUES: usize = 1 << 18;
 
-/// A group in slices of about so many values: what the encoder makes of one stays in the processor's cache.
+/// Cuts a row group into slices of about [`SLICE_VALUES`] list values, so that what the encoder converts
+/// stays in the processor's cache.
 fn slices(group: &RecordBatch) -> Vec<RecordBatch> {
     let lists: Vec<&ListArray> = group.columns().iter().filter_map(|column| column.as_list_opt()).collect();
     if lists.is_empty() {
@@ -244,7 +253,8 @@ fn slices(group: &RecordBatch) -> Vec<RecordBatch> {
     all
 }
 
-/// The same rows, whose lists have no other values than theirs: the encoder converts all that there are.
+/// Copies of the rows whose list arrays hold only these rows' values: the encoder converts all values of an
+/// array, also those outside a slice.
 fn compact(rows: &RecordBatch) -> RecordBatch {
     let column = |column: &ArrayRef| -> ArrayRef {
         let Some(list) = column.as_list_opt::<i32>() else { return column.clone() };
@@ -259,13 +269,13 @@ fn compact(rows: &RecordBatch) -> RecordBatch {
     RecordBatch::try_new(rows.schema(), columns).expect("the same columns")
 }
 
-/// Writes rows as `<name>-00000.parquet`, … into a folder. The bytes depend on the rows and their order, not on how
-/// the rows came in batches. A file is put whole once it is full.
+/// Writes rows as `<name>-00000.parquet`, `<name>-00001.parquet`, … into a folder. The bytes depend on the
+/// rows and their order, not on how the rows were batched. A file is written whole, once it is full.
 pub struct TableWriter {
     folder: Location,
     name: String,
     schema: SchemaRef,
-    /// Columns that count for the digest of rows.
+    /// Columns that enter the digest of the rows: all but `part`, which is a location.
     content: Vec<usize>,
     groups: BatchCoalescer,
     open: Option<ArrowWriter<Vec<u8>>>,
@@ -288,9 +298,12 @@ impl TableWriter {
         }
     }
 
-    /// Adds rows; `batch`'s columns are taken by position and brought to the table's types.
+    /// Adds rows. The columns of `batch` are taken by position and cast to the table's types.
+    ///
+    /// # Errors
+    /// If a value does not fit its column, or a file cannot be written.
     pub async fn write(&mut self, batch: RecordBatch) -> Result<()> {
-        // a query's columns are nullable, and its sums wider than they need be
+        // the columns of a query are nullable, and its sums have wider types than the table's columns
         let columns = self.schema.fields().iter().zip(batch.columns());
         let columns = columns.map(|(field, column)| cast_with_options(column, field.data_type(), &STRICT));
         let columns: Vec<_> = columns.collect::<Result<_, _>>().map_err(|e| self.failed(e.into()))?;
@@ -347,7 +360,7 @@ impl TableWriter {
     }
 }
 
-/// Puts a file and says what it is.
+/// Writes a file, and returns its manifest entry.
 pub async fn put_file(folder: &Location, name: &str, bytes: Vec<u8>, rows: u64) -> Result<File> {
     let file = File { name: name.to_owned(), bytes: bytes.len() as u64, rows, blake3: Digest::of(&bytes) };
     folder.join(name).put(bytes).await?;
@@ -369,8 +382,8 @@ pub async fn write_table(
     writer.finish().await
 }
 
-/// Reads a table's rows file by file, in order. Every file's digest is checked, and the output withdrawn where one is
-/// broken. One file is in memory at a time.
+/// Reads a table's rows file by file, in order; one file is in memory at a time. Each file's digest is
+/// checked, and if a file is broken its stage's output is withdrawn.
 pub fn scan(
     folder: Location,
     table: Table,
@@ -380,10 +393,11 @@ pub fn scan(
     files.then(move |file| rows(folder.clone(), file, columns.clone())).try_flatten()
 }
 
-/// Reads the rows of many small files, in any order, so many files at a time: to wait for each by itself would take longer
-/// than to read them.
+/// Reads the rows of many small files, `at_a_time` files at once and in any order: one after the other,
+/// waiting for storage would take longer than reading.
 pub fn scan_all(files: Vec<(Location, File)>, at_a_time: usize) -> impl Stream<Item = Result<RecordBatch>> {
-    // as tasks: a query that spills asks for no rows meanwhile, and requests that nobody polls run out of time
+    // spawned tasks, because a query that spills does not poll this stream for a while, and requests that are
+    // not polled time out
     let files = futures::stream::iter(files).map(|(folder, file)| {
         let reading = SpawnedTask::spawn(rows(folder, file, None));
         async { reading.join().await.expect("reading does not panic") }
@@ -391,7 +405,7 @@ pub fn scan_all(files: Vec<(Location, File)>, at_a_time: usize) -> impl Stream<I
     files.buffer_unordered(at_a_time).try_flatten()
 }
 
-/// A file's rows. Its digest is checked, and the output withdrawn where it is broken.
+/// A file's rows. The digest is checked, and if the file is broken its stage's output is withdrawn.
 async fn rows(
     folder: Location,
     file: File,
@@ -456,7 +470,7 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_the_machine_s_fault_and_not_the_data_s() {
-        // ENOSPC, as sorts that spill hand it on
+        // ENOSPC as a spilling sort reports it
         let full = || {
             let full = std::io::Error::from_raw_os_error(28);
             arrow::error::ArrowError::IoError(full.to_string(), std::io::Error::other("lost"))
@@ -495,7 +509,7 @@ mod tests {
         let read: Result<Vec<_>> = scan(folder.clone(), table.clone(), None).try_collect().await;
         assert!(matches!(read, Err(Error::Withdrawn { .. })), "{read:?}");
         assert_eq!(folder.join("manifest.json").get().await.unwrap(), None);
-        // and by those that come after, who find nothing there
+        // those who read later get the same error, because the file is gone
         let engine = Engine::new(1, 64 << 20, None).unwrap();
         let read =
             engine.register(&engine.session(), "n", numbers(0..0).schema(), &[(&folder, &table)], &[]).await;

@@ -1,4 +1,4 @@
-//! SQL texts: where they are found, and how parameters are bound.
+//! SQL files: where they are found, and how their parameters are bound.
 
 pub mod engine;
 pub mod functions;
@@ -18,31 +18,36 @@ use crate::sql::engine::query;
 use crate::sql::recipe::{Parsed, Text};
 use crate::{Error, Result};
 
-/// All files of `sql/`, by their paths in the repository: stages, checks and recipes, as this build carries them.
+/// All files of `sql/` by path in the repository: the stages, checks and recipes that are compiled into this
+/// build.
 pub const BUILT_IN: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/built_in.rs"));
 
-/// The built-in recipes, by their paths.
+/// The built-in recipes, as pairs of path and text.
 pub fn recipes() -> impl Iterator<Item = (&'static str, &'static str)> {
     BUILT_IN.iter().filter(|(path, _)| path.starts_with("sql/mixtures/")).copied()
 }
 
-/// The stages over whose tables checks run.
+/// The stages whose tables are checked.
 const CHECKED: [&str; 4] = ["catalog", "domains", "mixture", "draw"];
 
 /// The folder of checks.
 const CHECKS: &str = "sql/checks/";
 
-/// Where conf and SQL files are read: a folder, a commit of its git repository, or an old run's manifest.
+/// Where conf and SQL files are read from: a folder, a commit of its git repository, or the manifest of an
+/// old run.
 #[derive(Clone, Debug, Default)]
 pub struct Files {
     pub root: PathBuf,
     pub commit: Option<String>,
-    /// The texts of a manifest, by path; where there are any, nothing else is read.
+    /// The texts of a manifest by path. If there are any, nothing else is read.
     pub texts: BTreeMap<String, String>,
 }
 
 impl Files {
-    /// The text of a file, by its path relative to the root (or, without a commit, any path).
+    /// The text of a file. `path` is relative to the root; if no commit is set, it may also be absolute.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if there is no such file or it is not UTF-8; [`Error::Io`] if it cannot be read.
     pub fn read(&self, path: &str) -> Result<String> {
         self.find(path)?.ok_or_else(|| {
             let place =
@@ -72,14 +77,17 @@ impl Files {
         found.map(|bytes| text(path, bytes)).transpose()
     }
 
-    /// The checks of each stage that runs some: those of this build, and the folder's own, of which one replaces that of
-    /// the same name. A check's name begins with its stage's.
+    /// The files of each stage's checks: those of this build and the folder's own, which replace built-in
+    /// checks of the same name. A check's name begins with its stage's name.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if a file in the folder of checks belongs to no checked stage or would never run.
     pub fn checks(&self) -> Result<BTreeMap<&'static str, Vec<String>>> {
         let of = |file: &str| {
             let (stage, _) = file.strip_prefix(CHECKS)?.strip_suffix(".sql")?.split_once('_')?;
             CHECKED.into_iter().find(|checked| *checked == stage)
         };
-        // a run that is reproduced had those of its manifest, and no others
+        // a reproduced run has the checks of its manifest, and no others
         let own = match self.texts.is_empty() {
             true => self.own_checks()?,
             false => self.texts.keys().filter(|file| of(file).is_some()).cloned().collect(),
@@ -123,7 +131,7 @@ impl Files {
                 }
             },
         };
-        // an editor's files are hidden
+        // editors leave hidden files
         let hidden = format!("{CHECKS}.");
         let names: Vec<String> = names.into_iter().filter(|file| !file.starts_with(&hidden)).collect();
         let never = |file: &&String| {
@@ -137,7 +145,7 @@ impl Files {
         Ok(names.into_iter().filter(|file| file.ends_with(".sql")).collect())
     }
 
-    /// A stage's SQL: the folder's own file, or else the one this build carries.
+    /// The SQL of a stage: the folder's own file if there is one, otherwise the built-in file.
     pub fn stage(&self, path: &str) -> Result<String> {
         if let Some(text) = self.find(path)? {
             return Ok(text);
@@ -157,16 +165,16 @@ pub fn git(root: &std::path::Path, arguments: &[&str]) -> Result<std::process::O
         .map_err(|source| Error::Io { doing: "cannot run git".into(), source })
 }
 
-/// The text of a file, without the mark that some editors put in front.
+/// The text of a file, without a byte order mark.
 ///
 /// # Errors
-/// It is not UTF-8, or no text.
+/// [`Error::Usage`] if it is not UTF-8, is compressed, or contains a zero byte.
 fn text(path: &str, bytes: Vec<u8>) -> Result<String> {
     let refused = |what: String, help: &str| Err(Error::usage(format!("{path} {what}"), help));
     let line = |end: usize| 1 + bytes[..end].iter().filter(|byte| **byte == b'\n').count();
     let is_utf16 = bytes.starts_with(&[0xff, 0xfe])
         || bytes.starts_with(&[0xfe, 0xff])
-        // the other half of each letter of a plain text
+        // UTF-16 without a byte order mark: every second byte of a Latin text is zero
         || [0, 1].iter().any(|first| {
             let half = bytes.iter().skip(*first).step_by(2);
             bytes.len() > 1 && 2 * half.filter(|byte| **byte == 0).count() > bytes.len() / 2
@@ -199,10 +207,10 @@ fn text(path: &str, bytes: Vec<u8>) -> Result<String> {
 /// One SQL statement of a stage, or a check.
 pub struct StageSql {
     pub file: String,
-    /// As it stands in the file.
+    /// The text as it stands in the file.
     pub text: String,
-    /// The hash of its tokens: white space and comments don't matter. It is part of a stage's key; a query plan never
-    /// is, for plans change with versions and partitions.
+    /// Hash of the SQL tokens, without white space and comments. It is part of the stage's key. The query
+    /// plan is not, because plans change with the version of DataFusion and the number of partitions.
     pub key: String,
     query: Box<Query>,
 }
@@ -215,16 +223,17 @@ impl StageSql {
         Ok(Self { file: text.file, text: text.text, key, query })
     }
 
-    /// The names of the parameters that it asks for.
+    /// The names of the parameters that the query uses.
     pub fn parameters(&self) -> BTreeSet<String> {
         let used = parameters::used(&self.query).into_iter();
         used.map(|(written, _)| written.trim_start_matches('$').to_owned()).collect()
     }
 
-    /// Plans the query with its parameters.
+    /// Plans the query with values for its parameters.
     ///
     /// # Errors
-    /// It asks for a parameter that is not among `parameters`, or can't be planned.
+    /// [`Error::Data`] if the query uses a parameter that is not in `parameters`; [`Error::Query`] if it
+    /// cannot be planned.
     pub async fn plan(
         &self,
         session: &SessionContext,
@@ -248,14 +257,14 @@ impl StageSql {
     }
 }
 
-/// `value` as the JSON that goes into a stage's key.
+/// `value` as JSON, as it enters a stage's key.
 pub fn scalar_json(value: &ScalarValue) -> serde_json::Value {
     match value {
         ScalarValue::Int64(Some(v)) => (*v).into(),
         ScalarValue::Float64(Some(v)) => (*v).into(),
         ScalarValue::Boolean(Some(v)) => (*v).into(),
         ScalarValue::Utf8(Some(v)) => v.clone().into(),
-        // a null is none of the texts that a parameter may be
+        // an array with the type, because a parameter may also be the text "NULL"
         null if null.is_null() => vec![null.data_type().to_string().into(), serde_json::Value::Null].into(),
         other => other.to_string().into(),
     }

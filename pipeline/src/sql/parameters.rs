@@ -1,4 +1,4 @@
-//! Parameters of SQL: which `$name`s a query asks for, and how they get their values.
+//! Parameters of SQL: which `$name`s a query uses, and how their values are bound.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -10,7 +10,7 @@ use datafusion::sql::sqlparser::ast::{
 };
 use datafusion::sql::sqlparser::tokenizer::Span;
 
-/// All placeholders of a query as they are written, `$name` or `?`, with their places.
+/// All placeholders of a query as they are written, `$name` or `?`, with their spans.
 pub fn used(query: &Query) -> Vec<(String, Span)> {
     struct Used(Vec<(String, Span)>);
     impl Visitor for Used {
@@ -27,7 +27,8 @@ pub fn used(query: &Query) -> Vec<(String, Span)> {
     used.0
 }
 
-/// Replaces the parameters that have values by typed literals in the syntax tree, never as text.
+/// Replaces each parameter that has a value by a typed literal in the syntax tree. Values are never pasted
+/// into the text, so that they cannot change the query.
 pub fn bind(query: &mut Query, values: &BTreeMap<String, ScalarValue>) {
     let _ = VisitMut::visit(query, &mut Literals(values));
 }
@@ -50,7 +51,7 @@ impl VisitorMut for Literals<'_> {
     }
 }
 
-/// A value as a literal of the syntax tree, and its SQL type.
+/// A value as a literal of the syntax tree, and the SQL type to cast it to.
 fn literal(value: &ScalarValue) -> (Value, DataType) {
     let number = |text: Option<String>| text.map_or(Value::Null, |text| Value::Number(text, false));
     match value {

@@ -1,4 +1,4 @@
-//! OpenLineage's events: <https://openlineage.io>.
+//! OpenLineage events: <https://openlineage.io>.
 
 use jiff::Timestamp;
 use reqwest::header::AUTHORIZATION;
@@ -12,14 +12,14 @@ use crate::{Error, Result};
 
 const PRODUCER: &str = concat!("lengthwise/", env!("CARGO_PKG_VERSION"));
 
-/// Where events go.
+/// The receiver of OpenLineage events.
 pub struct Lineage {
     listener: Listener,
     namespace: String,
 }
 
 impl Lineage {
-    /// As `OPENLINEAGE_URL`, `OPENLINEAGE_API_KEY` and `OPENLINEAGE_NAMESPACE` say.
+    /// Reads `OPENLINEAGE_URL`, `OPENLINEAGE_API_KEY` and `OPENLINEAGE_NAMESPACE`; `None` if no URL is set.
     pub fn new() -> Result<Option<Self>> {
         let Some(url) = address("OPENLINEAGE_URL")? else { return Ok(None) };
         let key = header("OPENLINEAGE_API_KEY", |key| format!("Bearer {key}"))?;
@@ -28,13 +28,13 @@ impl Lineage {
         Ok(Some(Self { listener: Listener::new("OPENLINEAGE_URL", url, headers), namespace }))
     }
 
-    /// That a run has begun.
+    /// Reports that a run has begun.
     pub async fn begun(&mut self, run: &Run) {
         let event = self.of_run("START", run);
         self.send(&event).await;
     }
 
-    /// That it has ended, and how.
+    /// Reports that a run has ended: COMPLETE, ABORT for a stop, or FAIL.
     pub async fn ended(&mut self, run: &Run, error: Option<&Error>) {
         let what = match error {
             None => "COMPLETE",
@@ -49,7 +49,7 @@ impl Lineage {
         self.send(&event).await;
     }
 
-    /// That a stage began, and that it is complete, with what it read and wrote.
+    /// Reports the start and the completion of a stage that was computed, with what it read and wrote.
     pub async fn computed(&mut self, run: &Run, step: &Step, steps: &[Step]) {
         let folder = |step: &Step| run.output.join("stages").join(&step.stage).join(&step.key).url();
         let inputs: Vec<Value> = match step.stage.as_str() {
@@ -112,7 +112,7 @@ fn facet(schema: &str, mut facet: Value) -> Value {
     facet
 }
 
-/// An id as OpenLineage wants it: as a UUID, of version 8.
+/// The id of a run or stage as OpenLineage requires it: a UUID, of version 8.
 fn uuid(run: &Run, key: &str) -> String {
     let mut bytes = id(run, key);
     (bytes[6], bytes[8]) = (bytes[6] & 0x0f | 0x80, bytes[8] & 0x3f | 0x80);
@@ -120,7 +120,7 @@ fn uuid(run: &Run, key: &str) -> String {
     format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
-/// A URL as OpenLineage names datasets.
+/// A URL in OpenLineage's naming of datasets: a namespace and a name.
 fn dataset(url: &str) -> Value {
     match url.split_once("://") {
         Some((scheme, rest)) => {

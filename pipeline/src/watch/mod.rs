@@ -1,13 +1,13 @@
-//! What monitoring sees of a run that nobody watches: a Prometheus text file, OpenLineage events, OpenTelemetry's traces and
-//! metrics, and a line at its end.
+//! Monitoring of unattended runs: a Prometheus text file, OpenLineage events, OpenTelemetry traces and
+//! metrics, and a summary line at the end.
 //!
 //! ```text
-//! LENGTHWISE_METRICS=FILE           rewritten while the run goes and at its end, for node_exporter's textfile collector
-//! OPENLINEAGE_URL=URL               an event when a run begins, when a stage has ended, and when the run has
-//! OTEL_EXPORTER_OTLP_ENDPOINT=URL   a span of the run and one of each stage that was computed; the text file's numbers as metrics
+//! LENGTHWISE_METRICS=FILE           rewritten during the run and at its end, for node_exporter's textfile collector
+//! OPENLINEAGE_URL=URL               events when a run begins, when a stage has been computed, and when the run ends
+//! OTEL_EXPORTER_OTLP_ENDPOINT=URL   a span per run and per computed stage; the file's numbers as metrics
 //! ```
 //!
-//! Whoever doesn't listen costs a warning, not the run.
+//! A receiver that does not answer costs a warning, not the run.
 
 mod lineage;
 mod otlp;
@@ -29,26 +29,26 @@ use crate::{Error, Result};
 use lineage::Lineage;
 use otlp::Telemetry;
 
-/// How often the file is rewritten and stages that have ended are told.
+/// How often the file is rewritten and stages that have ended are reported.
 const EVERY: Duration = Duration::from_secs(5);
 
-/// How long whoever is told may take to hear it.
+/// The timeout of a request to a receiver.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Who is told.
+/// The receivers of a run's progress.
 pub struct Watch {
     metrics: Option<PathBuf>,
     lineage: Option<Lineage>,
     telemetry: Option<Telemetry>,
-    /// Steps that they were told of.
+    /// How many steps have been reported.
     reported: usize,
 }
 
 impl Watch {
-    /// As the environment says.
+    /// Reads the receivers from environment variables.
     ///
     /// # Errors
-    /// A variable has a value that can't be used.
+    /// If a variable has a value that cannot be used.
     pub fn new() -> Result<Self> {
         Ok(Self {
             metrics: variable("LENGTHWISE_METRICS")?.map(PathBuf::from),
@@ -58,7 +58,7 @@ impl Watch {
         })
     }
 
-    /// Tells of a run while `work` does it.
+    /// Reports on a run while `work` performs it, and returns the result of `work`.
     pub async fn during<T>(&mut self, run: &Run, work: impl Future<Output = Result<T>>) -> Result<T> {
         if let Some(lineage) = &mut self.lineage {
             lineage.begun(run).await;
@@ -81,7 +81,8 @@ impl Watch {
         done
     }
 
-    /// Rewrites the file, and tells of the stages that have ended since; `ended` says whether the run has, and how.
+    /// Rewrites the file, and reports the stages that have ended since the last call. `ended` is `Some` once
+    /// the run has ended, with its error if it failed.
     async fn refresh(&mut self, run: &Run, ended: Option<Option<&Error>>) {
         let steps = run.steps.lock().expect("no panic while held").clone();
         let gauges = gauges(&steps, run.seconds(), ended);
@@ -92,9 +93,9 @@ impl Watch {
                 self.metrics = None;
             }
         }
-        // a broken output has steps start over
+        // after a broken output the steps start over
         self.reported = self.reported.min(steps.len());
-        // what was there is not told of
+        // stages that were cached are not reported
         let new = || steps[self.reported..].iter().filter(|step| !step.cached);
         if let Some(lineage) = &mut self.lineage {
             for step in new() {
@@ -118,23 +119,23 @@ pub fn refused(conf_file: &str, error: &Error) {
     }
 }
 
-/// A reader never sees half of a file.
+/// Replaces a file by renaming a new one, so that no reader sees half of it.
 fn rewrite(path: &Path, text: String) -> std::io::Result<()> {
     let beside = path.with_extension(format!("{}.tmp", std::process::id()));
     std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, path))
 }
 
-/// Something that is measured of a run.
+/// A Prometheus gauge, and a metric of OpenTelemetry.
 struct Gauge {
     name: &'static str,
     help: &'static str,
-    /// Each with its labels.
+    /// The values, each with its labels.
     samples: Vec<(Labels, f64)>,
 }
 
 type Labels = Vec<(&'static str, String)>;
 
-/// `ended` says whether the run has, and how.
+/// The gauges of a run. `ended` is `Some` once the run has ended, with its error if it failed.
 fn gauges(steps: &[Step], seconds: f64, ended: Option<Option<&Error>>) -> Vec<Gauge> {
     let now = Timestamp::now().as_second() as f64;
     let of_run = |name, help, value| Gauge { name, help, samples: vec![(vec![], value)] };
@@ -146,7 +147,7 @@ fn gauges(steps: &[Step], seconds: f64, ended: Option<Option<&Error>>) -> Vec<Ga
         let help = "How the run ended, as documented; absent while it goes.";
         gauges.push(of_run("run_exit_code", help, error.map_or(0, Error::exit_code).into()));
     }
-    // of two outputs of one stage, packed and held out, the sum
+    // `pack` has two outputs, for training and held out: their numbers are summed
     let mut stages: Vec<(&str, f64, bool, BTreeMap<&str, u64>)> = vec![];
     for step in steps {
         if stages.iter().all(|(stage, ..)| *stage != step.stage) {
@@ -187,7 +188,7 @@ fn gauges(steps: &[Step], seconds: f64, ended: Option<Option<&Error>>) -> Vec<Ga
     gauges
 }
 
-/// In Prometheus's text format.
+/// The gauges in Prometheus's text format.
 fn prometheus(run: &str, gauges: &[Gauge]) -> String {
     let quoted = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
     let run = quoted(run);
@@ -203,7 +204,7 @@ fn prometheus(run: &str, gauges: &[Gauge]) -> String {
     text
 }
 
-/// The run's last line in the log.
+/// The line that summarises the run at the end of the log.
 pub fn summary(run: &Run, folder: Option<&str>) -> String {
     let steps = run.steps.lock().expect("no panic while held");
     let computed = steps.iter().filter(|step| !step.cached).count();
@@ -222,26 +223,26 @@ pub fn summary(run: &Run, folder: Option<&str>) -> String {
     )
 }
 
-/// Names this attempt at a run, or at a stage's output with this key.
+/// An id of this attempt at a run, or of a stage in it if `key` is not empty.
 fn id(run: &Run, key: &str) -> [u8; 16] {
     let text = format!("{} {} {} {key}", run.conf.run.name, run.started.as_nanosecond(), std::process::id());
     Digest::of(text.as_bytes()).0[..16].try_into().expect("16 of 32 bytes")
 }
 
-/// When a stage was computed.
+/// The times when a stage's computation began and ended.
 fn span(step: &Step) -> (Timestamp, Timestamp) {
     let ended: Timestamp = step.ended.parse().unwrap_or_else(|_| Timestamp::now());
     (ended - jiff::SignedDuration::try_from_secs_f64(step.seconds).unwrap_or_default(), ended)
 }
 
-/// Where JSON is posted to.
+/// An HTTP endpoint that JSON is posted to.
 struct Listener {
-    /// The variable that names it.
+    /// The environment variable that holds the URL.
     variable: &'static str,
     url: String,
     headers: HeaderMap,
     client: reqwest::Client,
-    /// Whether it was said that nobody listens.
+    /// Whether a failure was logged already.
     unreachable: bool,
 }
 
@@ -259,7 +260,7 @@ impl Listener {
         if let Err(error) = response
             && !std::mem::replace(&mut self.unreachable, true)
         {
-            // the address may have a password in it
+            // the URL may contain a password
             let error = error.without_url();
             let why = chain(&error).collect::<Vec<_>>().join(": ");
             tracing::warn!("nobody is told of this run: {} names what does not answer: {why}", self.variable);

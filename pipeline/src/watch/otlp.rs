@@ -1,4 +1,4 @@
-//! OpenTelemetry's traces and metrics, in OTLP's JSON over HTTP, which collectors take at port 4318:
+//! OpenTelemetry traces and metrics, as OTLP JSON over HTTP, which collectors receive on port 4318:
 //! <https://opentelemetry.io/docs/specs/otlp/>.
 
 use jiff::Timestamp;
@@ -9,15 +9,16 @@ use crate::run::{Run, Step};
 use crate::storage::environment::{address, headers, variable};
 use crate::{Error, Result};
 
-/// Where they go.
+/// The receiver of traces and metrics.
 pub struct Telemetry {
     listener: Listener,
-    /// What all of it is of.
+    /// The OTLP resource that all traces and metrics belong to.
     resource: Value,
 }
 
 impl Telemetry {
-    /// As `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_EXPORTER_OTLP_HEADERS` and `OTEL_SERVICE_NAME` say.
+    /// Reads `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_EXPORTER_OTLP_HEADERS` and `OTEL_SERVICE_NAME`; `None` if
+    /// no endpoint is set.
     pub fn new() -> Result<Option<Self>> {
         let Some(url) = address("OTEL_EXPORTER_OTLP_ENDPOINT")? else { return Ok(None) };
         let name = variable("OTEL_SERVICE_NAME")?.unwrap_or_else(|| "lengthwise".into());
@@ -34,7 +35,7 @@ impl Telemetry {
         }))
     }
 
-    /// A span of each stage.
+    /// Sends a span for each stage in `steps`.
     pub async fn computed<'a>(&mut self, run: &Run, steps: impl Iterator<Item = &'a Step>) {
         let mut spans = vec![];
         for step in steps {
@@ -53,7 +54,7 @@ impl Telemetry {
         }
     }
 
-    /// The span of the run.
+    /// Sends the run's span, once it has ended.
     pub async fn ended(&mut self, run: &Run, error: Option<&Error>) {
         let took = jiff::SignedDuration::try_from_secs_f64(run.seconds()).unwrap_or_default();
         let mut span = trace(run, "", (run.started, run.started + took), error);
@@ -68,7 +69,7 @@ impl Telemetry {
         self.listener.send("/v1/traces", &body).await;
     }
 
-    /// What was measured so far.
+    /// Sends the current values of the gauges.
     pub async fn measured(&mut self, run: &Run, gauges: &[Gauge]) {
         let time = nanoseconds(Timestamp::now());
         let metrics = gauges.iter().map(|Gauge { name, help, samples }| {
@@ -86,7 +87,7 @@ impl Telemetry {
     }
 }
 
-/// A span of the run, or, with its key, of one of its stages; it still needs a name.
+/// A span of the run, or of one of its stages if `key` is not empty. The caller adds the name.
 fn trace(run: &Run, key: &str, span: (Timestamp, Timestamp), error: Option<&Error>) -> Value {
     let status = match error {
         None => json!({ "code": 1 }),
@@ -110,7 +111,7 @@ fn attribute(key: &str, value: &str) -> Value {
     json!({ "key": key, "value": { "stringValue": value } })
 }
 
-/// Numbers of 64 bits are strings in OTLP's JSON.
+/// OTLP's JSON writes 64-bit integers as strings.
 fn nanoseconds(time: Timestamp) -> String {
     time.as_nanosecond().to_string()
 }

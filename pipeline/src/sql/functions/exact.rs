@@ -1,15 +1,17 @@
-//! Numbers that are what they should be, or an error: the arithmetic of every query.
+//! Arithmetic of every query: a result is the right number or an error, and does not depend on the order of
+//! rows.
 //!
-//! DataFusion wraps integers that overflow, and sums of integers and decimals; and its floats have no one order, for NaN
-//! and −0 compare in one operator as they don't in the next, so that a `max` depends on which row comes first. Here
-//! overflow is an error that names the place and the cure, NaN is null and −0 is 0.
+//! DataFusion wraps on overflow: integers, and sums of integers and decimals. Its operators also disagree on
+//! how NaN and −0 compare, so that a `max` of floats depends on which row comes first. Here an overflow is an
+//! error that names the place and the cure, NaN becomes null, and −0 becomes 0.
 //!
 //! ```text
-//! plan ─TypeCoercion─▶ plan ─Exact─▶ the same plan, but each `+ - * / %`, unary minus and function that makes a
-//!                                    float is a call of `Checked`, and a sum is taken in a wider type
+//! plan ─TypeCoercion─▶ plan ─Exact─▶ the same plan, but each `+ - * / %`, unary minus and function that returns
+//!                                    a float is a call of `Checked`, and sums are computed in a wider type
 //! ```
 //!
-//! It is done in the logical plan, before constants are folded: `9000000000 * 9000000000` is an error, too.
+//! The rule changes the logical plan before constants are folded, so that `9000000000 * 9000000000` is an
+//! error, too.
 
 use std::any::Any;
 use std::hash::{Hash, Hasher};
@@ -40,14 +42,14 @@ use datafusion::prelude::SessionContext;
 use datafusion::sql::sqlparser::ast::Expr as SqlExpr;
 use datafusion::sql::unparser::expr_to_sql;
 
-/// Has a session compute so.
+/// Installs the rules in a session.
 pub fn install(session: &SessionContext) {
     session.add_analyzer_rule(Arc::new(Exact));
     let state = session.state_ref();
     state.write().register_function_rewrite(Arc::new(Frames)).expect("a session takes rewrites");
 }
 
-/// A number that can't be given.
+/// A result that cannot be represented: an overflow, a division by zero, or a list that is too long.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct NoNumber {
@@ -57,13 +59,13 @@ pub struct NoNumber {
 }
 
 impl NoNumber {
-    /// As a query's error.
+    /// The error in the form in which a query returns it.
     pub fn beyond(message: String, cure: &'static str) -> DataFusionError {
         DataFusionError::External(Box::new(Self { message, cure }))
     }
 }
 
-/// The rule that puts [`Checked`] into a plan.
+/// The analyzer rule that puts [`Checked`] into a plan.
 #[derive(Debug)]
 struct Exact;
 
@@ -87,8 +89,8 @@ impl AnalyzerRule for Exact {
     }
 }
 
-/// The same plan, whose schema knows of the nulls that a check may make: these two keep the schema that they had, and what is
-/// said to be never null is optimized away.
+/// Marks columns as nullable that a check may turn into null. UNION and VALUES would keep their old schemas,
+/// and the optimizer removes null tests on columns that are declared not null.
 fn with_nulls(plan: LogicalPlan) -> Result<LogicalPlan> {
     let nullable = |schema: &DFSchema, is: &dyn Fn(usize) -> bool| {
         let fields = schema.iter().enumerate().map(|(i, (table, field))| {
@@ -112,7 +114,8 @@ fn with_nulls(plan: LogicalPlan) -> Result<LogicalPlan> {
     })
 }
 
-/// Rewrites an expression from its leaves, and keeps how each part was written.
+/// Rewrites an expression from its leaves up. Checks are made on the way down, so that messages show each
+/// part as it was written.
 struct Expressions<'a> {
     schema: &'a DFSchema,
     checks: Vec<Option<Checked>>,
@@ -127,7 +130,7 @@ impl TreeNodeRewriter for Expressions<'_> {
     }
 
     fn f_up(&mut self, expr: Expr) -> Result<Transformed<Expr>> {
-        // what a query around this one has computed may be null there by now
+        // a float of the outer query may have become null by now
         if let Expr::OuterReferenceColumn(field, column) = expr {
             self.checks.pop();
             let nullable = field.is_nullable() || field.data_type().is_floating();
@@ -145,11 +148,11 @@ impl TreeNodeRewriter for Expressions<'_> {
     }
 }
 
-/// The type in which sums of a type can't overflow; `None` where they can't in its own.
+/// The wider type in which a sum cannot overflow; `None` if it cannot overflow in its own type.
 fn wide(arg: &Expr, schema: &DFSchema) -> Option<DataType> {
     match arg.get_type(schema).ok()? {
         integer if integer.is_integer() => Some(DataType::Decimal128(38, 0)),
-        // of integers there are not enough
+        // a sum of integers as decimal(38, 0) would need more than 10¹⁸ rows to overflow
         DataType::Decimal128(_, ..=0) if matches!(arg, Expr::Cast(Cast { expr, .. }) if expr.get_type(schema).is_ok_and(|t| t.is_integer())) => {
             None
         }
@@ -158,8 +161,8 @@ fn wide(arg: &Expr, schema: &DFSchema) -> Option<DataType> {
     }
 }
 
-/// Takes sums and medians in a wider type, and their results back out of it; and what aggregates make of floats is
-/// checked, too. Both need a projection of their own.
+/// Computes sums and medians in a wider type and casts their results back, and checks the float results of
+/// the other aggregates. Both happen in a projection above the aggregate.
 fn widened(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
     let (input, exprs) = match &plan {
         LogicalPlan::Aggregate(aggregate) => (&aggregate.input, &aggregate.aggr_expr),
@@ -179,7 +182,7 @@ fn widened(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
             ("sum" | "median", [arg, ..]) => wide(arg, input.schema()),
             _ => None,
         };
-        // these give one of the values that they get
+        // these return one of their inputs, which has been checked
         let chooses = ["min", "max", "first_value", "last_value", "nth_value", "lag", "lead"];
         let does = match wide {
             Some(_) => Some(Does::Narrow),
@@ -216,7 +219,7 @@ fn widened(plan: LogicalPlan) -> Result<Transformed<LogicalPlan>> {
     Ok(Transformed::yes(LogicalPlan::Projection(Projection::try_new(columns, Arc::new(plan))?)))
 }
 
-/// The same aggregate over a wider type.
+/// The same aggregate, with its first argument cast to a wider type.
 fn of_wider(expr: Expr, wide: &DataType) -> Result<Expr> {
     let widen = |args: &mut Vec<Expr>| args[0] = cast(args[0].clone(), wide.clone());
     let expr = expr.transform_down(|expr| {
@@ -236,31 +239,31 @@ fn of_wider(expr: Expr, wide: &DataType) -> Result<Expr> {
     Ok(expr.data)
 }
 
-/// What is computed.
+/// What a [`Checked`] call computes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Does {
     /// `+`, `-`, `*`, `/`, `%`
     Operator(Operator),
     /// Unary minus.
     Negate,
-    /// Takes a sum back to the type that it has to have.
+    /// A cast of a sum or median back to its type.
     Narrow,
-    /// Nothing: only the result is looked at.
+    /// Nothing: the argument is only made canonical (no NaN, no −0).
     Canonical,
 }
 
-/// A computation whose result is the right number, null for what is no number, or [`NoNumber`].
+/// A computation that returns the right number, null instead of NaN, or [`NoNumber`].
 #[derive(Clone, Debug)]
 struct Checked {
     does: Does,
     returns: DataType,
     signature: Signature,
-    /// As it is written, and where: for messages.
+    /// The expression as it was written, and its place in the text, for messages.
     written: String,
     place: Option<Span>,
 }
 
-// where it is written makes no difference
+// calls are equal if they compute the same, wherever they were written
 impl PartialEq for Checked {
     fn eq(&self, other: &Self) -> bool {
         (&self.does, &self.returns) == (&other.does, &other.returns)
@@ -282,7 +285,7 @@ impl Checked {
         Self { does, returns, signature, written: written(expr), place: first_place([expr]) }
     }
 
-    /// How an expression has to be checked, if at all.
+    /// The check that an expression needs, if any.
     fn of(expr: &Expr, schema: &DFSchema) -> Option<Self> {
         let is_number = |expr: &Expr| {
             let number = |of: &DataType| of.is_integer() || of.is_floating() || of.is_decimal();
@@ -319,7 +322,7 @@ impl Checked {
         (call.func.inner().as_ref() as &dyn Any).is::<Self>()
     }
 
-    /// What a call was before it was checked.
+    /// The expression that a checked call was made from.
     fn undone(ScalarFunction { func, mut args }: ScalarFunction) -> Expr {
         let check = (func.inner().as_ref() as &dyn Any).downcast_ref::<Self>();
         let (last, first) = (args.pop(), args.pop());
@@ -332,7 +335,7 @@ impl Checked {
         }
     }
 
-    /// The same error in the words of who wrote the query.
+    /// The error in terms of the SQL as it was written.
     fn said(&self, error: DataFusionError) -> DataFusionError {
         let DataFusionError::ArrowError(arrow, backtrace) = error else { return error };
         let of_type = type_name(&self.returns);
@@ -372,7 +375,8 @@ impl Checked {
         NoNumber::beyond(message, cure)
     }
 
-    /// A decimal has no more digits than its type says: the library looks at the bits that it has room in.
+    /// Checks that a decimal has no more digits than its type allows: Arrow only reports an overflow of the
+    /// 128 bits.
     fn within(&self, computed: ColumnarValue) -> Result<ColumnarValue> {
         let DataType::Decimal128(digits, _) = self.returns else { return Ok(computed) };
         on_one(&computed, |array| {
@@ -402,7 +406,7 @@ impl Checked {
     }
 }
 
-/// A number that doesn't fit its type is an error, not a null.
+/// A cast fails on a number that does not fit its type, instead of returning a null.
 const STRICT: CastOptions<'static> = CastOptions { safe: false, format_options: FormatOptions::new() };
 
 impl ScalarUDFImpl for Checked {
@@ -439,7 +443,7 @@ impl ScalarUDFImpl for Checked {
     }
 }
 
-/// Floats of which NaN is null and −0 is 0.
+/// The floats with null for NaN and 0 for −0.
 fn canonical<T: ArrowPrimitiveType>(array: &dyn Array, is_nan: fn(T::Native) -> bool) -> ArrayRef
 where
     T::Native: std::ops::Add<Output = T::Native> + Default,
@@ -465,10 +469,10 @@ fn on_one(
     })
 }
 
-/// The most that a message shows of an expression.
+/// The longest expression that a message shows, in characters.
 const MAX_SHOWN: usize = 80;
 
-/// An expression as SQL, without casts: most of them nobody wrote.
+/// An expression as SQL, without casts: the planner added most of them.
 fn written(expr: &Expr) -> String {
     let plain = expr.clone().transform_down(|mut expr| {
         loop {
@@ -490,7 +494,7 @@ fn written(expr: &Expr) -> String {
     }
 }
 
-/// A type as SQL has it.
+/// A type's name in SQL.
 fn type_name(of_type: &DataType) -> String {
     match of_type {
         DataType::Int64 => "bigint".to_owned(),
@@ -502,7 +506,7 @@ fn type_name(of_type: &DataType) -> String {
     }
 }
 
-/// Where the first column inside some expressions was written.
+/// The place where the first column of some expressions was written.
 pub fn first_place<'e>(exprs: impl IntoIterator<Item = &'e Expr>) -> Option<Span> {
     let mut place = None;
     for expr in exprs {
@@ -514,8 +518,8 @@ pub fn first_place<'e>(exprs: impl IntoIterator<Item = &'e Expr>) -> Option<Span
     place
 }
 
-/// A window ordered by a `doc_id` has the frame that goes without saying, RANGE up to the current row; but DataFusion has
-/// ranges of numbers, texts and times only. GROUPS is the same frame, as long as no distance is given.
+/// Replaces RANGE by GROUPS in windows that are ordered by a `doc_id`. RANGE is the default frame, but
+/// DataFusion supports it only over numbers, texts and times. Without a distance, GROUPS is the same frame.
 #[derive(Debug)]
 struct Frames;
 
@@ -553,7 +557,7 @@ mod tests {
 
     use super::*;
 
-    /// The values of a query's only column, one after the other, or its error.
+    /// The values of a query's only column, joined by commas, or its error.
     async fn ask(sql: &str) -> Result<String, crate::Error> {
         let failed = |e| crate::sql::engine::query("cannot run", e);
         let session = crate::sql::engine::Engine::new(2, 64 << 20, None)?.session();
@@ -568,7 +572,8 @@ mod tests {
         Ok(values.collect::<Vec<_>>().join(", "))
     }
 
-    /// The first is a row's `x`, of type bigint, beside which there are `unit` and `zero`, so that nothing is a constant.
+    /// Evaluates `expr` on one row with the columns `x` (bigint), `unit` = 1 and `zero` = 0, so that no
+    /// operand is a constant.
     async fn of(x: &str, expr: &str) -> Result<String, crate::Error> {
         let rows = format!("(values (cast({x} as bigint), 1, 0)) as t(x, unit, zero)");
         ask(&format!("select {expr} from {rows}")).await
@@ -642,7 +647,7 @@ mod tests {
         {
             assert_eq!(of("3", &of_two(sum)).await.unwrap(), values, "{sum}");
         }
-        // half of it, whichever way halves are rounded
+        // half of `most`, rounded either way
         let median = of("3", &of_two("median(y)")).await.unwrap();
         assert!(
             median == format!("4{}", "9".repeat(37)) || median == format!("5{}", "0".repeat(37)),

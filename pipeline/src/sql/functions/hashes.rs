@@ -1,6 +1,7 @@
-//! The hashes by which stages put documents in an order that looks random and depends on nothing but them.
+//! Hashes that stages sort documents by. The order looks random, but depends only on the hashes' arguments.
 //!
-//! `heldout_hash(seed, doc_id)` and `place_hash(seed, doc_id, start, copy)` are numbers of 63 bits.
+//! `heldout_hash(seed, doc_id)` and `place_hash(seed, doc_id, start, copy)` return non-negative 63-bit
+//! integers.
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use datafusion::prelude::SessionContext;
 
 use crate::hash::unit_hash;
 
-/// Makes both functions known to a session.
+/// Registers both functions in a session.
 pub fn register(session: &SessionContext) {
     let id = DataType::FixedSizeBinary(16);
     for (name, tag, types) in [

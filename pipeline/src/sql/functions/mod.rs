@@ -1,5 +1,6 @@
-//! What every session computes with, so that results are the same on every machine: what DataFusion takes from the
-//! platform's math library comes from pure-Rust `libm` here, under the same names, and arithmetic is [`exact`].
+//! Functions of every session, which give the same results on every machine: pure-Rust `libm` replaces the
+//! functions that DataFusion takes from the platform's math library, under the same names, and arithmetic is
+//! [`exact`].
 
 pub mod exact;
 mod exact_sum;
@@ -24,7 +25,8 @@ use datafusion::prelude::SessionContext;
 use crate::hash::unit_hash;
 use crate::tables;
 
-/// Makes the functions known to a session, once; those of the same name are replaced.
+/// Registers the functions in a session; call it once per session. They replace DataFusion's functions of the
+/// same names.
 pub fn register(session: &SessionContext) {
     exact::install(session);
     let unary_functions: [(&str, fn(f64) -> f64); 4] =
@@ -44,10 +46,10 @@ pub fn register(session: &SessionContext) {
     }
 }
 
-/// The most numbers that `range` makes of a batch of rows: a gigabyte.
+/// The most numbers that one call of `range` may produce for a batch of rows: 1 GiB of them.
 const MAX_NUMBERS: u128 = 1 << 27;
 
-/// `range` or `generate_series`, as a list: all of its numbers are in memory at once.
+/// `range` or `generate_series` with an upper limit, because the list holds all numbers in memory at once.
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct Counted {
     inner: Arc<ScalarUDF>,
@@ -111,7 +113,7 @@ fn length_bucket() -> ScalarUDF {
     SimpleScalarUDF::new_with_signature("length_bucket", signature, Int64, on_arrays).into()
 }
 
-/// `unit_hash(seed, doc_id, start)`: a number in [0, 1) that depends on nothing but its arguments.
+/// `unit_hash(seed, doc_id, start)`: a pseudo-random number in [0, 1) that depends only on its arguments.
 fn sql_unit_hash() -> ScalarUDF {
     let on_arrays = on_arrays(|args| {
         let (seeds, starts) = (args[0].as_primitive::<Int64Type>(), args[2].as_primitive::<Int64Type>());
@@ -137,7 +139,8 @@ fn sql_unit_hash() -> ScalarUDF {
     SimpleScalarUDF::new_with_signature("unit_hash", signature, Float64, on_arrays).into()
 }
 
-/// A function on arrays of equal length as DataFusion wants it; constants in, a constant out.
+/// Adapts a function of arrays of equal length to DataFusion. If all arguments are constants, the result is
+/// one, too.
 fn on_arrays(
     function: impl Fn(&[ArrayRef]) -> Result<ArrayRef> + Send + Sync + 'static,
 ) -> ScalarFunctionImplementation {

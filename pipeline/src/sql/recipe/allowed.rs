@@ -1,9 +1,11 @@
-//! Every function that this DataFusion has, looked at once: a recipe may call it, or what to write instead. One that is
-//! in no list here is refused; a test compares them with the library's own.
+//! The functions that recipes may call, and what to write instead of those that they may not. Every function
+//! of this version of DataFusion was reviewed and is in one of these lists, which a test compares with the
+//! library. A function in no list is refused.
 //!
-//! What may be called gives the same of the same arguments on every machine, at any time, in any order of rows.
+//! An allowed function returns the same result for the same arguments on every machine, at any time, and in
+//! any order of rows.
 
-/// Functions of values.
+/// Scalar functions that are allowed.
 #[rustfmt::skip]
 pub const SCALARS: &[&str] = &[
     // ours
@@ -35,7 +37,7 @@ pub const SCALARS: &[&str] = &[
     "arrow_typeof",
 ];
 
-/// Those that are not called, why, and what to write instead.
+/// Scalar functions that are refused: their names, the reason, and what to write instead.
 #[rustfmt::skip]
 pub const REFUSED: &[(&[&str], &str, &str)] = &[
     (
@@ -106,21 +108,22 @@ pub const REFUSED: &[(&[&str], &str, &str)] = &[
     ),
 ];
 
-/// Functions of a group's rows, or a window's, that no order of the rows changes …
+/// Aggregate functions whose result does not depend on the order of the rows.
 #[rustfmt::skip]
 pub const AGGREGATES: &[&str] = &[
     "bit_and", "bit_or", "bit_xor", "bool_and", "bool_or", "count", "exact_sum", "grouping", "max", "median", "min",
     "percentile_cont",
 ];
 
-/// … those that add up floats, in some order …
+/// Aggregate functions that sum floats, so that their last bits depend on the order of the rows: refused.
 #[rustfmt::skip]
 pub const FLOAT_SUMS: &[&str] = &[
     "corr", "covar_pop", "covar_samp", "regr_avgx", "regr_avgy", "regr_count", "regr_intercept", "regr_r2", "regr_slope",
     "regr_sxx", "regr_sxy", "regr_syy", "stddev", "stddev_pop", "var", "var_pop",
 ];
 
-/// … and those of which it depends on their arguments: the rules have a word for each.
+/// The other aggregate functions. Whether they are allowed depends on their arguments; `rules` handles each
+/// by name.
 #[cfg(test)]
 #[rustfmt::skip]
 pub const OTHER_AGGREGATES: &[&str] = &[
@@ -128,17 +131,17 @@ pub const OTHER_AGGREGATES: &[&str] = &[
     "array_agg", "avg", "first_value", "last_value", "nth_value", "string_agg", "sum",
 ];
 
-/// Functions of a row's place in a window.
+/// Window functions that are allowed. `rules` may still require an order without ties.
 #[rustfmt::skip]
 pub const WINDOWS: &[&str] = &[
     "cume_dist", "dense_rank", "first_value", "lag", "last_value", "lead", "nth_value", "ntile", "percent_rank", "rank",
     "row_number",
 ];
 
-/// Functions that make a table of their arguments alone.
+/// Table functions that are allowed: they read nothing but their arguments.
 pub const TABLES: &[&str] = &["unnest", "generate_series", "range"];
 
-/// Why a function of values is refused, and the cure.
+/// Why a scalar function is refused, and the cure; `None` if it is allowed.
 pub fn refused(name: &str) -> Option<(String, String)> {
     if SCALARS.contains(&name) {
         return None;
@@ -150,7 +153,7 @@ pub fn refused(name: &str) -> Option<(String, String)> {
     })
 }
 
-/// What is said of a function in no list.
+/// The message and the cure for a function that is in no list.
 pub fn unknown(name: &str) -> (String, String) {
     (
         format!("nobody has looked yet at whether `{name}` gives the same everywhere"),

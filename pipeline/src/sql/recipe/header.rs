@@ -1,5 +1,5 @@
-//! The header of a recipe: the comment at its top, which says what it does, what one row is, and which parameters
-//! it takes.
+//! The header of a recipe: the comment at its top. It says what the recipe does, what one row is, and which
+//! parameters it takes.
 //!
 //! ```sql
 //! -- Per-source length upsampling (Fu et al. 2024, §3).
@@ -20,10 +20,10 @@ use crate::Result;
 pub struct Parameter {
     pub name: String,
     pub kind: Kind,
-    /// Without one, the conf has to give a value.
+    /// The default value; `None` if the conf has to give one.
     pub default: Option<ScalarValue>,
     pub description: String,
-    /// Where in the file it is declared.
+    /// Where it is declared, as a byte range of the file.
     pub span: Range<usize>,
 }
 
@@ -34,7 +34,7 @@ pub enum Kind {
     Double,
     Varchar,
     Boolean,
-    /// A varchar that has to be a domain of the corpus.
+    /// A varchar that has to name a domain of the corpus.
     Domain,
 }
 
@@ -51,7 +51,8 @@ impl Kind {
         }
     }
 
-    /// The value as one of this type; `None` where it is of another. An integer does for a double.
+    /// The value converted to this type; `None` if it is of another type. Integers are accepted as doubles,
+    /// nulls as any type.
     pub fn take(self, value: &ScalarValue) -> Option<ScalarValue> {
         match (self, value) {
             (Kind::Bigint, ScalarValue::Int64(Some(_)))
@@ -80,7 +81,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// What the comment at a recipe's top says.
+/// The parsed header of a recipe.
 pub struct Header {
     pub title: String,
     pub description: String,
@@ -105,7 +106,7 @@ impl Header {
             };
             let indented = comment.starts_with("  ");
             let comment = comment.trim();
-            // prose may begin with a `$name` too
+            // a line of prose may begin with a `$name`, too
             let (name, rest) = word(comment);
             let typed = || Kind::ALL.iter().any(|kind| kind.name() == word(rest).0);
             if !(name.starts_with('$') && (indented || typed())) {
@@ -179,7 +180,7 @@ fn word(text: &str) -> (&str, &str) {
     (word, rest.trim_start())
 }
 
-/// A word, or all of a quoted text with its quotes.
+/// Splits off one word, or one quoted text with its quotes.
 fn literal(text: &str) -> (&str, &str) {
     if !text.starts_with('\'') {
         return word(text);

@@ -1,4 +1,5 @@
-//! Recipes: the analyst's SQL files, one SELECT each, that say which spans of which documents to draw, how often.
+//! Recipes: SQL files of one SELECT each, written by analysts. A recipe says which spans of which documents
+//! to draw, and how often.
 //!
 //! ```text
 //! text ─parse─▶ Recipe ─bind─▶ Bound ─plan─▶ LogicalPlan: doc_id, start, stop, copies, stratum
@@ -7,7 +8,7 @@
 //!                              literals
 //! ```
 //!
-//! Whatever an analyst can get wrong is an error that names the place and the cure.
+//! Every mistake that an analyst can make is an error that names the place and the cure.
 
 mod allowed;
 mod header;
@@ -42,7 +43,7 @@ use crate::Result;
 use crate::hash::Digest;
 use crate::sql::parameters;
 
-/// Parameters that every recipe has: their values come from the run's conf, and all are of type bigint.
+/// Parameters of every recipe. Their values come from the run's conf, and all are of type bigint.
 pub const BUILTIN: [&str; 5] = ["budget", "long_tokens", "max_copies", "max_span", "seed"];
 
 /// A recipe file: one SELECT and its header.
@@ -50,15 +51,15 @@ pub struct Recipe {
     text: Text,
     /// The first line of the header.
     pub title: String,
-    /// The rest of its prose.
+    /// The other lines of the header's prose.
     pub description: String,
-    /// Without the built-in ones.
+    /// The declared parameters, without the built-in ones.
     pub parameters: Vec<Parameter>,
     query: Box<Query>,
-    /// The names of all `$name`s in the query.
+    /// The names of all parameters that the query uses.
     used: BTreeSet<String>,
-    /// The hash of its tokens: comments and white space don't matter. Defaults of parameters are not in it, they arrive
-    /// as values.
+    /// Hash of the SQL tokens, without comments and white space. It does not cover the defaults of
+    /// parameters: they enter the stage's key as values.
     pub key: String,
 }
 
@@ -74,7 +75,12 @@ impl Recipe {
         Ok(Self { text, title: header.title, description: header.description, parameters, query, used, key })
     }
 
-    /// Gives every parameter its value: the run's own, the conf's, or else the header's default.
+    /// Gives every parameter a value: a built-in one from the run, a declared one from the conf or else from
+    /// the header's default.
+    ///
+    /// # Errors
+    /// [`crate::Error::Written`] if `given` names an unknown parameter, or a value is missing or of another
+    /// type.
     pub fn bind(
         &self,
         builtin: &BTreeMap<String, ScalarValue>,
@@ -109,7 +115,7 @@ impl Recipe {
         Ok(Bound { text: self.text.clone(), query: self.query.clone(), values, domains })
     }
 
-    /// Refuses a key of `[mixture.params]` that is no parameter of this recipe.
+    /// Refuses a key of `[mixture.params]` that is not a parameter of this recipe.
     fn known(&self, name: &str) -> Result<()> {
         let mut names: Vec<&str> = self.parameters.iter().map(|p| p.name.as_str()).collect();
         if names.contains(&name) {
@@ -159,11 +165,12 @@ impl Recipe {
 /// A recipe whose parameters have values.
 pub struct Bound {
     text: Text,
-    /// As the analyst wrote it.
+    /// The query as the analyst wrote it, with its placeholders.
     query: Box<Query>,
-    /// The values of what the recipe declares or uses, for its stage's key.
+    /// Values of the parameters that the recipe declares, and of the built-in ones that it uses; part of the
+    /// stage's key.
     pub values: BTreeMap<String, ScalarValue>,
-    /// Those of its parameters that name domains.
+    /// Names of the parameters that are of kind [`Kind::Domain`].
     domains: Vec<String>,
 }
 
@@ -177,7 +184,7 @@ const RESULT: [(&str, ArrowType); 5] = [
 ];
 
 impl Bound {
-    /// Its parameters that name domains, and the names.
+    /// The parameters that name domains, each with the domain that it names.
     pub fn domains(&self) -> impl Iterator<Item = (&str, &str)> {
         self.domains.iter().filter_map(|parameter| match &self.values[parameter] {
             ScalarValue::Utf8(Some(name)) => Some((parameter.as_str(), name.as_str())),
@@ -185,8 +192,11 @@ impl Bound {
         })
     }
 
-    /// Plans the query over the tables `documents`, `domains` and `shares` of a session and enforces the rules. The
-    /// plan's columns are `doc_id, start, stop, copies, stratum`, in exactly the types of the design.
+    /// Plans the query over the tables `documents`, `domains` and `shares` of a session, and enforces the
+    /// rules. The columns of the plan are `doc_id, start, stop, copies, stratum`, of the types in `RESULT`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Written`] if the query cannot be planned, breaks a rule, or has other columns.
     pub async fn plan(&self, session: &SessionContext) -> Result<LogicalPlan> {
         let state = planner(session);
         let places = Places::of(&self.text, &self.query, &state);
@@ -199,7 +209,7 @@ impl Bound {
         self.fit(plan, &places)
     }
 
-    /// Puts the result's columns in order and casts them to their types.
+    /// Puts the columns of the result in order, and casts them to their types.
     fn fit(&self, plan: LogicalPlan, places: &Places<'_>) -> Result<LogicalPlan> {
         const CURE: &str = "a recipe's last line is `select doc_id, start, stop, copies from <last step>`, with `stratum` where it has strata";
         let found: Vec<&str> = plan.schema().fields().iter().map(|field| field.name().as_str()).collect();
@@ -237,7 +247,7 @@ impl Bound {
             if !fits(found, &wanted) {
                 return Err(self.of_another_type(name, found, places));
             }
-            // a column that needs no cast keeps the order that the scan is known to have
+            // a cast would hide the order that the scan is known to have
             let column: PlanExpr = if *found == wanted { ident(name) } else { cast(ident(name), wanted) };
             let column = if name == "stratum" { coalesce(vec![column, lit("")]) } else { column };
             columns.push(column.alias(name));
@@ -258,11 +268,11 @@ impl Bound {
     }
 }
 
-/// What plans queries of a session.
+/// The session's state, with the parser options that recipes need.
 fn planner(session: &SessionContext) -> SessionState {
     let mut state = session.state();
     let options = &mut state.config_mut().options_mut().sql_parser;
-    // errors point at the text, and a plan is the same whatever the session's own options are
+    // errors need spans, and a plan must not depend on the session's own options
     options.collect_spans = true;
     options.map_string_types_to_utf8view = false;
     options.parse_float_as_decimal = false;
@@ -275,7 +285,7 @@ async fn planned(state: &SessionState, query: Box<Query>, places: &Places<'_>) -
     state.statement_to_plan(statement).await.map_err(|e| places.unplanned(&e))
 }
 
-/// Plans a query that is no recipe over the tables of a session; what is wrong with it is shown where it stands.
+/// Plans a query that is not a recipe, over the tables of a session. Errors point to their place in the text.
 pub async fn plan_query(file: &str, text: &str, session: &SessionContext) -> Result<LogicalPlan> {
     let text = Text { file: file.to_owned(), text: text.to_owned() };
     let Parsed { query, .. } =
@@ -285,7 +295,7 @@ pub async fn plan_query(file: &str, text: &str, session: &SessionContext) -> Res
     planned(&state, query.clone(), &Places::of(&text, &query, &state)).await
 }
 
-/// Whether a column of the result may be cast to its type without changing what it says.
+/// Whether a column of the result may be cast to its type without losing its meaning.
 fn fits(found: &ArrowType, wanted: &ArrowType) -> bool {
     match wanted {
         ArrowType::FixedSizeBinary(_) => {
@@ -297,7 +307,8 @@ fn fits(found: &ArrowType, wanted: &ArrowType) -> bool {
     }
 }
 
-/// Sets the header's lines for built-in parameters aside: they are there for the reader.
+/// Drops the header's declarations of built-in parameters, which only serve the reader, after checking their
+/// type.
 fn own_parameters(text: &Text, declared: Vec<Parameter>) -> Result<Vec<Parameter>> {
     let (builtin, own): (Vec<_>, Vec<_>) =
         declared.into_iter().partition(|parameter| BUILTIN.contains(&parameter.name.as_str()));
@@ -312,15 +323,18 @@ fn own_parameters(text: &Text, declared: Vec<Parameter>) -> Result<Vec<Parameter
     }
 }
 
-/// The only statement of a text.
+/// A text that holds one SELECT, parsed.
 pub struct Parsed {
     pub query: Box<Query>,
-    /// What a stage's key has of it.
+    /// Hash of the tokens, for a stage's key.
     pub key: String,
 }
 
 impl Parsed {
-    /// `what` the text is, and in `cure` what it should be.
+    /// Parses a text. `what` names the kind of text in messages, and `cure` says what it should be.
+    ///
+    /// # Errors
+    /// [`crate::Error::Written`] if the text is not one SELECT, or uses SQL that is refused in every text.
     pub fn of(text: &Text, what: &str, cure: &str) -> Result<Self> {
         let tokens = Tokenizer::new(&GenericDialect {}, &text.text).tokenize_with_location();
         let tokens = tokens.map_err(|e| text.unparsed(&e.to_string()))?;
@@ -331,15 +345,16 @@ impl Parsed {
     }
 }
 
-/// The hash of what a parser sees: never of a syntax tree's printing, in which `'it''s'` and `'it''''s'` are alike.
+/// Hash of the tokens that the parser sees. Printing the syntax tree would not do: it prints `'it''s'` and
+/// `'it''''s'` alike.
 fn key(tokens: &[TokenWithSpan]) -> String {
     let shown = tokens.iter().filter_map(|token| match &token.token {
         Token::Whitespace(_) | Token::EOF => None,
-        // a newer parser has more keywords
+        // without the keyword, because a newer parser knows more of them
         Token::Word(word) => Some(format!("{:?} {}", word.quote_style, word.value)),
         other => Some(format!("{other:?}")),
     });
-    // a list, in which it is clear where each one ends
+    // a JSON list, so that it is clear where each token ends
     Digest::of(serde_json::json!(shown.collect::<Vec<_>>()).to_string().as_bytes()).to_string()
 }
 
@@ -381,8 +396,8 @@ fn one_select(text: &Text, tokens: Vec<TokenWithSpan>, what: &str, cure: &str) -
     }
 }
 
-/// The names of the parameters that a query uses, all of which have to be declared: `own`, of a recipe, beside those that
-/// every recipe has. What is no recipe has none.
+/// The names of the parameters that a query uses. Each has to be built in or declared in `own`, the recipe's
+/// header. A query that is not a recipe (`None`) has no parameters.
 fn used_parameters(text: &Text, query: &Query, own: Option<&[Parameter]>) -> Result<BTreeSet<String>> {
     let known = || own.into_iter().flat_map(|own| own.iter().map(|p| p.name.as_str()).chain(BUILTIN));
     let declared = |(written, span): (String, Span)| match written.strip_prefix('$') {
@@ -420,7 +435,7 @@ fn used_parameters(text: &Text, query: &Query, own: Option<&[Parameter]>) -> Res
     parameters::used(query).into_iter().map(declared).collect()
 }
 
-/// A value of the conf, as its author wrote it.
+/// A value of the conf, described for a message.
 fn shown(value: &ScalarValue) -> String {
     match value {
         ScalarValue::Int64(_) => format!("the integer {value}"),

@@ -1,4 +1,4 @@
-//! Places in a recipe's text, and errors that point at them.
+//! Places in a recipe's text, and errors that point to them.
 
 use std::ops::{ControlFlow, Range};
 
@@ -13,7 +13,7 @@ use datafusion::sql::sqlparser::tokenizer::{Location, Span};
 
 use crate::Error;
 
-/// A file the analyst wrote.
+/// A file that an analyst wrote.
 #[derive(Clone, Debug)]
 pub struct Text {
     pub file: String,
@@ -21,7 +21,7 @@ pub struct Text {
 }
 
 impl Text {
-    /// An error at a place of this file. `cure` says what to write instead.
+    /// An error at a byte range of this file. `cure` says what to write instead; an empty one is left out.
     pub fn wrong(
         &self,
         span: Option<Range<usize>>,
@@ -33,13 +33,13 @@ impl Text {
         Error::written(&self.file, &self.text, span, message, label, cure)
     }
 
-    /// The bytes of a span of the syntax tree; `None` for a span that is nowhere.
+    /// The byte range of a span of the syntax tree; `None` for an empty or unknown span.
     pub fn range(&self, span: Span) -> Option<Range<usize>> {
         let (start, end) = (self.byte(span.start)?, self.byte(span.end)?);
         (start < end).then_some(start..end)
     }
 
-    /// The word at a place.
+    /// The byte range of the word that begins at a location.
     pub fn word_at(&self, at: Location) -> Option<Range<usize>> {
         let start = self.byte(at)?;
         let rest = &self.text[start..];
@@ -48,7 +48,7 @@ impl Text {
         (length > 0).then_some(start..start + length)
     }
 
-    /// Lines and columns count from 1, columns in characters.
+    /// The byte offset of a location. Lines and columns count from 1, and columns count characters.
     fn byte(&self, at: Location) -> Option<usize> {
         let line: &str = self.text.split_inclusive('\n').nth((at.line as usize).checked_sub(1)?)?;
         let begin = line.as_ptr() as usize - self.text.as_ptr() as usize;
@@ -56,7 +56,7 @@ impl Text {
         Some(begin + line.char_indices().nth(column).map_or(line.len(), |(byte, _)| byte))
     }
 
-    /// An error of the SQL parser, whose message ends in its place.
+    /// An error of the SQL parser. Its place is read from the end of the message.
     pub fn unparsed(&self, message: &str) -> Error {
         let message = message.strip_prefix("sql parser error: ").unwrap_or(message);
         let (message, at) = match message.rsplit_once(" at Line: ") {
@@ -71,7 +71,7 @@ impl Text {
     }
 }
 
-/// What an error of the planner says, without the planner's name in front.
+/// The planner's message, without the prefix that names the planner.
 fn plain(error: &DataFusionError) -> String {
     let text = error.strip_backtrace();
     let prefixes = ["Error during planning: ", "This feature is not implemented: ", "Schema error: "];
@@ -79,7 +79,8 @@ fn plain(error: &DataFusionError) -> String {
     plain.unwrap_or(&text).to_owned()
 }
 
-/// A call that no function takes, and what the function takes instead.
+/// Splits the planner's message for a call with wrong argument types into the call and the signatures that
+/// exist.
 fn no_such_call(message: &str) -> Option<(&str, String)> {
     let (_, rest) = message.split_once("No function matches the given name and argument types '")?;
     let (called, rest) = rest.split_once("'.")?;
@@ -97,7 +98,7 @@ fn column_cure(field: &Column, valid: &[Column]) -> String {
     names.sort_unstable();
     names.dedup();
     let suggestion = match nearest(&field.name, names.iter().copied()) {
-        // the name is right, so the table in front of it is not
+        // the name is right, so the table in front of it is wrong
         Some(name) if name == field.name => {
             let full = valid.iter().find(|column| column.name == name).map(Column::flat_name);
             full.map(|full| format!("did you mean `{full}`? "))
@@ -109,39 +110,39 @@ fn column_cure(field: &Column, valid: &[Column]) -> String {
     format!("{}{the} columns here are {}", suggestion.unwrap_or_default(), names.join(", "))
 }
 
-/// The most similar of some names, if one is similar at all.
+/// The most similar of some names; `None` if none has a Jaro-Winkler similarity of at least 0.8.
 pub fn nearest<'a>(name: &str, among: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let scored = among.into_iter().map(|other| (strsim::jaro_winkler(name, other), other));
     let best = scored.max_by(|a, b| a.0.total_cmp(&b.0).then_with(|| b.1.cmp(a.1)));
     best.filter(|(score, _)| *score >= 0.8).map(|(_, other)| other)
 }
 
-/// A function call of the text.
+/// A function call in the text.
 struct Call {
     name: String,
-    /// Its first argument, as written but for white space.
+    /// The first argument as written, except for white space.
     argument: String,
     name_span: Span,
-    /// From the name to the last argument.
+    /// From the name to the last argument, and to the keys of the window if there is one.
     whole: Span,
 }
 
-/// What an error needs of a function call.
+/// What an error shows of a function call.
 pub struct CallSite {
-    /// The function's name.
+    /// Where the function's name is written.
     pub place: Option<Range<usize>>,
-    /// The first argument.
+    /// The first argument as written; empty if unknown.
     pub argument: String,
 }
 
-/// Where things are in a recipe's syntax tree. A query plan knows what is wrong, but only its columns know
-/// where they were written.
+/// Places of calls, limits and columns in a recipe's syntax tree. Rules find errors in the query plan, but in
+/// the plan only columns record where they were written.
 pub struct Places<'a> {
     text: &'a Text,
     query: &'a Query,
-    /// The names of all functions there are.
+    /// The names of all functions of the session.
     functions: Vec<String>,
-    /// … and of the session's tables.
+    /// The names of the session's tables, sorted.
     tables: Vec<String>,
     calls: Vec<Call>,
     limits: Vec<Span>,
@@ -149,7 +150,7 @@ pub struct Places<'a> {
 }
 
 impl<'a> Places<'a> {
-    /// `state` is what plans the query.
+    /// `state` is the session that plans the query.
     pub fn of(text: &'a Text, query: &'a Query, state: &SessionState) -> Self {
         let functions = state.scalar_functions().keys().chain(state.aggregate_functions().keys());
         let functions = functions.chain(state.window_functions().keys()).cloned().collect();
@@ -164,13 +165,14 @@ impl<'a> Places<'a> {
         places
     }
 
-    /// The call of a function (by any of its names) that has a column written at `inside`, or else the first call.
+    /// The call of a function (by any of its names) that encloses the column written at `inside`; without
+    /// one, the function's first call.
     pub fn call(&self, names: &[&str], inside: Option<PlanSpan>) -> CallSite {
         let named = || self.calls.iter().filter(|call| names.contains(&call.name.as_str()));
         let inside = inside.map(tree_span);
         let around = named()
             .filter(|call| inside.is_some_and(|at| call.whole.start <= at.start && at.end <= call.whole.end));
-        // of calls within calls, the innermost begins last
+        // of nested calls the innermost begins last
         let call = around.max_by_key(|call| call.whole.start).or_else(|| named().next());
         CallSite {
             place: call.and_then(|call| self.text.range(call.name_span)),
@@ -178,12 +180,12 @@ impl<'a> Places<'a> {
         }
     }
 
-    /// The bytes of what a plan knows the place of.
+    /// The byte range of a span of the plan.
     pub fn range(&self, span: PlanSpan) -> Option<Range<usize>> {
         self.text.range(tree_span(span))
     }
 
-    /// An error of DataFusion's planner, in an analyst's words where it is a common one.
+    /// An error of DataFusion's planner. The common ones are reworded for analysts.
     pub fn unplanned(&self, error: &DataFusionError) -> Error {
         let range = |span: PlanSpan| self.range(span);
         let diagnostic = error.diagnostic();
@@ -213,7 +215,7 @@ impl<'a> Places<'a> {
         }
         if let Some((_, name)) = plain.split_once("Invalid function '") {
             let name = name.split('\'').next().unwrap_or_default();
-            // DataFusion suggests another one on every run
+            // DataFusion's own suggestion differs between runs
             let like = nearest(name, self.functions.iter().map(String::as_str));
             let cure = like.map(|like| format!("did you mean `{like}`?")).unwrap_or_default();
             return self.text.wrong(span, format!("there is no function `{name}`"), "not a function", cure);
@@ -239,7 +241,7 @@ impl<'a> Places<'a> {
         });
         let advice = notes.map(|(advice, span)| match span.and_then(range) {
             Some(place) => format!("`{}` {advice}", &self.text.text[place]),
-            // it would be refused
+            // recipes may not call ANY_VALUE
             None if advice.contains("ANY_VALUE") => {
                 "add it to GROUP BY, or take its min(…) or max(…)".to_owned()
             }
@@ -258,7 +260,7 @@ impl<'a> Places<'a> {
         self.distinct_on.iter().find_map(|span| self.text.range(*span))
     }
 
-    /// A column of the result, as the last SELECT writes it; without a name, all of its columns.
+    /// Where the last SELECT writes a column of the result; all of its columns if there is no such column.
     pub fn result(&self, name: Option<&str>) -> Option<Range<usize>> {
         let mut body = self.query.body.as_ref();
         let select = loop {

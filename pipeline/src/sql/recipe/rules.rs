@@ -1,9 +1,9 @@
-//! What a recipe may not do, because its rows would then depend on machines, partitions or the clock, or on
-//! something that is not in the file.
+//! Rules that keep a recipe's rows independent of machines, partitions and the clock, and of anything that is
+//! not in the file.
 //!
-//! What can be seen in the syntax tree is refused there. The rest is found in the query plan, where functions have
-//! been resolved and expressions have types; the place comes from the columns inside, which know where they
-//! were written.
+//! A rule that can be decided on the syntax tree is checked there. The others are checked on the query plan,
+//! where functions are resolved and expressions have types. Columns in the plan record where they were
+//! written, and give the error its place.
 
 use std::collections::BTreeSet;
 use std::ops::{ControlFlow, Range};
@@ -26,10 +26,11 @@ use super::place::{Places, Text, nearest};
 use crate::sql::functions::exact::first_place;
 use crate::{Error, Result};
 
-/// The tables of a recipe.
+/// The tables that a recipe may read.
 const TABLES: [&str; 3] = ["documents", "domains", "shares"];
 
-/// Refuses, in any text, what means something else than it seems to, or is not understood further on.
+/// Refuses SQL, in any text, that means something else than it seems to mean, or that DataFusion does not
+/// support.
 pub fn check_words(text: &Text, query: &Query) -> Result<()> {
     match query.visit(&mut Words(text)) {
         ControlFlow::Continue(()) => Ok(()),
@@ -44,7 +45,8 @@ impl Words<'_> {
         ControlFlow::Break(Box::new(self.0.wrong(self.0.range(at.span()), message, label, cure)))
     }
 
-    /// DataFusion computes the arguments of a function in FROM while it plans, with integers that wrap and by the clock.
+    /// Refuses computed arguments of a function in FROM. DataFusion evaluates them while it plans, with
+    /// integers that wrap and with the clock.
     fn fixed(&self, argument: &SqlExpr) -> ControlFlow<Box<Error>> {
         match argument {
             SqlExpr::Value(_) | SqlExpr::TypedString(_) => ControlFlow::Continue(()),
@@ -102,7 +104,7 @@ impl Visitor for Words<'_> {
     }
 }
 
-/// Refuses tables that are not a recipe's, and parts of a SELECT that do more than select.
+/// Refuses tables that a recipe may not read, and clauses that do more than select.
 pub fn check_tables(text: &Text, query: &Query) -> Result<()> {
     let mut steps = Steps::default();
     let _ = query.visit(&mut steps);
@@ -112,7 +114,7 @@ pub fn check_tables(text: &Text, query: &Query) -> Result<()> {
     }
 }
 
-/// The names that WITH gives.
+/// The names of all CTEs.
 #[derive(Default)]
 struct Steps(Vec<String>);
 
@@ -153,7 +155,7 @@ impl Syntax<'_> {
         if is_file {
             let cure = "everything about a mixture is in its recipe: it reads documents, domains and shares; \
                  a small table of your own can be written as `(values ('Book', 2.0), …) as weights(domain, weight)`";
-            // a quoted name has no place of its own
+            // the parser gives a quoted name no span
             let found = || self.text.text.find(&written).map(|at| at..at + written.len());
             let place = self.text.range(name.span()).or_else(found);
             let message = format!("a recipe reads no files, but here is `{written}`");
@@ -247,8 +249,8 @@ struct Refusal {
     cure: String,
 }
 
-/// Refuses what would make the rows depend on anything but the tables and the parameters. The first place in the text
-/// is named.
+/// Refuses a plan whose rows would depend on anything but the tables and the parameters. The error names the
+/// first such place in the text.
 pub fn check_plan(text: &Text, places: &Places<'_>, plan: &LogicalPlan) -> Result<()> {
     let mut walk = Walk { places, refusals: vec![] };
     let walked = plan.apply_with_subqueries(|node| {
@@ -322,7 +324,7 @@ impl Walk<'_> {
         self.refusals.push(Refusal { place, message: message.into(), label, cure: cure.into() });
     }
 
-    /// Refuses a function by its name.
+    /// Refuses a scalar function that is not allowed.
     fn named(&mut self, name: &str, aliases: &[String], args: &[Expr]) {
         if let Some((message, cure)) = allowed::refused(name) {
             let site = self.places.call(&all_names(name, aliases), first_place(args));
@@ -330,7 +332,7 @@ impl Walk<'_> {
         }
     }
 
-    /// A list of texts may hold a NaN, and would be a list of floats with one.
+    /// Refuses casts to lists: a list of texts may hold "NaN", and its cast to floats is not checked.
     fn cast(&mut self, of: &Expr, to: &DataType) {
         if to.is_nested() {
             let place = first_place([of]).and_then(|at| self.places.range(at));
@@ -407,7 +409,8 @@ impl Walk<'_> {
     }
 }
 
-/// What is wrong with an aggregate function of `argument`, and the cure. `keys` order its rows.
+/// What is wrong with an aggregate function, and the cure; `None` if it is allowed. `argument` is its
+/// argument as written, and `keys` order its rows.
 fn adding<'e>(
     function: &AggregateUDF,
     args: &[Expr],
@@ -420,7 +423,7 @@ fn adding<'e>(
     let cure = format!("write exact_sum({argument})");
     match name {
         _ if allowed::AGGREGATES.contains(&name) => None,
-        // without a type, the planner's own message is better
+        // if the type is unknown, the planner's own message is better
         "sum" => match of_type? {
             DataType::Decimal128(..) | DataType::Decimal256(..) => None,
             integer if integer.is_integer() || integer.is_null() => {
@@ -437,7 +440,7 @@ fn adding<'e>(
         )),
         "first_value" | "last_value" | "nth_value" | "array_agg" | "string_agg" => {
             let keys: Vec<&Expr> = keys.collect();
-            // rows that tie in all that is taken are the same
+            // all arguments are among the keys, so rows that tie give the same values
             let literal = |arg: &Expr| matches!(arg, Expr::Literal(..));
             if args.iter().all(|arg| literal(arg) || keys.contains(&arg)) {
                 return None;
@@ -467,8 +470,8 @@ fn adding<'e>(
     }
 }
 
-/// The columns that ORDER BY lacks for a total order of a plan's rows; `None` if it is one. It is one where its columns
-/// hold a key, or are all there are: rows that tie are then the same.
+/// The columns that ORDER BY lacks for a total order of a plan's rows; `None` if the order is total. It is
+/// total if the keys contain a unique set of columns, or all columns, in which case rows that tie are equal.
 fn ties<'e>(keys: impl Iterator<Item = &'e Expr>, input: &LogicalPlan) -> Option<Vec<String>> {
     let schema = input.schema();
     let ordered: Columns = keys
@@ -483,17 +486,18 @@ fn ties<'e>(keys: impl Iterator<Item = &'e Expr>, input: &LogicalPlan) -> Option
     (!missing.is_empty()).then(|| missing.into_iter().map(name).collect())
 }
 
-/// Columns of a plan, by their place.
+/// Columns of a plan, by index.
 type Columns = BTreeSet<usize>;
 
-/// Sets of columns of which no two rows of a plan have the same values. Only what surely is so.
+/// Sets of columns that are unique: no two rows of the plan have the same values in them. Only sets that are
+/// certain to be unique are returned.
 fn unique(plan: &LogicalPlan) -> Vec<Columns> {
     let schema = plan.schema();
     let place = |expr: &Expr, of: &LogicalPlan| of.schema().maybe_index_of_column(expr.try_as_col()?);
     match plan {
         LogicalPlan::TableScan(scan) => {
             let key = match scan.table_name.table() {
-                // the view `documents` is over all of them, where some are held out
+                // if some documents are held out, `documents` is a view of `all_documents`
                 "documents" | "all_documents" => "doc_id",
                 "domains" | "shares" => "domain",
                 _ => return vec![],
@@ -501,7 +505,7 @@ fn unique(plan: &LogicalPlan) -> Vec<Columns> {
             schema.index_of_column_by_name(None, key).map(|i| Columns::from([i])).into_iter().collect()
         }
         LogicalPlan::Filter(_) | LogicalPlan::Sort(_) | LogicalPlan::Limit(_) | LogicalPlan::SubqueryAlias(_)
-        // adds its columns behind those of its input
+        // a window appends its columns to those of its input
         | LogicalPlan::Window(_) => plan.inputs().first().map(|input| unique(input)).unwrap_or_default(),
         LogicalPlan::Projection(projection) => {
             let from: Vec<Option<usize>> =
@@ -512,7 +516,7 @@ fn unique(plan: &LogicalPlan) -> Vec<Columns> {
             unique(&projection.input).into_iter().filter_map(kept).collect()
         }
         LogicalPlan::Aggregate(aggregate) => {
-            // one row a group; without grouping sets the groups' columns come first
+            // one row per group; without grouping sets the grouping columns come first
             let plain = !aggregate.group_expr.iter().any(|expr| matches!(expr, Expr::GroupingSet(_)));
             plain.then(|| (0..aggregate.group_expr.len()).collect()).into_iter().collect()
         }
@@ -528,7 +532,7 @@ fn unique(plan: &LogicalPlan) -> Vec<Columns> {
                 JoinType::Inner | JoinType::Left | JoinType::Right | JoinType::Full => {}
                 _ => return vec![],
             }
-            // before the optimizer, equalities may still be in the filter
+            // before optimization, equalities may still be in the filter
             let equalities = join.filter.iter().flat_map(split_conjunction).filter_map(|expr| match expr {
                 Expr::BinaryExpr(equal) if equal.op == Operator::Eq => Some((&*equal.left, &*equal.right)),
                 _ => None,
@@ -538,7 +542,7 @@ fn unique(plan: &LogicalPlan) -> Vec<Columns> {
             let on: (Columns, Columns) =
                 pairs.filter_map(|(l, r)| places(l, r).or_else(|| places(r, l))).unzip();
             let mut keys = vec![];
-            // a row that meets at most one of the other side stays one row
+            // a row that matches at most one row of the other side appears at most once
             let one = |keys: &[Columns], on: &Columns| keys.iter().any(|key| key.is_subset(on));
             if matches!(join.join_type, JoinType::Inner | JoinType::Left) && one(&right, &on.1) {
                 keys.extend(left.iter().cloned());
@@ -555,7 +559,7 @@ fn unique(plan: &LogicalPlan) -> Vec<Columns> {
     }
 }
 
-/// The keys of what `unnest(range(…))` gives: those of its input, with the number.
+/// The unique columns of `unnest(range(…))`: a unique set of its input together with the number.
 fn unnested(unnest: &Unnest) -> Vec<Columns> {
     let ([(list, _)], [], LogicalPlan::Projection(below)) =
         (unnest.list_type_columns.as_slice(), unnest.struct_type_columns.as_slice(), &*unnest.input)
@@ -575,7 +579,7 @@ fn unnested(unnest: &Unnest) -> Vec<Columns> {
 }
 
 fn order_cure(missing: &[String]) -> String {
-    // a column without a name of its own goes by what computes it
+    // a column without an alias is named by its expression
     let is_named = |name: &String| name.chars().all(|c| c.is_alphanumeric() || c == '_');
     let columns = if missing.len() == 1 { "the column" } else { "the columns" };
     match missing.iter().all(is_named) {
@@ -584,7 +588,7 @@ fn order_cure(missing: &[String]) -> String {
     }
 }
 
-/// Whether rows that tie may be in different frames.
+/// Whether the frame may separate rows that tie.
 fn splits_ties(frame: &WindowFrame) -> bool {
     let unbounded = |bound: &WindowFrameBound| match bound {
         WindowFrameBound::Preceding(value) | WindowFrameBound::Following(value) => value.is_null(),

@@ -1,4 +1,5 @@
-//! The recipes of `sql/mixtures/` against an independent calculation, and every message that an analyst can get.
+//! Compares the recipes of `sql/mixtures/` with an independent calculation, and snapshots every message that
+//! an analyst can get.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -18,7 +19,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// The names of the recipes that the program carries.
+/// The names of the built-in recipes.
 fn names() -> Vec<&'static str> {
     let name = |(path, _): (&'static str, _)| path.strip_prefix("sql/mixtures/")?.strip_suffix(".sql");
     let names: Vec<_> = crate::sql::recipes().filter_map(name).collect();
@@ -35,7 +36,7 @@ fn recipe(name: &str) -> Recipe {
     shown_error(Recipe::parse(&format!("sql/mixtures/{name}.sql"), text_of(name)))
 }
 
-/// Unwraps, with the message as an analyst sees it.
+/// Unwraps a result; a panic shows the message as an analyst sees it.
 fn shown_error<T>(result: Result<T>) -> T {
     result.unwrap_or_else(|error| panic!("{}", rendered(error)))
 }
@@ -47,7 +48,7 @@ fn rendered(error: crate::Error) -> String {
     text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
 }
 
-// ---- a small corpus and what the recipes should make of it ----
+// ---- a small corpus, and what the recipes should make of it ----
 
 const LONG: i64 = 40;
 const SPAN: i64 = 100;
@@ -68,7 +69,7 @@ struct Corpus {
 }
 
 impl Corpus {
-    /// The corpus's tokens in documents of a domain that are as `which` says.
+    /// Tokens in the documents of a domain that satisfy `which`.
     fn tokens(&self, domain: usize, which: impl Fn(&Document) -> bool) -> f64 {
         let documents = self.documents.iter().filter(|d| d.domain == domain && which(d));
         documents.map(|d| d.tokens).sum::<i64>() as f64
@@ -86,7 +87,7 @@ impl Corpus {
         self.shares[domain] * self.budget as f64
     }
 
-    /// Whether every domain with a share has tokens, so that a budget can be met at all.
+    /// Whether every domain with a share has tokens; otherwise the budget cannot be met.
     fn supplies_all(&self) -> bool {
         (0..self.shares.len()).all(|d| self.shares[d] == 0.0 || self.all(d) > 0.0)
     }
@@ -118,7 +119,7 @@ impl Corpus {
         .unwrap()
     }
 
-    /// Registers `domains` and `shares`. Domains without documents have a share all the same.
+    /// Registers `domains` and `shares`. Domains without documents have a share, too.
     fn register_domains(&self, session: &SessionContext) {
         let there: Vec<usize> =
             (0..self.shares.len()).filter(|d| self.documents.iter().any(|doc| doc.domain == *d)).collect();
@@ -160,7 +161,7 @@ impl Corpus {
 
     fn session(&self, partitions: usize) -> SessionContext {
         let session = session(partitions);
-        // batches of odd sizes, dealt to some partitions
+        // partitions of uneven sizes
         let batch = self.documents_batch();
         let parts = (0..partitions).map(|p| {
             let from = batch.num_rows() * p / partitions;
@@ -195,7 +196,7 @@ fn is_long(document: &Document) -> bool {
     document.tokens > LONG
 }
 
-/// A session as the engine makes them, without tables.
+/// A session without tables, configured as the engine's sessions are.
 fn session(partitions: usize) -> SessionContext {
     let mut config = SessionConfig::new().with_target_partitions(partitions).with_batch_size(64);
     let options = config.options_mut();
@@ -231,7 +232,7 @@ struct Row {
     stratum: String,
 }
 
-/// A plan's rows by doc_id and start; its columns are of exactly the types of the design.
+/// A plan's rows, sorted by doc_id and start. Panics if a column does not have its exact type.
 async fn rows(session: &SessionContext, plan: LogicalPlan) -> Vec<Row> {
     let batches = session.execute_logical_plan(plan).await.unwrap().collect().await.unwrap();
     let mut rows = Vec::new();
@@ -254,7 +255,7 @@ async fn rows(session: &SessionContext, plan: LogicalPlan) -> Vec<Row> {
     rows
 }
 
-/// Lengths with a heavy tail, some of them 0.
+/// Corpora of documents whose lengths have a heavy tail; some are empty.
 fn corpora() -> impl Strategy<Value = Corpus> {
     let tokens = prop_oneof![1 => Just(0i64), 6 => 1..LONG + 2, 4 => LONG..260i64, 1 => 300..2000i64];
     let document = (0..4usize, tokens).prop_map(|(domain, tokens)| Document { domain, tokens });
@@ -271,8 +272,8 @@ fn corpora() -> impl Strategy<Value = Corpus> {
     )
 }
 
-/// Runs a recipe on a corpus, and compares every row with what `copies` and `strata` say of its document. What a
-/// document gives are spans of at most `span` tokens that tile it.
+/// Runs a recipe on a corpus, and compares every row with what `copies` and `strata` expect for its document.
+/// The spans of a document have at most `span` tokens and tile it.
 fn check(
     corpus: &Corpus,
     name: &str,
@@ -321,7 +322,8 @@ fn long_or_short(document: &Document) -> &'static str {
     if is_long(document) { "long" } else { "short" }
 }
 
-/// What per_source gives to the long and to the short documents of a domain: in steps, where the SQL has formulas.
+/// The copies that per_source gives to the long and the short documents of a domain, computed step by step
+/// where the SQL has formulas.
 fn per_source_copies(corpus: &Corpus, domain: usize, wanted_share: f64) -> (f64, f64) {
     let (budget, long, all) = (corpus.domain_budget(domain), corpus.long(domain), corpus.all(domain));
     let short = all - long;
@@ -442,7 +444,7 @@ proptest! {
     }
 }
 
-/// A corpus with domains of all kinds: mixed, all long, all short.
+/// A corpus with domains of all kinds: mixed, only long documents, only short ones.
 fn a_corpus(documents: usize) -> Corpus {
     let documents = (0..documents).map(|i| {
         let hash = crate::hash::unit_hash("test", 1, &[0; 16], i as u64, 0);
@@ -457,7 +459,7 @@ fn a_corpus(documents: usize) -> Corpus {
     Corpus { documents: documents.collect(), shares: vec![0.4, 0.3, 0.2, 0.1], budget: 20_000 }
 }
 
-/// What a recipe needs beside its defaults.
+/// Values of the parameters that have no default.
 fn required(name: &str) -> Vec<(&'static str, ScalarValue)> {
     match name {
         "upsample_domain" => vec![("domain", "d1".into())],
@@ -484,7 +486,7 @@ async fn copies_are_the_same_to_the_last_bit_in_any_number_of_partitions() {
 
 #[tokio::test]
 async fn a_sorted_scan_stays_sorted_through_every_recipe() {
-    // an order that the plan claims but the rows don't have would be worse than a sort
+    // a wrong claim about the order of rows would be worse than a sort
     let corpus = a_corpus(5000);
     let folder = tempfile::tempdir().unwrap();
     let batch = corpus.documents_batch();
@@ -660,7 +662,7 @@ async fn a_result_s_columns_are_put_in_order_and_cast() {
 
 // ---- messages ----
 
-/// What an analyst sees of a recipe that is refused.
+/// The message that an analyst sees for a recipe that is refused.
 async fn message(text: &str, given: &[(&str, ScalarValue)]) -> String {
     let corpus = a_corpus(20);
     let given = given.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
@@ -674,7 +676,7 @@ async fn message(text: &str, given: &[(&str, ScalarValue)]) -> String {
     }
 }
 
-/// The messages for some texts, one below the other.
+/// The messages for some texts, one after the other.
 async fn messages(texts: &[&str]) -> String {
     let mut all = String::new();
     for text in texts {
@@ -692,7 +694,7 @@ fn step(columns: &str) -> String {
     )
 }
 
-/// A recipe with a step over each domain.
+/// A recipe with one step, grouped by domain.
 fn by_domain(aggregate: &str) -> String {
     format!(
         "-- Mine.\nwith step as (\n    select domain, {aggregate} as x\n    from documents\n    group by domain\n)\n\n\
@@ -803,7 +805,7 @@ async fn order_is_total_where_it_matters() {
         "with spans as (select doc_id, unnest(range(0, tokens, 5)) as start from documents)\nselect * from spans order by doc_id limit 3",
         "with spans as (select doc_id, unnest(make_array(0, 0)) as start, tokens from documents)\nselect * from spans order by doc_id, start limit 3",
         "with top as (select * from domains order by tokens limit 3)\nselect * from top",
-        // columns that are called like a key, and are none
+        // columns that have the name of a key, but are not unique
         "with pairs as (select doc_id as x, domain, tokens from documents)\nselect * from pairs order by domain limit 5",
         "with named as (select domain as doc_id, tokens, doc_id as x from documents)\nselect * from named order by doc_id limit 5",
         "with pairs as (select a.doc_id, b.bytes from documents as a inner join documents as b on a.domain = b.domain)\nselect * from pairs order by doc_id limit 5",
@@ -993,7 +995,7 @@ async fn words_that_mean_something_else_or_nothing() {
     }
 }
 
-/// What an analyst sees of a recipe that fails as it runs.
+/// The message that an analyst sees for a recipe that fails while it runs.
 async fn failure(text: &str) -> String {
     let corpus = a_corpus(20);
     let session = corpus.session(2);
@@ -1051,9 +1053,9 @@ async fn floats_are_the_same_whatever_the_order_of_the_rows() {
     let want = corpus.rows(&recipe, &[], 1).await;
     assert!(want.iter().all(|row| !row.stratum.contains("NaN") && !row.stratum.contains("-0.0")));
     for partitions in [1, 2, 7] {
-        // the same documents with other ids, so that they come in another order
         assert_eq!(corpus.rows(&recipe, &[], partitions).await, want, "{partitions} partitions");
     }
+    // the same documents with other ids, so that they come in another order
     corpus.documents.reverse();
     let strata = |rows: &[Row]| {
         let said = |row: &Row| row.stratum.split(' ').take(9).collect::<Vec<_>>().join(" ");
@@ -1093,7 +1095,7 @@ fn every_function_of_this_datafusion_was_looked_at() {
     );
     let tables = state.table_functions().keys().map(String::as_str).chain(["unnest"]);
     assert_eq!(canonical(tables.collect()), sorted(allowed::TABLES.to_vec()));
-    // and a newer one is refused
+    // a function in no list is refused
     assert!(allowed::refused("exact_sum_2").is_some());
 }
 
