@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::algorithms::strata::Asked;
@@ -25,23 +26,28 @@ use crate::storage::sealed;
 use crate::{Error, Result};
 
 /// All that a run was made of and all that it made. Nothing in it says when or where.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct RunManifest {
+    /// The run's id: its name, and a hash of its last stages' keys.
     pub run: String,
-    /// What computed it.
     pub build: Build,
     /// The git commit of the folder that conf and SQL were read from, where it is one.
     pub commit: Option<String>,
     /// Whether tracked files differed from that commit.
     pub dirty: bool,
+    /// The path of the conf.
     pub conf_file: String,
-    /// As resolved, with defaults.
+    /// The resolved conf, with all defaults.
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub conf: Conf,
+    /// The texts of the recipe, the checks and the stages' SQL, by path.
     pub sql: BTreeMap<String, String>,
+    /// The sources' files that were read.
     pub inputs: Vec<Input>,
     /// What looked like data where a source's files are, and was not read, by the source's name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub not_read: BTreeMap<String, Vec<Unread>>,
+    /// The digest of the tokenizer.
     pub tokenizer: Digest,
     /// The keys of the stages, in order.
     pub stages: Vec<StageKey>,
@@ -53,7 +59,7 @@ pub struct RunManifest {
 }
 
 /// What a program is made of, as far as what it computes may depend on it.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Build {
     /// The version of lengthwise.
     pub lengthwise: String,
@@ -94,12 +100,15 @@ impl Build {
 }
 
 /// The run in numbers, for the report and for comparisons.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Summary {
-    /// documents, tokens, duplicates, rejects, …
+    /// Numbers by name: documents, tokens, duplicates, rejects and more.
     pub counts: BTreeMap<String, u64>,
+    /// The domains of the corpus.
     pub domains: Vec<Domain>,
+    /// What the recipe asks for.
     pub asked: Asked,
+    /// What was drawn.
     pub drawn: Asked,
     pub planned: Planned,
     /// What each evaluation gave.
@@ -116,14 +125,19 @@ impl Summary {
 }
 
 /// One attempt at a run, successful or not.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Attempt {
+    /// When it began, as RFC 3339 has it.
     pub started: String,
+    /// How long it took.
     pub seconds: f64,
+    /// The machine's name.
     pub host: String,
+    /// How many cores the machine has.
     pub cores: usize,
+    /// The stages that it went through.
     pub steps: Vec<Step>,
-    /// What it wrote into the run's directory that says when, where or how fast, or that a newer version would word in
+    /// The files it wrote into the run's directory that say when, where or how fast, or that a newer version would word in
     /// another way: report, cards and the training's logs.
     pub files: Vec<File>,
 }
