@@ -11,6 +11,23 @@ use crate::storage::secret::hide;
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// The exit codes of the program.
+pub const EXIT_CODES: [(u8, &str); 7] = [
+    (0, "done"),
+    (
+        2,
+        "the command line, the conf, a recipe or a variable is wrong, or names what isn't there or can't be read or written",
+    ),
+    (3, "the data is not what the conf says: too many rejected rows, a budget out of reach"),
+    (4, "storage or the operating system refused, which may pass; the same command goes on where this one was"),
+    (5, "a digest or a sum differs: something is broken or was changed"),
+    (6, "training failed"),
+    (
+        75,
+        "stopped by SIGTERM or SIGINT; the same command goes on where this one was (`reproduce` begins anew)",
+    ),
+];
+
 /// What can go wrong, grouped by who can mend it.
 #[derive(Debug, Error, Diagnostic)]
 pub enum Error {
@@ -199,7 +216,7 @@ impl Error {
         [vec![self.to_string()], self.causes()].concat().join(": ")
     }
 
-    /// The exit code of the process, as documented in the README.
+    /// The exit code of the process, one of [`EXIT_CODES`].
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Written(_) | Error::Usage { .. } | Error::Absent { .. } => 2,

@@ -22,6 +22,16 @@ use datafusion::prelude::SessionContext;
 
 use crate::hash::unit_hash;
 
+/// The functions that are ours, as they are called, and what they give.
+pub const OURS: [(&str, &str); 6] = [
+    ("exp(x)", "e to the power of x, the same on every machine"),
+    ("ln(x)", "the natural logarithm, the same on every machine"),
+    ("log2(x)", "the logarithm to base 2, the same on every machine"),
+    ("log10(x)", "the logarithm to base 10, the same on every machine"),
+    ("power(x, y)", "x to the power of y, the same on every machine; also `pow`"),
+    ("unit_hash(seed, doc_id, start)", "a number in [0, 1) that depends on nothing but its arguments"),
+];
+
 /// Makes the functions known to a session, once; those of the same name are replaced.
 pub fn register(session: &SessionContext) {
     exact::install(session);
