@@ -19,7 +19,10 @@ pub const EXIT_CODES: [(u8, &str); 7] = [
         "the command line, the conf, a recipe or a variable is wrong, or names what isn't there or can't be read or written",
     ),
     (3, "the data is not what the conf says: too many rejected rows, a budget out of reach"),
-    (4, "storage or the operating system refused, which may pass; the same command goes on where this one was"),
+    (
+        4,
+        "storage or the operating system refused, which may pass; the same command goes on where this one was",
+    ),
     (5, "a digest or a sum differs: something is broken or was changed"),
     (6, "training failed"),
     (
