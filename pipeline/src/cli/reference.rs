@@ -185,7 +185,10 @@ fn table(schema: &Value) -> Option<(String, &Value)> {
     if properties(schema).is_some() {
         return Some((String::new(), schema));
     }
-    let within = |key: &str, mark: &str| table(&schema[key]).map(|(rest, of)| (format!("{mark}{rest}"), of));
+    let within = |key: &str, mark: &str| {
+        let (rest, of) = table(schema.get(key)?)?;
+        Some((format!("{mark}{rest}"), of))
+    };
     within("items", "[]").or_else(|| within("additionalProperties", ".NAME"))
 }
 
@@ -209,7 +212,8 @@ impl Keys {
 
     /// Describes a table, and those in it.
     fn describe(&mut self, path: &str, schema: &Value, description: &str) {
-        let _ = writeln!(self.out, "### `{}`\n\n{description}\n", self.heading(path));
+        let level = if self.is_conf { "##" } else { "###" };
+        let _ = writeln!(self.out, "{level} `{}`\n\n{description}\n", self.heading(path));
         self.fields(&format!("{path}."), schema);
     }
 
@@ -272,7 +276,7 @@ Editors check a conf, complete its keys and show what they mean, if its first li
 
     #:schema ../docs/reference/conf.schema.json
 
-What keys take:
+Two kinds of values have a name here:
 
 - **tokens**: {}
 - **bytes**: {}
