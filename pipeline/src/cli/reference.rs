@@ -233,8 +233,9 @@ impl Keys {
                     let path = format!("{prefix}{key}{mark}");
                     let keys = of["properties"].to_string();
                     let heading = self.heading(&path);
-                    let known = self.known.entry(keys).or_insert_with(|| heading.clone()).clone();
-                    if known == heading {
+                    let is_new = !self.known.contains_key(&keys);
+                    let known = self.known.entry(keys).or_insert(heading).clone();
+                    if is_new {
                         inner.push((
                             path,
                             of.clone(),
@@ -521,6 +522,7 @@ SQL is DataFusion's. A text is one SELECT; WITH gives its steps names. There are
         "\nA recipe's own parameters are declared in the comment at its top, and set in `[mixture.params]`: {FORM}.\n\n\
          Checks have `$budget`, `$long_tokens`, `$max_copies` and `$max_span`.\n\n\
          ## Functions\n\nA recipe may call what gives the same result on every machine, at any time, in any order of rows. \
+         Checks and `lengthwise sql` may call DataFusion's other functions, too. \
          Arithmetic that overflows or divides by zero is an error; what is no number (`ln(-1)`) is null.\n\n\
          These are lengthwise's own:\n\n"
     );
@@ -540,7 +542,8 @@ SQL is DataFusion's. A text is one SELECT; WITH gives its steps names. There are
         "\nThese are DataFusion's:\n\n\
          - of values: {}\n\
          - of a group's rows: {}, and `sum` of decimals: `sum(cast(x as decimal(38, 0)))`\n\
-         - of a row's place in a window, if ORDER BY leaves no two rows equal: {}\n\
+         - of a row's place in a window: {}; all but `rank`, `dense_rank`, `percent_rank` and `cume_dist` need an ORDER BY \
+         that leaves no two rows equal\n\
          - that make a table: {}\n\n\
          ### What is refused in a recipe\n\n",
         quoted(&others),
@@ -643,4 +646,4 @@ A KEY is a hash of all that a stage's output depends on: the same key is the sam
 }
 
 /// What stands at the top of every page.
-const MADE: &str = "This page is written from the code; a test compares them.";
+const MADE: &str = "This page is generated from the code; a test fails when they differ.";
