@@ -1,8 +1,10 @@
 //! Amounts of tokens and bytes in the form that people write: `"5B"`, `"512MB"`.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 use serde::{Serialize, Serializer};
 
@@ -17,7 +19,9 @@ pub struct Count(pub u64);
 pub struct Size(pub u64);
 
 struct Units {
-    /// The accepted forms, for messages.
+    /// What is counted.
+    of: &'static str,
+    /// What is accepted, for messages.
     accepted: &'static str,
     /// Largest first, so that printing finds the shortest form.
     units: &'static [(&'static str, u64)],
@@ -26,12 +30,14 @@ struct Units {
 }
 
 const TOKENS: Units = Units {
+    of: "tokens",
     accepted: "a whole number, or a text with K, M or B (decimal): \"128K\", \"512M\", \"1.5B\"",
     units: &[("B", 1_000_000_000), ("M", 1_000_000), ("K", 1_000), ("", 1)],
     also: &[],
 };
 
 const BYTES: Units = Units {
+    of: "bytes",
     accepted: "a whole number of bytes, or a text with KB, MB, GB (decimal) or KiB, MiB, GiB: \
                \"512MB\", \"1.5GB\", \"2GiB\"",
     units: &[("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1_000), ("", 1)],
@@ -74,6 +80,17 @@ impl Units {
             Ok(amount) => Ok(amount.unsigned_abs()),
             Err(_) => wrong("is too large"),
         }
+    }
+
+    fn schema(&self) -> Schema {
+        let units: Vec<&str> = self.units.iter().chain(self.also).map(|(unit, _)| *unit).collect();
+        json_schema!({
+            "title": self.of,
+            "description": format!("Takes {}.", self.accepted),
+            "type": ["integer", "string"],
+            "minimum": 0,
+            "pattern": format!(r"^[0-9][0-9_]*(\.[0-9_]+)?\s*({})$", units.join("|")),
+        })
     }
 
     fn print(&self, amount: u64, f: &mut fmt::Formatter) -> fmt::Result {
@@ -156,5 +173,25 @@ impl Serialize for Count {
 impl Serialize for Size {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_u64(self.0)
+    }
+}
+
+impl JsonSchema for Count {
+    fn schema_name() -> Cow<'static, str> {
+        "Count".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        TOKENS.schema()
+    }
+}
+
+impl JsonSchema for Size {
+    fn schema_name() -> Cow<'static, str> {
+        "Size".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        BYTES.schema()
     }
 }

@@ -1,5 +1,6 @@
 //! The conf's `[train]` table.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
@@ -10,107 +11,120 @@ use crate::config::Config;
 use crate::device::DeviceName;
 use crate::{Error, Result};
 
-/// `[train]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Training: a checkpoint is trained further, or a fresh model is made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConf {
-    /// The folder of a Hugging Face Llama to start from.
+    /// The folder of a Hugging Face Llama that is trained further. Set this, or `shape`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<String>,
-    /// The shape of a new model, if there is no checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<Shape>,
-    /// How long to train, in steps. Set either this or `tokens`.
+    /// How many steps the training has. Set this, or `tokens`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
+    /// How many tokens the training reads. The last step may go beyond.
     #[serde(default, deserialize_with = "count", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Count>")]
     pub tokens: Option<u64>,
-    /// 2e-5 by default (paper §4).
+    /// The learning rate after the warm-up. The default is the paper's (§4).
     #[serde(default = "default_rate")]
     pub learning_rate: f64,
-    /// The schedule after the warm-up; constant by default (paper §4).
     #[serde(default)]
     pub schedule: Schedule,
+    /// In how many steps the learning rate rises from zero.
     #[serde(default)]
     pub warmup_steps: u64,
-    /// Tokens per step, rounded to whole sequences; one sequence by default. The paper uses 4M.
+    /// How many tokens a step has, rounded to whole sequences. By default, those of one sequence. The paper's steps have 4M.
     #[serde(default, deserialize_with = "count", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Count>")]
     pub batch_tokens: Option<u64>,
+    /// AdamW's weight decay.
     #[serde(default = "default_decay")]
     pub weight_decay: f64,
-    /// The base of RoPE, in place of the checkpoint's. The paper raises it (§4).
+    /// The base of RoPE. By default, the checkpoint's. The paper's runs raise it (§4).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_theta: Option<f64>,
-    /// RoPE's scaling as in `config.json`, in place of the checkpoint's.
+    /// RoPE's scaling, as in `config.json`. By default, the checkpoint's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
     pub rope_scaling: Option<Value>,
-    /// Whether attention stays within documents and positions restart in each. The paper does not mask (§4).
+    /// Whether attention stays within documents. Positions then begin anew in each. The paper does without (§4).
     #[serde(default)]
     pub document_mask: bool,
-    /// The type of matrix products. Parameters, accumulated gradients and the optimizer's state are always f32.
     #[serde(default)]
     pub precision: Precision,
-    /// Whether the backward pass recomputes a layer's intermediates, so that the forward pass need not keep them.
+    /// Whether the backward pass computes the insides of a layer again. Otherwise the forward pass keeps them in memory.
     #[serde(default = "yes")]
     pub recompute: bool,
-    /// Whether saved activations wait in the host's memory.
+    /// Whether what the forward pass keeps is moved to the host's memory until it is needed.
     #[serde(default)]
     pub offload: bool,
-    /// Whether GPUs use deterministic kernels, which are slower. With them, a training that was stopped and resumed has
-    /// bit-identical losses. CPUs are always deterministic.
+    /// Whether GPUs use only kernels that add up in a fixed order, which is slower. A training that was stopped then has the
+    /// same losses, to the last bit, as one that was not. CPUs always do so.
     #[serde(default)]
     pub deterministic: bool,
-    /// `["flex"]`, `["libtorch-cpu"]`, or `["libtorch-cuda:0", …]` with one rank for each.
+    /// The devices: `["flex"]`, `["libtorch-cpu"]`, or `["libtorch-cuda:0", …]` with one rank each.
     #[serde(default = "default_devices")]
     pub devices: Vec<String>,
-    /// The number of ranks; one per device by default. Set it if ranks share a device, or for several machines.
+    /// How many ranks there are. By default, one for each device. More are needed where several share a device, or where
+    /// there are several machines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranks: Option<usize>,
-    /// How many ranks share a sequence (context parallelism); all by default. The groups are data parallel.
+    /// How many ranks share a sequence. By default, all of them. With fewer, groups of ranks read different sequences.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sequence_ranks: Option<usize>,
-    /// Steps between checkpoints. If it is not set, a checkpoint is written only when the training is stopped.
+    /// How many steps are between checkpoints. By default, a checkpoint is written only at the end and at a stop.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint_every: Option<u64>,
-    /// A device's peak in 10¹² operations per second, to report the fraction reached.
+    /// The most that a device can do, in 10¹² operations a second. The log then says what fraction of it is reached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_tflops: Option<f64>,
-    /// The fraction of the peak that `plan` assumes.
+    /// The fraction of `peak_tflops` that `lengthwise plan` counts on.
     #[serde(default = "default_fraction")]
     pub peak_fraction: f64,
-    /// A device's memory, such as "80GB", with which `plan` reports whether the training fits.
+    /// The memory of a device. `lengthwise plan` then says whether the training fits.
     #[serde(default, deserialize_with = "bytes", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Size>")]
     pub device_memory: Option<u64>,
-    /// The seed of a new model's weights.
+    /// The seed of a fresh model's weights.
     #[serde(default)]
     pub seed: u64,
 }
 
-/// `[train.shape]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// The shape of a fresh model, if there is no checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Shape {
+    /// The width of a token's state.
     pub hidden_size: usize,
+    /// The width inside the feed-forward part of a layer.
     pub intermediate_size: usize,
+    /// How many layers the model has.
     pub layers: usize,
+    /// How many attention heads a layer has.
     pub heads: usize,
-    /// As many as `heads` by default.
+    /// How many heads keys and values have. By default, as many as `heads`.
     #[serde(default)]
     pub kv_heads: Option<usize>,
+    /// Whether the embedding and the output share their weights.
     #[serde(default)]
     pub tied: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// What the learning rate does after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Schedule {
+    /// It stays as it is: the paper's way (§4).
     #[default]
     Constant,
-    /// A cosine that falls to a tenth of the peak at the last step.
+    /// It falls to a tenth at the last step, as a cosine does.
     Cosine,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// The type of number that matrices are multiplied in. Parameters, sums of gradients and the optimizer are f32 either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     #[default]

@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::algorithms::strata::Asked;
@@ -24,8 +25,9 @@ use crate::{Error, Result};
 
 /// Everything that a run was made from, and everything that it produced. It contains no times and no machine
 /// names, so that equal runs have equal manifests.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct RunManifest {
+    /// The run's id: its name, and a hash of its last stages' keys.
     pub run: String,
     /// The build that computed the run.
     pub build: Build,
@@ -34,14 +36,19 @@ pub struct RunManifest {
     pub commit: Option<String>,
     /// Whether tracked files differed from that commit, or the conf or the recipe was not tracked.
     pub dirty: bool,
+    /// The path of the conf.
     pub conf_file: String,
     /// The resolved conf, with defaults.
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub conf: Conf,
+    /// The texts of the recipe, the checks and the stages' SQL, by path.
     pub sql: BTreeMap<String, String>,
+    /// The sources' files that were read.
     pub inputs: Vec<Input>,
     /// Files that look like data and lie among a source's files, but were not read, by the source's name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub not_read: BTreeMap<String, Vec<Unread>>,
+    /// The digest of the tokenizer.
     pub tokenizer: Digest,
     /// The keys of the stages, in order.
     pub stages: Vec<StageKey>,
@@ -54,7 +61,7 @@ pub struct RunManifest {
 }
 
 /// The parts of a program that its results may depend on.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Build {
     /// The version of lengthwise.
     pub lengthwise: String,
@@ -94,13 +101,16 @@ impl Build {
     }
 }
 
-/// The numbers of a run, for the report and for comparisons.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// The run in numbers, for the report and for comparisons.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Summary {
-    /// Counts by name: documents, tokens, duplicates, rejects, …
+    /// Numbers by name: documents, tokens, duplicates, rejects and more.
     pub counts: BTreeMap<String, u64>,
+    /// The domains of the corpus.
     pub domains: Vec<Domain>,
+    /// What the recipe asks for.
     pub asked: Asked,
+    /// What was drawn.
     pub drawn: Asked,
     pub planned: Planned,
     /// Results of the evaluations, by name.
@@ -117,12 +127,17 @@ impl Summary {
 }
 
 /// One attempt at a run, successful or not.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Attempt {
+    /// When it began, as RFC 3339 has it.
     pub started: String,
+    /// How long it took.
     pub seconds: f64,
+    /// The machine's name.
     pub host: String,
+    /// How many cores the machine has.
     pub cores: usize,
+    /// The stages that it went through.
     pub steps: Vec<Step>,
     /// Files in the run's directory that contain times, machine names or speeds, or that a newer version may
     /// word differently: the report, the cards and the training logs.

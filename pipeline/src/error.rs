@@ -22,6 +22,26 @@ pub enum TokenizerError {
     NotTrained(String),
 }
 
+/// The exit codes of the program.
+pub const EXIT_CODES: [(u8, &str); 7] = [
+    (0, "done"),
+    (
+        2,
+        "the command line, the conf, a recipe or a variable is wrong, or names what isn't there or can't be read or written",
+    ),
+    (3, "the data is not what the conf says: too many rejected rows, a budget out of reach"),
+    (
+        4,
+        "storage or the operating system refused, which may pass; the same command goes on where this one was",
+    ),
+    (5, "a digest or a sum differs: something is broken or was changed"),
+    (6, "training failed"),
+    (
+        75,
+        "stopped by SIGTERM or SIGINT; the same command goes on where this one was (`reproduce` begins anew)",
+    ),
+];
+
 /// The errors of this crate, grouped by who can fix the cause.
 #[derive(Debug, Error, Diagnostic)]
 pub enum Error {
@@ -213,7 +233,7 @@ impl Error {
         [vec![self.to_string()], self.causes()].concat().join(": ")
     }
 
-    /// The exit code of the process, which the documentation lists.
+    /// The exit code of the process, one of [`EXIT_CODES`].
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Written(_) | Error::Usage { .. } | Error::Absent { .. } => 2,

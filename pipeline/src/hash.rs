@@ -5,6 +5,7 @@ use std::fmt;
 
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Float64Type, Int32Type, Int64Type, UInt16Type, UInt32Type};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 /// The BLAKE3 hash of some bytes, displayed as 64 hexadecimal digits.
@@ -150,6 +151,14 @@ macro_rules! serde_as_hex {
                 let text = String::deserialize(deserializer)?;
                 let parse: fn(&str) -> Option<Self> = $parse;
                 parse(&text).ok_or_else(|| serde::de::Error::custom(format!("`{text}` is not a digest")))
+            }
+        }
+        impl JsonSchema for $type {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($type).into()
+            }
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "string", "title": "digest" })
             }
         }
     };

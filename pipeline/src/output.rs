@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -26,11 +27,15 @@ use crate::{Error, Result};
 pub type Ingredients = BTreeMap<String, Value>;
 
 /// Describes a stage's output: its tables and files, with digests of bytes and of rows.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Manifest {
+    /// The stage's name.
     pub stage: String,
+    /// The hash of all that the output depends on.
     pub key: String,
+    /// All that the output depends on, by name.
     pub ingredients: Ingredients,
+    /// The tables of the output, by name.
     pub tables: BTreeMap<String, Table>,
     /// Counts by name, which the accounts are checked with: documents, tokens, rejects, …
     pub counts: BTreeMap<String, u64>,
@@ -40,35 +45,47 @@ pub struct Manifest {
 }
 
 /// A source file that was read.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Input {
+    /// Where the file was read.
     pub url: String,
+    /// The file's size.
     pub bytes: u64,
+    /// The digest of the file's bytes.
     pub blake3: Digest,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+/// The key of a stage.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct StageKey {
+    /// The stage's name.
     pub stage: String,
+    /// The name of its folder below `stages/STAGE/`.
     pub key: String,
 }
 
 /// A table, or another set of files that belong together.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Table {
+    /// How many rows it has.
     pub rows: u64,
     /// The digest of the rows, independent of their order, over the columns that are content. Locations are
     /// not content.
     pub digest: RowDigest,
+    /// Its files.
     pub files: Vec<File>,
 }
 
-/// One stored file. `name` is relative to the stage's folder.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+/// One stored file.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct File {
+    /// Its path, from the folder of the manifest.
     pub name: String,
+    /// Its size.
     pub bytes: u64,
+    /// How many rows it has.
     pub rows: u64,
+    /// The digest of its bytes.
     pub blake3: Digest,
 }
 

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use arrow::util::pretty::pretty_format_batches;
 use datafusion::prelude::SessionContext;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -36,15 +37,20 @@ pub enum Goal {
 }
 
 /// What a run did about one stage, for the run's manifest and the report.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Step {
+    /// The stage's name; of an evaluation, `eval NAME`.
     pub stage: String,
+    /// The stage's key.
     pub key: String,
+    /// Whether its output was there already.
     pub cached: bool,
+    /// How long it took.
     pub seconds: f64,
     /// The time when the stage ended, in RFC 3339.
     #[serde(default)]
     pub ended: String,
+    /// What was counted.
     pub counts: BTreeMap<String, u64>,
     #[serde(skip)]
     pub ingredients: Ingredients,

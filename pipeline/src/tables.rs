@@ -6,6 +6,7 @@ use arrow::array::{Array, ArrayRef, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::error::DataFusionError;
 
+use crate::stage::Stage;
 use crate::{Error, Result};
 
 /// A column of a batch, by name.
@@ -39,6 +40,38 @@ pub fn rows<const N: usize>(schema: SchemaRef, columns: [(&str, ArrayRef); N]) -
     let columns = schema.fields().iter().map(of).collect();
     RecordBatch::try_new(schema, columns).expect("columns as the table has them")
 }
+
+/// A table that `lengthwise sql` sees.
+pub struct Seen {
+    pub name: &'static str,
+    /// What one row of it is.
+    pub row: &'static str,
+    pub stage: Stage,
+    /// What the stage calls it.
+    pub table: &'static str,
+    pub schema: fn() -> SchemaRef,
+}
+
+/// All tables that `lengthwise sql` sees.
+#[rustfmt::skip]
+pub const SEEN: [Seen; 10] = {
+    use Stage::*;
+    const fn seen(name: &'static str, stage: Stage, schema: fn() -> SchemaRef, row: &'static str) -> Seen {
+        Seen { name, row, stage, table: name, schema }
+    }
+    [
+        seen("documents", Tokens, documents, "a row of a source that became a document"),
+        seen("tokens", Tokens, || tokens(true), "up to 131,072 token ids of a document, without special tokens"),
+        seen("rejects", Tokens, rejects, "a row of a source that did not become a document"),
+        seen("catalog", Catalog, catalog, "a distinct document"),
+        seen("heldout", Catalog, heldout, "a document that is held out of training"),
+        seen("domains", Domains, domains, "a domain, over the documents that a recipe may draw from"),
+        seen("shares", Domains, shares, "a domain and its target share"),
+        seen("mixture", Mixture, mixture, "a span to draw from, as the recipe gave it"),
+        seen("drawn", Draw, drawn, "a copy of a span that was drawn"),
+        Seen { table: "train", ..seen("packed", Pack, packed, "a sequence of the dataset") },
+    ]
+};
 
 fn schema(columns: &[(&str, DataType)]) -> SchemaRef {
     Arc::new(Schema::new(

@@ -1,5 +1,6 @@
 //! The conf's `[eval]` table.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::retrieval::Task;
@@ -17,13 +18,13 @@ pub const ANSWER: &str = "eat a sandwich and sit in Dolores Park on a sunny day.
 /// The authors' prompt for a base model.
 pub const PROMPT: &str = "<|im_start|> This is a very long story book: <book> {context} </book>.\n Based on the content of the book, Question: {question}\nAnswer:";
 
-/// `[eval]`: the evaluations at the end of a run.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// The evaluations that a run ends with.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EvalConf {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub needle: Option<NeedleConf>,
-    /// Whether to compute the loss of the run's held-out documents.
+    /// Whether the loss of the run's held-out documents is computed.
     #[serde(default)]
     pub loss: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -32,79 +33,88 @@ pub struct EvalConf {
     pub bookqa: Option<BookqaConf>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub choices: Option<ChoicesConf>,
-    /// `[train]`'s devices by default; `["flex"]` without `[train]`.
+    /// The devices. By default, those of `[train]`, and `["flex"]` without that table.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<String>>,
-    /// The number of ranks; one per device by default.
+    /// How many ranks share a text. By default, one for each device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranks: Option<usize>,
-    /// The type of matrix products and of cached keys and values; "f32" by default.
+    /// The type of number that matrices are multiplied in, and that keys and values are kept in.
     #[serde(default)]
     pub precision: Precision,
 }
 
-/// `[eval.needle]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Hides a sentence in long texts, and asks for it: the paper's needle in a haystack.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NeedleConf {
-    /// The texts of the haystack, which are concatenated: a file, a folder or a glob.
+    /// The texts that are put one after the other: a file, a folder or a glob.
     pub haystack: String,
-    /// Context lengths in tokens; by default the paper's forty from 1,000 to 128,000.
+    /// How long the texts are. By default, the paper's forty lengths from 1,000 to 128,000 tokens.
     #[serde(default = "paper_lengths", deserialize_with = "counts")]
+    #[schemars(with = "Vec<Count>")]
     pub lengths: Vec<usize>,
-    /// Depths in percent; by default the paper's ten from 0 to 100.
+    /// Where in the text the needle is, in percent. By default, the paper's ten depths from 0 to 100.
     #[serde(default = "paper_depths")]
     pub depths: Vec<f64>,
-    /// The prompt, with `{context}` and `{question}` in it. A chat model needs its own template.
+    /// What the model is asked, with `{context}` and `{question}` in it. By default, the paper's prompt. A chat model answers
+    /// in its own template only.
     #[serde(default = "prompt")]
     pub prompt: String,
+    /// The sentence that is hidden. By default, the paper's.
     #[serde(default = "needle")]
     pub needle: String,
+    /// The question. By default, the paper's.
     #[serde(default = "question")]
     pub question: String,
+    /// The right answer. By default, the paper's.
     #[serde(default = "answer")]
     pub answer: String,
 }
 
-/// `[eval.retrieval]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Asks for needles of several kinds, for variables and for words, and scores the answers as RULER does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RetrievalConf {
-    /// The texts of the haystack, which are concatenated: a file, a folder or a glob.
+    /// The texts that are put one after the other: a file, a folder or a glob.
     pub haystack: String,
-    /// Lengths in tokens, including the reply; by default RULER's from 4,096 to 131,072.
+    /// How long the texts are, with the reply. By default, RULER's lengths from 4,096 to 131,072 tokens.
     #[serde(default = "ruler_lengths", deserialize_with = "counts")]
+    #[schemars(with = "Vec<Count>")]
     pub lengths: Vec<usize>,
+    /// What is asked. By default, all of it.
     #[serde(default = "all_tasks")]
     pub tasks: Vec<Task>,
-    /// Questions per task and length.
+    /// How many questions are asked for each task and length.
     #[serde(default = "ten")]
     pub samples: usize,
+    /// The seed of the questions.
     #[serde(default)]
     pub seed: u64,
 }
 
-/// `[eval.bookqa]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Asks questions about whole books, and scores the answers with F1.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BookqaConf {
-    /// JSONL in InfiniteBench's format, such as `longbook_qa_eng.jsonl`.
+    /// The questions and books: JSONL in InfiniteBench's format, `longbook_qa_eng.jsonl`.
     pub file: String,
-    /// The length in tokens, including the reply; longer books lose their middle. 128K by default, as in the paper.
+    /// How long the prompts are, with the reply. A longer book loses its middle. The default is the paper's 128K.
     #[serde(default = "paper_longest", deserialize_with = "one_count")]
+    #[schemars(with = "Count")]
     pub length: usize,
 }
 
-/// `[eval.choices]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Asks questions with choices, as MMLU does: is the model still good at short texts?
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChoicesConf {
-    /// CSV in MMLU's format, such as `SUBJECT_test.csv`.
+    /// The questions: CSV in MMLU's format, `SUBJECT_test.csv`.
     pub file: String,
-    /// Few-shot examples in the same format, such as `SUBJECT_dev.csv`; none by default.
+    /// Questions of the same format that stand answered before each question, `SUBJECT_dev.csv`. By default, there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub examples: Option<String>,
-    /// How many examples to use; 5 by default, as in MMLU.
+    /// How many examples stand before each question. The default is MMLU's.
     #[serde(default = "five")]
     pub shots: usize,
     /// The subject that the prompt names.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::expected::Spans;
@@ -24,18 +25,22 @@ pub struct Span<'a> {
 }
 
 /// What a recipe asks for, by domain and stratum and by length: the preview, and the accounts of the draw.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Asked {
+    /// One entry for each stratum of each domain.
     pub strata: Vec<Stratum>,
     /// The documents with the most expected copies of a span, most first.
     pub most_copies: Vec<Repeated>,
 }
 
 /// What a recipe asks of one stratum of a domain.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Stratum {
+    /// The domain.
     pub domain: String,
+    /// The name that the recipe gives the stratum; empty if it gives none.
     pub stratum: String,
+    /// How many spans it has.
     pub spans: u64,
     /// Tokens of the spans that may be drawn from, each once.
     pub available: u64,
@@ -44,7 +49,7 @@ pub struct Stratum {
     /// Expected tokens drawn, by length of the document (the buckets of Figure 2). Their sum is what is drawn: the budget,
     /// or what `max_copies` leaves of it.
     pub by_length: Vec<u64>,
-    /// … of which are in long documents.
+    /// How many of these tokens are in long documents.
     pub long: u64,
 }
 
@@ -68,11 +73,15 @@ impl Stratum {
 const MAX_NAMED: usize = 5;
 
 /// A document that a recipe repeats.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Repeated {
+    /// The document.
     pub doc_id: String,
+    /// Its domain.
     pub domain: String,
+    /// How many tokens it has.
     pub tokens: i64,
+    /// How often it is drawn.
     pub copies: f64,
 }
 

@@ -12,6 +12,8 @@ mod init;
 mod log;
 mod plan;
 mod preview;
+#[cfg(all(test, feature = "train"))]
+mod reference;
 mod report;
 mod reproduce;
 mod run;
@@ -28,7 +30,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Mutex, OnceCell};
 
 use crate::conf::Conf;
-use crate::error::Doing;
+use crate::error::{Doing, EXIT_CODES};
 use crate::run::{Goal, Run};
 use crate::sql::{Files, git};
 use crate::storage::Stores;
@@ -37,27 +39,23 @@ use crate::{Error, Result};
 /// Make a language model's context long by engineering its data: exact document lengths, SQL mixture recipes,
 /// packed sequences, and the training run that they feed.
 #[derive(Parser)]
-#[command(name = "lengthwise", version, max_term_width = 110, after_help = EXIT_CODES)]
+#[command(name = "lengthwise", version, max_term_width = 110, after_help = after_help())]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
 
-const EXIT_CODES: &str = "\
-Exit codes:
-  0   done
-  2   the command line, the conf, a recipe or a variable is wrong, or names what isn't there or can't be read or written
-  3   the data is not what the conf says: too many rejected rows, a budget out of reach
-  4   storage or the operating system refused, which may pass; the same command goes on where this one was
-  5   a digest or a sum differs: something is broken or was changed
-  6   training failed
-  75  stopped by SIGTERM or SIGINT; the same command goes on where this one was
-
-Examples:
+fn after_help() -> String {
+    let codes = EXIT_CODES.map(|(code, meaning)| format!("  {code:<3} {meaning}\n"));
+    format!(
+        "Exit codes:\n{}\nExamples:
   lengthwise init mixture
   lengthwise run conf/quickstart.toml
   lengthwise preview conf/corpus.toml --set mixture.recipe=sql/mixtures/global.sql
-  lengthwise sql conf/corpus.toml \"select domain, tokens from domains\"";
+  lengthwise sql conf/corpus.toml \"select domain, tokens from domains\"",
+        codes.concat()
+    )
+}
 
 #[derive(Subcommand)]
 enum Command {
@@ -82,7 +80,7 @@ enum Command {
     Plan(plan::PlanArguments),
     /// Show the mixture that a recipe gives, before anything is drawn
     Preview(preview::PreviewArguments),
-    /// Ask the tables of a conf's stages: documents, tokens, rejects, catalog, domains, shares, mixture, drawn, packed
+    #[command(about = sql::about())]
     Sql(sql::SqlArguments),
     /// Write a run's report again, to stdout or into a file
     Report(report::ReportArguments),

@@ -9,7 +9,7 @@ use super::{ConfArguments, print};
 use crate::dataflow::{Flow, latest_of};
 use crate::output::Ingredients;
 use crate::run::{Goal, Run};
-use crate::stage::Stage;
+use crate::stage::{About, STAGES, Stage};
 use crate::{Error, Result};
 
 #[derive(Args)]
@@ -20,19 +20,6 @@ pub struct PlanArguments {
     #[arg(long)]
     json: bool,
 }
-
-const STAGES: [Stage; 10] = [
-    Stage::Tokenizer,
-    Stage::Tokens,
-    Stage::Catalog,
-    Stage::Domains,
-    Stage::Mixture,
-    Stage::Draw,
-    Stage::Shuffle,
-    Stage::Pack,
-    Stage::Train,
-    Stage::Eval,
-];
 
 pub async fn main(arguments: PlanArguments) -> Result<()> {
     let run = arguments.conf.open(Goal::Look)?;
@@ -45,8 +32,7 @@ pub async fn main(arguments: PlanArguments) -> Result<()> {
     };
     let steps = run.steps.lock().expect("no panic while held").clone();
     let mut lines: Vec<(&str, &str, String)> = vec![];
-    for stage in STAGES {
-        let name = stage.name();
+    for About { stage, name, .. } in STAGES {
         let unused = (stage == Stage::Tokenizer && run.conf.tokenizer.train.is_none())
             || (stage == Stage::Train && run.conf.train.is_none())
             || (stage == Stage::Eval && run.conf.eval.is_none());

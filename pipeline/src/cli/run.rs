@@ -15,7 +15,7 @@ use serde_json::json;
 use super::{ConfArguments, print, until_stopped};
 use crate::dataflow::{Flow, checked, mended, remember};
 use crate::run::{Goal, Run};
-use crate::stage::Stage;
+use crate::stage::{STAGES, Stage};
 use crate::watch::{Watch, refused, summary};
 use crate::{Error, Result};
 
@@ -40,10 +40,8 @@ pub async fn main(arguments: RunArguments) -> Result<()> {
     {
         let message =
             format!("--from {} comes after --until {}: nothing would be computed", from.name(), until.name());
-        return Err(Error::usage(
-            message,
-            "stages are, in order: tokenizer, tokens, catalog, domains, mixture, draw, shuffle, pack, train",
-        ));
+        let stages = STAGES.map(|about| about.name).join(", ");
+        return Err(Error::usage(message, format!("stages are, in order: {stages}")));
     }
     #[cfg(feature = "train")]
     if arguments.from.is_some() && LaunchEnv::from_env()?.is_some() {

@@ -14,7 +14,14 @@ use crate::dataflow::Flow;
 use crate::run::{Goal, Run};
 use crate::sql::engine::query;
 use crate::sql::recipe::plan_query;
-use crate::{Error, Result, tables};
+use crate::stage::Stage;
+use crate::tables::{SEEN, Seen};
+use crate::{Error, Result};
+
+/// What the command does, for help.
+pub fn about() -> String {
+    format!("Ask the tables of a conf's stages: {}", SEEN.map(|seen| seen.name).join(", "))
+}
 
 #[derive(Args)]
 pub struct SqlArguments {
@@ -75,32 +82,25 @@ pub async fn main(arguments: SqlArguments) -> Result<()> {
 }
 
 async fn register(run: &Run, flow: &Flow, session: &datafusion::prelude::SessionContext) -> Result<()> {
-    let engine = &run.engine;
-    if let Some(tokens) = &flow.tokens {
-        for name in ["documents", "tokens", "rejects"] {
-            tokens.register(run, session, name).await?;
+    for Seen { name, stage, table, schema, .. } in SEEN {
+        let published = match stage {
+            Stage::Tokens => {
+                if let Some(tokens) = &flow.tokens {
+                    tokens.register(run, session, name).await?;
+                }
+                continue;
+            }
+            Stage::Catalog => flow.catalog.as_ref(),
+            Stage::Domains => flow.domains.as_ref().map(|(domains, _)| domains),
+            Stage::Mixture => flow.mixture.as_ref(),
+            Stage::Draw => flow.drawn.as_ref(),
+            Stage::Pack => flow.packed.as_ref(),
+            _ => None,
+        };
+        if let Some(published) = published {
+            let files = [(&published.folder, &published.table(table))];
+            run.engine.register(session, name, schema(), &files, &[]).await?;
         }
-    }
-    let mut stages = vec![];
-    if let Some(catalog) = &flow.catalog {
-        stages.push((catalog, "catalog", tables::catalog(), "catalog"));
-        stages.push((catalog, "heldout", tables::heldout(), "heldout"));
-    }
-    if let Some((domains, _)) = &flow.domains {
-        stages.push((domains, "domains", tables::domains(), "domains"));
-        stages.push((domains, "shares", tables::shares(), "shares"));
-    }
-    if let Some(mixture) = &flow.mixture {
-        stages.push((mixture, "mixture", tables::mixture(), "mixture"));
-    }
-    if let Some(drawn) = &flow.drawn {
-        stages.push((drawn, "drawn", tables::drawn(), "drawn"));
-    }
-    if let Some(packed) = &flow.packed {
-        stages.push((packed, "train", tables::packed(), "packed"));
-    }
-    for (stage, table, schema, name) in stages {
-        engine.register(session, name, schema, &[(&stage.folder, &stage.table(table))], &[]).await?;
     }
     Ok(())
 }

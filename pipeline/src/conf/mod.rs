@@ -23,6 +23,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -34,107 +35,118 @@ pub use shares::{SLIMPAJAMA, SLIMPAJAMA_TEXT, Shares};
 use crate::{Error, Result};
 use tree::{Entry, Node, Tree, Value};
 
-/// All that a run is told.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// The conf of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Conf {
     pub run: Run,
-    /// Where documents come from; at least one.
+    #[schemars(length(min = 1))]
     pub source: Vec<Source>,
     pub tokenizer: Tokenizer,
     pub mixture: Mixture,
     pub pack: Pack,
     #[serde(default)]
     pub engine: Engine,
-    /// The trainer's own table, which [`Conf::train`] reads. Without it, the run ends at the packed dataset.
+    /// Training. Without this table, the run ends at the packed dataset.
+    // the trainer's own; `Conf::train` reads it
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "train", schemars(with = "Option<lengthwise_model::conf::TrainConf>"))]
+    #[cfg_attr(not(feature = "train"), schemars(skip))]
     pub train: Option<toml::Table>,
-
-    /// The evaluations' own table, which [`Conf::eval`] reads. Without it, the run ends at the checkpoint.
+    /// The evaluations at the end of a run. Without this table, the run ends at the checkpoint.
+    // the evaluations' own; `Conf::eval` reads it
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "train", schemars(with = "Option<lengthwise_model::eval::conf::EvalConf>"))]
+    #[cfg_attr(not(feature = "train"), schemars(skip))]
     pub eval: Option<toml::Table>,
 
     #[serde(skip)]
     written: Written,
 }
 
-/// What this run is called, and where it goes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What the run is called, and where its results go.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Run {
-    /// Names the run's folder: letters, digits, `-`, `_` and `.`.
+    /// The name of the run and of its folder. It has letters, digits, `-`, `_` and `.`.
     pub name: String,
-    /// Decides every choice that chance would: which documents are drawn and in which order. 0 by default.
+    /// The seed decides every random choice: which documents are drawn, and in which order.
     #[serde(default)]
     pub seed: u64,
-    /// A folder or an object-store url; stages, runs and attempts are stored below it.
+    /// A folder, or a URL of an object store such as `s3://bucket/lengthwise`. Stages and runs are stored below it.
     pub output: String,
 }
 
-/// Files of one kind, and how to find the text and the domain in them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Where documents come from: files of one format. There is at least one source.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// A file, a folder or a glob, local or in an object store. What is there under a name is meant by it, also where the
-    /// name looks like a glob.
+    /// A file, a folder or a glob, local or in an object store. If a file or a folder has exactly this name, it is read,
+    /// even if the name looks like a glob.
     pub url: String,
-    /// The `origin` of its documents. By default the url as it is written in the conf, before `${VAR}` is
-    /// expanded, so that the same conf gives the same names on another machine.
+    /// The `origin` of the source's documents. By default it is the url as the conf has it, before `${VAR}` is replaced:
+    /// the same conf gives the same names on every machine.
+    #[schemars(with = "Option<String>")]
     pub name: String,
     pub format: Format,
-    /// The column of the text, with dots into nested ones, and a name that has a dot itself quoted as in SQL
-    /// (`'meta."a.b"'`); `"text"` by default. `None` exactly when the
-    /// format is text, where the whole file is the text.
+    /// The column of the text, `"text"` by default. A dot leads into a nested column; a name that has a dot itself is quoted
+    /// as in SQL: `'meta."a.b"'`. Format text has no columns, and takes no `text`.
+    // None exactly when the format is text
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
     pub domain: Domain,
-    /// The share of bad rows, 0 to 1, above which the run stops. 0.001 by default: a few bad rows in a crawl
-    /// are ordinary, more of them mean that the conf does not fit the data.
+    /// The largest share of bad rows, from 0 to 1. If more rows are bad, the run stops. A few bad rows are ordinary in a
+    /// crawl; many mean that the conf does not fit the data.
     #[serde(default = "default::max_reject_share")]
     pub max_reject_share: f64,
-    /// A longer document is rejected. 64MB by default, 2GB at most; one document is held in memory as a whole.
+    /// A longer document is rejected. At most 2GB, because one document is held in memory as a whole.
     #[serde(default = "default::max_document_bytes")]
     pub max_document_bytes: Size,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// The format of the files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// A JSON object a line, in `.jsonl`, `.ndjson` or `.json`; plain, gzip (`.gz`) or zstd (`.zst`).
+    /// One JSON object a line, in `.jsonl`, `.ndjson` or `.json`: plain, gzip (`.gz`) or zstd (`.zst`).
     Jsonl,
+    /// Parquet files.
     Parquet,
-    /// A document a file.
+    /// One document a file.
     Text,
 }
 
-/// Where a document's domain is found.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+/// How a document's domain is found.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Domain {
-    /// In a column, written as that of the text. Not for format text, which has no columns.
+    /// The column that has it, written as for `text`. Format text has no columns.
     Column(String),
-    /// It is the same for all documents of the source.
+    /// All documents of the source have this domain.
     Const(Const),
-    /// The first rule whose glob matches the file's path decides; a file that none matches has no domain.
+    /// The first rule whose glob matches the file's path decides. A file that no rule matches has no domain.
     Rules(Vec<Rule>),
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Const {
+    /// The domain of all documents of the source.
     #[serde(rename = "const")]
     pub domain: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
+    /// A pattern of paths, such as `**/*.rs`.
     pub glob: String,
+    /// The domain of the files that match.
     pub domain: String,
 }
 
-/// The tokenizer: either a file at `url`, or trained on the run's own documents with `train`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// The tokenizer: either a file at `url`, or one that the run trains on its own documents, with `train`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tokenizer {
     /// A `tokenizer.json` of Hugging Face.
@@ -142,82 +154,81 @@ pub struct Tokenizer {
     pub url: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<TrainTokenizer>,
-    /// The token that the packer puts before each document. By default what the tokenizer's own post-processor puts
-    /// there.
+    /// The token before each document. By default, the one that the tokenizer's own post-processor puts there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bos: Option<Special>,
-    /// … and after each document.
+    /// The token after each document. By default, the one that the tokenizer's own post-processor puts there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eos: Option<Special>,
 }
 
 /// A token around documents.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "expected true or false, a token's text or its id")]
 pub enum Special {
-    /// Whether there is one: the tokenizer's own, as its post-processor, the `tokenizer_config.json` beside it or its only
-    /// special token says.
+    /// `false` is none. `true` is the tokenizer's own: the one that its post-processor, the `tokenizer_config.json` beside it
+    /// or its only special token says.
     Own(bool),
+    /// The token's id.
     Id(u32),
-    /// As it is written in the tokenizer.
+    /// The token's text, as the tokenizer has it.
     Text(String),
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Trains a tokenizer on the run's own documents.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainTokenizer {
-    /// Ids in the vocabulary, special tokens among them.
+    /// How many ids the vocabulary has, special tokens among them.
     pub vocab: u32,
-    /// How much text to train on, chosen by `doc_id`. 32MB by default, where vocabularies have long settled.
+    /// How much text the tokenizer is trained on. `doc_id` decides which. More than the default hardly changes a vocabulary.
     #[serde(default = "default::sample")]
     pub sample: Size,
 }
 
-/// Which tokens to draw: the recipe and what it is told.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Which tokens are drawn: the recipe, and what it is told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mixture {
-    /// The path of the recipe's SQL file.
+    /// The path of the recipe, an SQL file.
     pub recipe: String,
-    /// Tokens to draw in all.
+    /// How many tokens are drawn in all.
     pub budget: Count,
-    /// The share of documents, 0 or more and below 1, that is held out for evaluation before the recipe sees
-    /// them.
+    /// The share of documents that is held out for evaluation before the recipe sees them: 0 or more, and below 1.
     #[serde(default)]
     pub holdout: f64,
-    /// What to do when a domain's share cannot be reached.
     #[serde(default)]
     pub shortfall: Shortfall,
-    /// A document of more tokens is long. 4096 by default: the context of LLaMA 2, and the bound of the
-    /// paper's §3.
+    /// A document with more tokens than this is long. The default is the context of LLaMA 2, and the bound of the paper's §3.
     #[serde(default = "default::long_tokens")]
     pub long_tokens: Count,
-    /// The most tokens in one span; a longer document gives several. 131072 by default: the paper's 128K.
+    /// The most tokens of one span. A longer document gives several spans. The default is the paper's 128K.
     #[serde(default = "default::max_span")]
     pub max_span: Count,
-    /// How often one span may be drawn. 4 by default.
+    /// How often one span may be drawn.
     #[serde(default = "default::max_copies")]
     pub max_copies: u32,
-    /// The domains' target shares of the budget: the corpus's own by default.
     #[serde(default)]
     pub shares: Shares,
-    /// The recipe's own parameters, bound with their types: `long_share = 0.7` is `$long_share`.
+    /// The recipe's own parameters: `long_share = 0.7` is `$long_share`. A value has the type that it is written with; the
+    /// text `"5B"` stays a text.
     #[serde(default)]
     pub params: BTreeMap<String, Param>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// What happens if a domain has too few tokens for its share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Shortfall {
-    /// Stop the run and say what fell short.
+    /// The run stops, and says what falls short.
     #[default]
     Error,
-    /// Go on, and report it.
+    /// The run goes on, and reports it.
     Allow,
 }
 
-/// A recipe's parameter has the type it is written with; the text `"5B"` stays a text.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// The value of a recipe's parameter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "expected true or false, a number or a text")]
 pub enum Param {
     Bool(bool),
@@ -226,51 +237,54 @@ pub enum Param {
     Text(String),
 }
 
-/// How drawn spans become sequences, and sequences files.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// How drawn spans become sequences, and sequences become files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Pack {
-    /// Tokens in one sequence.
+    /// How many tokens a sequence has.
     pub sequence_tokens: Count,
     #[serde(default)]
     pub mode: Mode,
-    /// 256 by default. Which file a sequence is in is part of the bytes, so this never depends on the
-    /// machine.
+    /// How many sequences a file has.
+    // which file a sequence is in is part of the bytes, so this never depends on the machine
     #[serde(default = "default::sequences_per_file")]
     pub sequences_per_file: u32,
-    /// 16 by default: what a trainer has to read to get at one sequence. At most 2²⁶ tokens, and at least a 32,767th of
-    /// a file.
+    /// How many sequences a row group has: a trainer reads a whole row group to get one sequence. A row group has at most
+    /// 2²⁶ tokens, and a file has at most 32,767 row groups.
     #[serde(default = "default::sequences_per_row_group")]
     pub sequences_per_row_group: u32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Where documents are cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// Documents one after the other, cut wherever a sequence ends: the paper's way (§4).
+    /// Documents stand one after the other, and are cut where a sequence ends: the paper's way (§4).
     #[default]
     Concat,
-    /// No document that fits a sequence is cut; what stays free is padding.
+    /// No document that fits a sequence is cut. The rest of a sequence is filled with padding.
     BestFit,
 }
 
 /// What the run may use of the machine. Nothing here changes a byte of what comes out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Engine {
-    /// How many jobs run at once, 1 or more. By default the machine's cores, counted when the run starts: the
-    /// resolved conf is the same on every machine.
+    /// How many jobs run at once, 1 or more. By default, as many as the machine has cores.
+    // counted when the run starts: the resolved conf is the same on every machine
     #[serde(skip_serializing_if = "Option::is_none")]
     pub partitions: Option<usize>,
-    /// Where queries begin to spill. 2GB by default, 64MB at least.
+    /// How much memory queries use before they write to disk. At least 64MB.
     pub memory: Size,
-    /// How many seconds a recipe may run, 21,600 by default: one that multiplies documents with each other would for years.
+    /// How many seconds a recipe may run, 21,600 by default. A recipe that joins documents with each other could run for
+    /// years.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe_seconds: Option<u64>,
-    /// The folder for what spills. By default the system's temporary folder.
+    /// The folder for what queries write to disk. By default, the system's temporary folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spill: Option<String>,
-    /// A Ballista scheduler, `df://host:50050`, whose executors do the heavy tasks. By default they are done here.
+    /// A Ballista scheduler, such as `df://host:50050`, whose executors do the heavy tasks. By default, this machine does
+    /// them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
 }

@@ -1,8 +1,10 @@
 //! The domains' target shares, and the named sets of them.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -100,5 +102,27 @@ impl Serialize for Shares {
             Shares::SlimpajamaText => to.serialize_str("slimpajama-text"),
             Shares::Table(weights) => weights.serialize(to),
         }
+    }
+}
+
+impl JsonSchema for Shares {
+    fn schema_name() -> Cow<'static, str> {
+        "Shares".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "The target share of the budget for each domain.",
+            "anyOf": [
+                { "const": "corpus", "description": "The corpus's own shares, before hold-out." },
+                { "const": "slimpajama", "description": "SlimPajama's, as the authors' code has them." },
+                { "const": "slimpajama-text", "description": "SlimPajama's, as the text of the paper's §3 has them." },
+                {
+                    "type": "object",
+                    "description": "A weight for each domain. The weights need not sum to one.",
+                    "additionalProperties": generator.subschema_for::<f64>(),
+                },
+            ],
+        })
     }
 }

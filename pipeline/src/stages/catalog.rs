@@ -121,11 +121,13 @@ async fn distinct(run: &Run, tokens: &Tokens, sql: &StageSql, draft: &Draft) -> 
     Ok(output)
 }
 
+/// The columns of `documents` that a recipe sees.
+pub const OF_RECIPES: [&str; 5] = ["doc_id", "domain", "tokens", "bytes", "origin"];
+
 /// Registers `documents`, as a recipe sees it: the catalog without what is held out and without places.
 pub async fn register_documents(run: &Run, session: &SessionContext, catalog: &Published) -> Result<()> {
     let all = tables::documents();
-    let seen = ["doc_id", "domain", "tokens", "bytes", "origin"];
-    let seen = all.fields().iter().filter(|field| seen.contains(&field.name().as_str()));
+    let seen = all.fields().iter().filter(|field| OF_RECIPES.contains(&field.name().as_str()));
     let columns = Arc::new(Schema::new(seen.cloned().collect::<Vec<_>>()));
     let files = catalog.table("catalog");
     let heldout = catalog.table("heldout");

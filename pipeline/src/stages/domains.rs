@@ -6,6 +6,7 @@ use std::sync::Arc;
 use arrow::array::{Array, AsArray, Float64Array, Int64Array, ListArray, RecordBatch, StringArray};
 use arrow::datatypes::Int64Type;
 use futures::TryStreamExt;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -87,21 +88,31 @@ pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {
 }
 
 /// A row of `domains`, for previews and reports.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Domain {
+    /// The domain.
     pub domain: String,
+    /// How many documents it has.
     pub documents: u64,
+    /// How many tokens they have.
     pub tokens: u64,
-    /// Of all tokens that a recipe may draw from.
+    /// Its share of all tokens that a recipe may draw from.
     pub share: f64,
-    /// What the recipe should make of it; 0 for a domain that the conf's shares don't name.
+    /// Its target share; 0 if the conf's shares don't name it.
     pub target: f64,
+    /// How many long documents it has.
     pub long_documents: u64,
+    /// How many tokens are in long documents.
     pub long_tokens: u64,
+    /// The median of the documents' lengths.
     pub p50: u64,
+    /// The length that nine of ten documents do not exceed.
     pub p90: u64,
+    /// The length of the longest document.
     pub longest: u64,
+    /// How many documents there are in each length bucket.
     pub documents_by_length: Vec<u64>,
+    /// How many tokens there are in each length bucket.
     pub tokens_by_length: Vec<u64>,
 }
 

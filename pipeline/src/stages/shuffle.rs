@@ -12,6 +12,7 @@ use arrow::array::{
 };
 use futures::{Stream, StreamExt, TryStreamExt};
 use hashbrown::{HashMap, HashSet};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -29,21 +30,26 @@ use crate::tasks::scatter::{Scatter, Wanted};
 use crate::{Error, Result, tables};
 
 /// What became of the tokens of a domain.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Placed {
+    /// The domain.
     pub domain: String,
+    /// How many of its tokens are in sequences.
     pub packed: u64,
-    /// Tokens of the last, incomplete sequence.
+    /// How many are left over: the last, incomplete sequence is no part of the dataset.
     pub dropped: u64,
 }
 
 /// What the plan came to.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, JsonSchema)]
 pub struct Planned {
+    /// How many sequences there are.
     pub sequences: u64,
+    /// How many files they are in.
     pub files: u64,
-    /// Ids that fill up sequences and belong to no document (best fit).
+    /// How many ids fill up sequences and belong to no document (best fit).
     pub padding: u64,
+    /// What became of each domain's tokens.
     pub domains: Vec<Placed>,
 }
 

@@ -25,6 +25,21 @@ use datafusion::prelude::SessionContext;
 use crate::hash::unit_hash;
 use crate::tables;
 
+/// The functions that are ours, as they are called, and what they give.
+pub const OURS: [(&str, &str); 8] = [
+    (
+        "exact_sum(x)",
+        "the sum, the same in any order: of integers and decimals a decimal(38, 0) or an error beyond, of doubles the double nearest to the true sum; also over a window",
+    ),
+    ("exp(x)", "e to the power of x, the same on every machine"),
+    ("length_bucket(tokens)", "the number, from 0, of the paper's bucket of lengths (Figure 2)"),
+    ("ln(x)", "the natural logarithm, the same on every machine"),
+    ("log2(x)", "the logarithm to base 2, the same on every machine"),
+    ("log10(x)", "the logarithm to base 10, the same on every machine"),
+    ("power(x, y)", "x to the power of y, the same on every machine; also `pow`"),
+    ("unit_hash(seed, doc_id, start)", "a number in [0, 1) that depends on nothing but its arguments"),
+];
+
 /// Registers the functions in a session; call it once per session. They replace DataFusion's functions of the
 /// same names.
 pub fn register(session: &SessionContext) {

@@ -88,7 +88,8 @@ pub struct Header {
     pub parameters: Vec<Parameter>,
 }
 
-const FORM: &str = "a parameter is declared as `--   $name  double = 0.5   what it is`; types are bigint, double, varchar, boolean, and domain, a varchar that has to be a domain of the corpus; without a default, the conf has to give a value";
+/// How a parameter is declared.
+pub const FORM: &str = "a parameter is declared as `--   $name  double = 0.5   what it is`; types are bigint, double, varchar, boolean, and domain, a varchar that has to be a domain of the corpus; without a default, the conf has to give a value";
 
 impl Header {
     pub fn parse(text: &Text) -> Result<Self> {

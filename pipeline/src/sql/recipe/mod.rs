@@ -10,7 +10,7 @@
 //!
 //! Every mistake that an analyst can make is an error that names the place and the cure.
 
-mod allowed;
+pub mod allowed;
 mod header;
 mod place;
 mod rules;
@@ -35,7 +35,7 @@ use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::parser::Parser;
 use datafusion::sql::sqlparser::tokenizer::{Span, Token, TokenWithSpan, Tokenizer};
 
-pub use header::{Kind, Parameter};
+pub use header::{FORM, Kind, Parameter};
 pub use place::Text;
 use place::{Places, nearest};
 
@@ -175,7 +175,7 @@ pub struct Bound {
 }
 
 /// The columns of a recipe's result and their types.
-const RESULT: [(&str, ArrowType); 5] = [
+pub const RESULT: [(&str, ArrowType); 5] = [
     ("doc_id", ArrowType::FixedSizeBinary(16)),
     ("start", ArrowType::Int64),
     ("stop", ArrowType::Int64),
