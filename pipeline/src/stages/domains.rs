@@ -23,7 +23,7 @@ pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {
     let shares_sql = run.stage_sql("shares")?;
     let long_tokens = run.conf.mixture.long_tokens.0 as i64;
     let named = run.conf.mixture.shares.targets();
-    // the corpus's shares are those of the catalog, a conf's are in `shares`
+    // the conf's target shares are in the key; the corpus's own follow from the catalog
     let list = ingredients(
         Stage::Domains,
         [
@@ -86,26 +86,29 @@ pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {
     .await
 }
 
-/// A row of `domains`, for previews and reports.
+/// A row of `domains` with its target share, for previews and reports.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct Domain {
     pub domain: String,
     pub documents: u64,
     pub tokens: u64,
-    /// Of all tokens that a recipe may draw from.
+    /// Share of all tokens that a recipe may draw from.
     pub share: f64,
-    /// What the recipe should make of it; 0 for a domain that the conf's shares don't name.
+    /// Target share of the mixture; 0 for a domain that the conf's shares don't name.
     pub target: f64,
     pub long_documents: u64,
     pub long_tokens: u64,
     pub p50: u64,
     pub p90: u64,
     pub longest: u64,
+    /// Numbers of documents by length bucket.
     pub documents_by_length: Vec<u64>,
+    /// Tokens by length bucket of the document.
     pub tokens_by_length: Vec<u64>,
 }
 
-/// All rows of `domains` with their target shares, by domain; target shares of domains that have no documents too.
+/// Reads all rows of `domains` with their target shares, sorted by domain. A domain with a target share but
+/// no documents gets a row of zeros.
 pub async fn read(domains: &Published) -> Result<Vec<Domain>> {
     let batches: Vec<_> = scan(domains.folder.clone(), domains.table("domains"), None).try_collect().await?;
     let mut rows: BTreeMap<String, Domain> = BTreeMap::new();
