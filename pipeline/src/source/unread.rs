@@ -1,10 +1,11 @@
-//! What lies where a source's files are, and is not read.
+//! Files that lie among a source's files and are not read.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// Why something that looks like data is not read. The names are written to manifests, so they stay as they are.
+/// Why something that looks like data is not read. The names are written to manifests, so they must not
+/// change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
@@ -19,7 +20,7 @@ pub enum Why {
 }
 
 impl Why {
-    /// For a person, after a number.
+    /// The reason in words, to follow a number.
     pub fn says(self) -> &'static str {
         match self {
             Why::OtherFormat => "whose names have none of the format's endings",
@@ -34,19 +35,20 @@ impl Why {
     }
 }
 
-/// All that is not read for one reason.
+/// All files that are not read for one reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unread {
     pub why: Why,
     pub files: u64,
-    /// The first few.
+    /// The URLs of the first few.
     pub first: Vec<String>,
 }
 
 impl Unread {
-    /// So many are named.
+    /// How many URLs are named.
     const FEW: usize = 3;
 
+    /// Groups unread files by reason.
     pub fn all(unread: &[(Why, String)]) -> Vec<Self> {
         let mut all: BTreeMap<Why, Self> = BTreeMap::new();
         for (why, url) in unread {
@@ -59,7 +61,8 @@ impl Unread {
         all.into_values().collect()
     }
 
-    /// All in a line, as in `3 files are not read: 2 compressed or put together in a way that is not read (…), 1 empty (…)`.
+    /// Sums up all reasons in a line, as in `3 files are not read: 2 compressed or put together in a way that
+    /// is not read (…), 1 empty (…)`.
     pub fn summary(all: &[Self]) -> String {
         let files: u64 = all.iter().map(|unread| unread.files).sum();
         let each = all.iter().map(|Unread { why, files, first }| {
