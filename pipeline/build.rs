@@ -1,12 +1,13 @@
-//! Names what the program is made of: its sources, so that manifests and machines of a cluster can tell builds apart, and the
-//! libraries that its results come through. And has it find LibTorch's libraries where they are.
+//! Records what the program is made of: a hash of its sources, by which manifests and the machines of a
+//! cluster tell builds apart, and the versions of the libraries that its results pass through. It also lists
+//! the built-in SQL files, and makes the program find LibTorch's libraries at run time.
 
 use std::path::{Path, PathBuf};
 
-/// What sources are, beside this crate's folder.
+/// The folders of sources, relative to this crate's folder.
 const SOURCES: [&str; 3] = ["src", "../model/src", "../sql"];
 
-/// Libraries through which documents, ids, tables or weights go.
+/// Libraries that documents, ids, tables or weights pass through, so that their versions may change results.
 const LIBRARIES: [&str; 11] = [
     "arrow",
     "burn-flex",
@@ -21,7 +22,7 @@ const LIBRARIES: [&str; 11] = [
     "zstd-sys",
 ];
 
-/// All files below a folder.
+/// Appends all files below a folder to `into`.
 fn files(folder: &Path, into: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -29,13 +30,13 @@ fn files(folder: &Path, into: &mut Vec<PathBuf>) {
     }
 }
 
-/// FNV-1a, of 128 bits: the same from every compiler.
+/// FNV-1a with 128 bits, which gives the same hash with every compiler.
 fn add(hash: u128, bytes: &[u8]) -> u128 {
     let prime = (1 << 88) + 0x13b;
     bytes.iter().fold(hash, |hash, byte| (hash ^ u128::from(*byte)).wrapping_mul(prime))
 }
 
-/// The versions of some packages, as the workspace's lock file has them.
+/// The names and versions of the [`LIBRARIES`] that the workspace's lock file has.
 fn versions(lock: &str) -> Vec<String> {
     let packages = lock.split("[[package]]").filter_map(|package| {
         let value = |key: &str| {

@@ -1,13 +1,16 @@
-//! cut: where a stratum's budget ends among the keys of its copies.
+//! cut: finds where a stratum's budget ends among the keys of its copies, without sorting them all. See
+//! [`crate::stages::draw`] for what the keys mean.
 
 use serde::{Deserialize, Serialize};
 
 use super::strata::Stratum;
 
-/// A fixed-point key: (j + u) / c in units of 2⁻⁶⁴.
+/// A fixed-point key: (j + u) / c in units of 2⁻⁶⁴, for copy number j of a span with c expected copies; u is
+/// a hash of the span in `[0, 1)`.
 pub type Key = u128;
 
-/// A copy's place among all copies of its stratum: ties of keys go by document, start and copy.
+/// A copy's place in the order of its stratum: by key, and among equal keys by document, start and copy
+/// number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Rank {
     #[serde(with = "text")]
@@ -17,48 +20,55 @@ pub struct Rank {
     pub copy: u32,
 }
 
-/// Ranges of keys that a pass tells apart, in all strata together: what a task answers stays small.
+/// How many ranges of keys a pass distinguishes, over all strata together. The limit keeps a task's answer
+/// small.
 pub const RANGES: usize = if cfg!(test) { 1 << 6 } else { 1 << 18 };
 
-/// More of them in one stratum would be finer than its copies.
+/// A pass distinguishes at most 2^`MAX_BITS` ranges in one stratum. More would be finer than its copies lie
+/// apart.
 pub const MAX_BITS: u32 = 14;
 
-/// Copies that are sorted in memory, in all strata together, or else in each. Tests go through more passes.
+/// How many copies are sorted in memory, over all strata together. Tests use a small number, so that they go
+/// through more passes.
 pub const SORTED: u64 = if cfg!(test) { 4 } else { 1 << 15 };
+/// With many strata, this many copies of each are sorted, even if they are more than [`SORTED`] together.
 pub const SORTED_OF_A_STRATUM: u64 = if cfg!(test) { 2 } else { 16 };
 
-/// How many copies of each of so many strata are sorted.
+/// How many copies of each stratum are sorted in memory, if there are `strata` of them.
 pub fn sorted_of_each(strata: usize) -> u64 {
     (SORTED / strata.max(1) as u64).max(SORTED_OF_A_STRATUM)
 }
 
+/// The key of copy number `copy` of a span with `copies` expected copies, in units of 2⁻³². `u` is the span's
+/// hash.
 pub fn key(u: u64, copy: u32, copies: u64) -> Key {
     (((copy as u128) << 64 | u as u128) << 32) / copies as u128
 }
 
-/// Where a stratum's budget ends.
+/// The search for the place where a stratum's budget ends, and its result.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Cut {
     pub domain: String,
     pub stratum: String,
+    /// Tokens to draw.
     pub budget: u64,
-    /// Keys from here on are in question; `below` tokens have smaller keys.
+    /// The budget ends at this key or a larger one. Copies with smaller keys have `below` tokens together.
     #[serde(with = "text")]
     pub from: Key,
     pub below: u64,
-    /// A pass tells 2^`bits` ranges apart, each 2^`shift` keys wide.
+    /// A pass counts copies in 2^`bits` ranges of keys, each 2^`shift` keys wide.
     pub bits: u32,
     pub shift: u32,
-    /// The first range has so few copies that they can be sorted.
+    /// The first range has few enough copies to sort them.
     pub few: bool,
     pub end: Option<End>,
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum End {
-    /// Everything of smaller rank is taken, of this one so many tokens.
+    /// All copies of smaller rank are drawn, and the first `tokens` tokens of the copy `last`.
     At { last: Rank, tokens: i64 },
-    /// All there is does not meet the budget.
+    /// All copies together do not meet the budget.
     Everything,
 }
 
@@ -69,12 +79,13 @@ pub enum Tally {
     Counted { ranges: Vec<(u64, u64)>, beyond: u64 },
     /// The copies of the first range, with their lengths.
     Ranked(Vec<(Rank, i64)>),
-    /// Nothing is left to be found.
+    /// The end is found already.
     Done,
 }
 
 impl Cut {
-    /// `few`: all copies of the stratum can be sorted; of the others, there are `many` strata.
+    /// `few` says that all copies of the stratum can be sorted. `many` is the number of strata for which this
+    /// is not so; they share the [`RANGES`].
     pub fn new(asked: &Stratum, few: bool, many: usize) -> Self {
         let nothing = End::At { last: Rank { key: 0, doc_id: [0; 16], start: 0, copy: 0 }, tokens: 0 };
         let bits = (RANGES / many.max(1)).max(2).ilog2().min(MAX_BITS);
@@ -85,14 +96,14 @@ impl Cut {
             from: 0,
             below: 0,
             bits,
-            // the first pass looks at keys from 0 to 4, or at all there are
+            // the first pass covers keys from 0 to 4, or all keys if the stratum's copies can be sorted
             shift: if few { Key::BITS - 1 } else { 66 - bits },
             few,
             end: (asked.budget == 0).then_some(nothing),
         }
     }
 
-    /// An empty tally of what is to be found next.
+    /// An empty tally for the next pass.
     pub fn tally(&self) -> Tally {
         match self.end {
             Some(_) => Tally::Done,
@@ -101,7 +112,7 @@ impl Cut {
         }
     }
 
-    /// Draws the conclusion of a pass. `sorted` copies may be sorted.
+    /// Narrows the search by the tally of a pass. A range of at most `sorted` copies is small enough to sort.
     pub fn conclude(&mut self, tally: Tally, sorted: u64) {
         match tally {
             Tally::Done => {}
@@ -144,6 +155,9 @@ impl Cut {
     }
 
     /// How many tokens of a copy are drawn, from its start.
+    ///
+    /// # Panics
+    /// The end is not found yet.
     pub fn drawn(&self, rank: Rank, length: i64) -> i64 {
         match self.end.expect("the draw begins when every end is found") {
             End::Everything => length,
@@ -157,7 +171,7 @@ impl Cut {
 }
 
 impl Tally {
-    /// Adds a copy.
+    /// Adds a copy of `length` tokens.
     pub fn add(&mut self, cut: &Cut, rank: Rank, length: i64) {
         let Some(above) = rank.key.checked_sub(cut.from) else { return };
         let range = above >> cut.shift;
@@ -189,7 +203,7 @@ impl Tally {
     }
 }
 
-/// Numbers that JSON readers don't expect to be so large.
+/// Writes keys as strings, because JSON readers do not expect numbers of 128 bits.
 mod text {
     use super::Key;
     use serde::{Deserialize, Deserializer, Serializer, de::Error};

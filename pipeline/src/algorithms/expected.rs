@@ -1,35 +1,38 @@
-//! What the draw gives of a stratum on average, by length of the document, from sums alone.
+//! Predicts what the draw takes from a stratum on average, by document length, from sums over its spans.
 //!
-//! The draw takes copies by ascending keys (j + u) / c until the stratum's budget is met (see [`super::draw`]). Up to a key k,
-//! a span with c expected copies gives min(`max_copies`, k c) of them on average. Where `max_copies` binds for no span, k is
-//! 1. Where it does, the spans that have room left fill the budget: k is the key at which all spans together meet it.
+//! The draw takes copies in ascending order of their keys (j + u) / c until the stratum's budget is met (see
+//! [`crate::stages::draw`]). Up to a key k, it takes min(`max_copies`, k c) copies on average of a span with
+//! c expected copies. If `max_copies` limits no span, k is 1. If it limits some, the other spans fill the
+//! rest of the budget: k is the key at which all spans together meet it.
 //!
-//! A corpus has too many spans to keep them. Spans of one length bucket and nearly the same copies are summed, and copies are
-//! told apart as finely as [`MAX_SUMS`] allows: exactly, where a recipe has few different ones.
+//! A corpus has too many spans to keep them all. Spans are therefore summed if they have the same length
+//! bucket and nearly the same copies. Copies are distinguished as finely as [`MAX_SUMS`] allows, which is
+//! exactly if a recipe has few different values.
 
 use hashbrown::HashMap;
 
 use crate::tables::{LENGTH_BUCKET_NAMES, ONE};
 
-/// So many sums are kept of all strata together, or else some for each stratum.
+/// How many sums are kept for all strata together. With many strata, each has [`MAX_SUMS_OF_A_STRATUM`]
+/// instead.
 const MAX_SUMS: usize = if cfg!(test) { 64 } else { 1 << 18 };
 const MAX_SUMS_OF_A_STRATUM: usize = 16;
 
-/// What tells the spans of a stratum apart.
+/// What distinguishes the spans of a stratum: spans of equal kind are summed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Kind {
     bucket: u8,
     long: bool,
-    /// Expected copies in units of 2⁻³², without their last bits.
+    /// Expected copies in units of 2⁻³², with their last bits cleared.
     copies: u64,
 }
 
-/// Spans that are alike.
+/// The sum over the spans of one [`Kind`].
 #[derive(Clone, Copy, Default)]
 struct Sum {
-    /// Their tokens, each once.
+    /// Tokens, each span counted once.
     tokens: u128,
-    /// Σ copies × length, in units of 2⁻³².
+    /// Σ copies × length, in units of 2⁻³² tokens.
     asked: u128,
 }
 
@@ -46,7 +49,7 @@ impl Sum {
 
 /// The spans of a mixture, summed.
 pub struct Spans {
-    /// How many significant bits of `copies` are told apart.
+    /// How many significant bits of `copies` are distinguished. It shrinks when there are too many sums.
     bits: u32,
     strata: usize,
     sums: HashMap<(usize, Kind), Sum>,
@@ -59,7 +62,8 @@ impl Default for Spans {
 }
 
 impl Spans {
-    /// Adds a span of `length` tokens, with expected copies in units of 2⁻³². `bucket` is its document's.
+    /// Adds a span of `length` tokens to a stratum. `copies` are expected copies in units of 2⁻³². `bucket`
+    /// is the length bucket of its document, and `long` whether the document is long.
     pub fn add(&mut self, stratum: usize, bucket: usize, long: bool, copies: u64, length: u64) {
         let kind = Kind { bucket: bucket as u8, long, copies: rounded(copies, self.bits) };
         let tokens = u128::from(length);
@@ -75,7 +79,7 @@ impl Spans {
         }
     }
 
-    /// How many strata there are: the next one's number.
+    /// The number of strata, which is also the number that the next new stratum gets.
     pub fn strata(&self) -> usize {
         self.strata
     }
@@ -100,20 +104,22 @@ fn rounded(copies: u64, bits: u32) -> u64 {
 #[derive(Default)]
 pub struct StratumSpans(Vec<(Kind, Sum)>);
 
-/// What a stratum's budget is spent on.
+/// What the draw takes from a stratum on average.
 pub struct Expected {
-    /// The key where the budget is met: a span with c expected copies is drawn c × `key` times, or `max_copies` times.
+    /// The key at which the budget is met: a span with c expected copies is drawn c × `key` times, at most
+    /// `max_copies` times.
     pub key: f64,
-    /// Tokens by length of the document; their sum is the budget.
+    /// Tokens by length bucket of the document. Their sum is the budget.
     pub by_length: Vec<u64>,
     /// Tokens of long documents.
     pub long: u64,
 }
 
 impl StratumSpans {
-    /// What `budget` tokens, which `max_copies` of all spans have, are spent on.
+    /// How `budget` tokens are spent. The spans must have at least that many tokens if each is repeated
+    /// `max_copies` times.
     pub fn expected(mut self, budget: u64, max_copies: u32) -> Expected {
-        // those with the most copies first: it is they that have no room left
+        // spans with the most copies come first, because they are the first to reach `max_copies`
         let order = |(a, x): &(Kind, Sum), (b, y): &(Kind, Sum)| {
             y.copies().total_cmp(&x.copies()).then_with(|| (a.bucket, a.long).cmp(&(b.bucket, b.long)))
         };
@@ -135,7 +141,7 @@ impl StratumSpans {
             by_length[usize::from(kind.bucket)] += tokens;
             long += if kind.long { tokens } else { 0.0 };
         }
-        // where one number ends the next one begins, so that however many are rounded, their sum is the budget
+        // round the running sums instead of the numbers, so that the rounded numbers add up to the budget
         let sum: f64 = by_length.iter().sum();
         let scale = if sum > 0.0 { budget as f64 / sum } else { 0.0 };
         let (mut so_far, mut before) = (0.0, 0);
@@ -158,7 +164,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The same from every span by itself, the key by halving.
+    /// The same, computed span by span; the key is found by bisection.
     fn by_definition(spans: &[(usize, u64, u64)], budget: f64, max_copies: f64) -> Vec<f64> {
         let drawn = |key: f64, copies: u64, length: u64| {
             max_copies.min(key * copies as f64 / ONE as f64) * length as f64
@@ -182,7 +188,7 @@ mod tests {
             max_copies in 1u32..6,
             few in any::<bool>(),
         ) {
-            // few different copies are told apart exactly, many by their first bits
+            // a few different values are kept exactly, many are rounded to their leading bits
             let few_copies = |copies: u64| if few { (copies >> 35).max(1) << 35 } else { copies };
             let spans: Vec<_> = spans.into_iter().map(|(b, c, l)| (b, few_copies(c), l)).collect();
             let mut sums = Spans::default();

@@ -1,4 +1,5 @@
-//! Algorithms over values and streams of rows. None of them reads or writes storage, or knows of a run.
+//! Algorithms over values and streams of rows. They neither read nor write storage, and do not depend on a
+//! run.
 
 pub mod cut;
 pub mod expected;

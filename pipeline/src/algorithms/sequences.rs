@@ -1,4 +1,4 @@
-//! sequences: fragments of documents laid out in sequences, end to end or by best fit.
+//! sequences: lays out fragments of documents in sequences, end to end (concat) or by best fit.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ pub struct Layout {
     pub sequence_tokens: usize,
     pub sequences_per_file: usize,
     pub mode: Mode,
-    /// Whether a token goes before, and after, every document.
+    /// Whether BOS goes before every document, and EOS after it.
     pub bos: bool,
     pub eos: bool,
 }
@@ -31,12 +31,12 @@ pub struct Fragment {
 }
 
 impl Fragment {
-    /// How many ids it fills.
+    /// Its length in ids, BOS and EOS included.
     pub fn ids(&self) -> usize {
         (self.stop - self.start) as usize + self.bos as usize + self.eos as usize
     }
 
-    /// Cuts off the first `ids` ids.
+    /// Cuts off the first `ids` ids and returns them.
     fn take(&mut self, ids: usize) -> Fragment {
         let mut head = self.clone();
         if ids >= self.ids() {
@@ -47,7 +47,7 @@ impl Fragment {
             head = Fragment { stop: self.start, bos: false, eos: false, ..head };
             return head;
         }
-        // fewer than all ids, so EOS stays behind, and BOS goes first
+        // the head is not the whole fragment: it takes the BOS, and the EOS stays with the rest
         head.eos = false;
         head.stop = self.start + (ids - self.bos as usize) as i64;
         (self.start, self.bos) = (head.stop, false);
@@ -55,28 +55,31 @@ impl Fragment {
     }
 }
 
-/// A sequence being planned: fragments that tile it from the left, and the fragment whose one id follows it.
+/// A planned sequence: fragments that fill it from the left, and a fragment of the one id that follows it,
+/// the label of its last position. There is no label if no id follows.
 #[derive(Debug, PartialEq)]
 pub struct Sequence {
     pub fragments: Vec<Fragment>,
     pub label: Option<Fragment>,
 }
 
-/// Lays fragments out in sequences, in the order they come.
+/// Lays out fragments in sequences. Fragments are pushed in training order; sequences are popped once they
+/// are ready.
 pub struct Planner {
     layout: Layout,
     /// concat: the sequence being filled; best fit: the window being gathered.
     open: Vec<Fragment>,
     open_ids: usize,
-    /// concat: a full sequence that waits for the id after it.
+    /// concat: a full sequence that waits for the id after it, its label.
     full: Option<Vec<Fragment>>,
     /// Sequences that are ready.
     ready: VecDeque<Sequence>,
 }
 
-/// Best fit works on so many sequences' worth of fragments at a time: enough to fill them well, little enough to
-/// keep the order of training.
+/// Best fit works on a window of fragments that fill about this many sequences. The window is large enough to
+/// fill sequences well, and small enough to nearly keep the training order.
 const WINDOW_SEQUENCES: usize = 256;
+/// A window also ends at this many fragments.
 const WINDOW_FRAGMENTS: usize = 65_536;
 
 impl Planner {
@@ -91,7 +94,8 @@ impl Planner {
         }
         let size = self.layout.sequence_tokens;
         if self.layout.mode == Mode::BestFit {
-            // only what is longer than a sequence is cut; the pieces know the id that follows them
+            // only a fragment longer than a sequence is cut; the label of each full piece is the id that
+            // follows it
             while fragment.ids() > size {
                 let head = fragment.take(size);
                 self.ready
@@ -118,7 +122,7 @@ impl Planner {
         }
     }
 
-    /// Says that no fragment follows; returns what did not fill a sequence.
+    /// Ends the input. Returns the fragments that did not fill a sequence; with best fit there are none.
     pub fn finish(&mut self) -> Vec<Fragment> {
         if self.layout.mode == Mode::BestFit {
             self.fit();
@@ -132,12 +136,13 @@ impl Planner {
         std::mem::take(&mut self.open)
     }
 
-    /// The next sequence that is ready.
+    /// The next sequence that is ready, if any.
     pub fn pop(&mut self) -> Option<Sequence> {
         self.ready.pop_front()
     }
 
-    /// Best-fit decreasing over the window: the longest fragment first, each into the fullest sequence it fits.
+    /// Best-fit decreasing over the window: the longest fragments first, each into the fullest sequence that
+    /// has room for it.
     fn fit(&mut self) {
         let window = std::mem::take(&mut self.open);
         self.open_ids = 0;
@@ -158,7 +163,7 @@ impl Planner {
                 rooms.insert((room - ids, sequence));
             }
         }
-        // back to the order of training: by the fragment that came first
+        // restore the training order: sequences are sorted by their earliest fragment
         sequences.iter_mut().for_each(|sequence| sequence.sort_unstable());
         sequences.sort_unstable();
         let mut window: Vec<Option<Fragment>> = window.into_iter().map(Some).collect();
@@ -191,7 +196,7 @@ mod tests {
         lengths.iter().enumerate().map(fragment).collect()
     }
 
-    /// Every id as (document, position; -1 for BOS, -2 for EOS).
+    /// Every id of a fragment as (document, position), where -1 stands for BOS and -2 for EOS.
     fn ids(fragment: &Fragment) -> Vec<(u8, i64)> {
         let mut ids = vec![];
         ids.extend(fragment.bos.then_some(-1));
@@ -241,14 +246,15 @@ mod tests {
             prop_assert!(rest.is_empty());
             let mut out: Vec<_> = sequences.iter().flat_map(|s| &s.fragments).flat_map(ids).collect();
             let mut stream: Vec<_> = input.iter().flat_map(ids).collect();
-            // EOS comes last in a document, whatever its number
+            // EOS sorts last in its document, although its position is -2
             out.sort_by_key(|(doc, at)| (*doc, if *at == -2 { i64::MAX } else { *at }));
             stream.sort_by_key(|(doc, at)| (*doc, if *at == -2 { i64::MAX } else { *at }));
             prop_assert_eq!(out, stream);
             for sequence in &sequences {
                 let filled: usize = sequence.fragments.iter().map(Fragment::ids).sum();
                 prop_assert!(filled <= 16);
-                // only what is longer than a sequence is cut, and then the label goes on with it
+                // only a fragment longer than a sequence is cut, and the label of a full piece is the next id
+                // of the same document
                 for fragment in &sequence.fragments {
                     let whole = &input[fragment.doc_id[0] as usize];
                     prop_assert!(fragment == whole || whole.ids() > 16);

@@ -1,4 +1,4 @@
-//! spans: the rows of a recipe beside the documents they are of.
+//! spans: joins a recipe's rows with the catalog rows of their documents, and checks every row.
 
 use std::pin::Pin;
 
@@ -10,13 +10,14 @@ use crate::hash::hex;
 use crate::tables::{ONE, column};
 use crate::{Error, Result};
 
-/// More expected copies of one span than this are a mistake, whatever `max_copies` says.
+/// The largest number of expected copies of one span. More is taken for a mistake in the recipe, whatever
+/// `max_copies` is.
 const MAX_COPIES: f64 = 1e6;
 
 /// A stream of record batches.
 pub type Batches = Pin<Box<dyn Stream<Item = Result<RecordBatch>> + Send>>;
 
-/// A table sorted by `doc_id`, its first column, in which documents are looked up in ascending order.
+/// A table sorted by `doc_id`. It is read only forwards, so documents must be looked up in ascending order.
 struct Sorted {
     rows: Batches,
     batch: Option<RecordBatch>,
@@ -28,7 +29,7 @@ impl Sorted {
         Self { rows, batch: None, at: 0 }
     }
 
-    /// The batch and row of a document; `None` where it isn't there.
+    /// The batch and row of a document; `None` if the table does not have it.
     async fn find(&mut self, doc_id: &[u8; 16]) -> Result<Option<(&RecordBatch, usize)>> {
         loop {
             if let Some(batch) = &self.batch {
@@ -51,14 +52,15 @@ impl Sorted {
     }
 }
 
-/// The documents that a recipe may draw from.
+/// The documents that a recipe may draw from: those in the catalog that are not held out.
 struct Catalog {
     all: Sorted,
     heldout: Option<Sorted>,
 }
 
 impl Catalog {
-    /// Domain and tokens of a document; `None` where the catalog hasn't got it, or it is held out.
+    /// The domain of a document and its length in tokens; `None` if the catalog does not have it or it is
+    /// held out.
     async fn find(&mut self, doc_id: &[u8; 16]) -> Result<Option<(&str, i64)>> {
         if let Some(heldout) = &mut self.heldout
             && heldout.find(doc_id).await?.is_some()
@@ -72,16 +74,16 @@ impl Catalog {
     }
 }
 
-/// The rows of one document, nearly always one.
+/// The recipe's rows for one document. Nearly always there is only one.
 #[derive(Default)]
 struct Document {
     doc_id: Option<[u8; 16]>,
-    /// start, stop, copies, stratum
+    /// start, stop, copies in units of 2⁻³², stratum
     spans: Vec<(i64, i64, u64, String)>,
 }
 
 impl Document {
-    /// Checks the spans of a document that is complete and hands them on, by `start`.
+    /// Checks the spans of a complete document and passes those with copies to `each`, sorted by `start`.
     async fn finish(
         &mut self,
         recipe: &str,
@@ -138,8 +140,9 @@ fn wrong(recipe: &str, doc_id: &[u8], what: impl std::fmt::Display, cure: &str) 
     Error::data(format!("{recipe}: document {}: {what}", hex(doc_id)), cure)
 }
 
-/// Joins a recipe's rows (`doc_id, start, stop, copies, stratum`) with the catalog's (`doc_id, domain, tokens`), both
-/// and what is held out (`doc_id`), all sorted by doc_id, and checks every row.
+/// Joins a recipe's rows (`doc_id, start, stop, copies, stratum`) with the catalog's (`doc_id, domain,
+/// tokens`) and checks every row. A row of a held-out document is an error. All inputs, including the
+/// held-out documents (`doc_id`), must be sorted by `doc_id`.
 pub struct SpanJoin {
     recipe: String,
     max_span: i64,
@@ -149,6 +152,7 @@ pub struct SpanJoin {
 }
 
 impl SpanJoin {
+    /// `recipe` names the recipe in error messages; `max_span` is in tokens.
     pub fn new(
         recipe: &str,
         max_span: u64,
@@ -161,8 +165,13 @@ impl SpanJoin {
         Self { recipe: recipe.to_owned(), max_span, rows, catalog, document: Document::default() }
     }
 
-    /// Goes through one batch of the recipe's rows and hands on those with copies, by `doc_id, start`.
-    /// False when there are no more.
+    /// Processes one batch of the recipe's rows and passes the spans with copies to `each`, sorted by
+    /// `doc_id, start`. Returns false when there are no more rows.
+    ///
+    /// # Errors
+    /// A row has a null, or names a document that is not in the catalog or is held out; a span is not inside
+    /// its document, is longer than `max_span` or overlaps another one; or `copies` is negative, not finite
+    /// or above a million.
     pub async fn step(&mut self, each: &mut impl FnMut(Span<'_>) -> Result<()>) -> Result<bool> {
         let Some(batch) = self.rows.next().await else {
             self.document.finish(&self.recipe, self.max_span, &mut self.catalog, each).await?;
@@ -236,7 +245,7 @@ mod tests {
             ("tokens", Arc::new(tokens.finish())),
         ];
         let batch = RecordBatch::try_from_iter(columns).unwrap();
-        // batches of any size
+        // the first batch has one row, so that a lookup has to cross batches
         Box::pin(futures::stream::iter([Ok(batch.slice(0, 1)), Ok(batch.slice(1, batch.num_rows() - 1))]))
     }
 
@@ -263,7 +272,7 @@ mod tests {
         ]))
     }
 
-    /// Joins rows with documents of 100, 200, 300, 400 and 500 tokens; that of 400 is held out.
+    /// Joins rows with documents of 100, 200, 300, 400 and 500 tokens; the one of 400 tokens is held out.
     async fn joined(spans: &[(u8, Option<i64>, i64, f64)]) -> Result<Vec<(u8, i64, i64, u64, String, i64)>> {
         let all = [(1, "a", 100), (2, "b", 200), (3, "a", 300), (4, "b", 400), (5, "b", 500)];
         let heldout = Some(catalog(&all[3..4]));

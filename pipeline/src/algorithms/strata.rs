@@ -1,4 +1,4 @@
-//! strata: what is asked of each stratum, as sums over its spans.
+//! strata: what a recipe asks of each stratum, as sums over its spans.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::hash::hex;
 use crate::tables;
 use crate::tables::ONE;
 
-/// One row of a recipe's result, with what the catalog knows of its document.
+/// One row of a recipe's result, with the domain and length of its document from the catalog.
 pub struct Span<'a> {
     pub doc_id: &'a [u8; 16],
     pub start: i64,
@@ -20,7 +20,7 @@ pub struct Span<'a> {
     pub copies: u64,
     pub stratum: &'a str,
     pub domain: &'a str,
-    /// Tokens of the whole document.
+    /// Length of the whole document in tokens.
     pub tokens: i64,
 }
 
@@ -29,7 +29,7 @@ pub struct Span<'a> {
 pub struct Asked {
     /// One entry for each stratum of each domain.
     pub strata: Vec<Stratum>,
-    /// The documents with the most expected copies of a span, most first.
+    /// The documents with the most expected copies of one span, in descending order.
     pub most_copies: Vec<Repeated>,
 }
 
@@ -42,19 +42,20 @@ pub struct Stratum {
     pub stratum: String,
     /// How many spans it has.
     pub spans: u64,
-    /// Tokens of the spans that may be drawn from, each once.
+    /// Tokens of the stratum's spans, each span counted once.
     pub available: u64,
-    /// Tokens to draw: Σ copies × length, rounded so that the strata's sum is that of the whole mixture.
+    /// Tokens to draw: Σ copies × length, rounded so that the sum over all strata is the rounded total of the
+    /// mixture.
     pub budget: u64,
-    /// Expected tokens drawn, by length of the document (the buckets of Figure 2). Their sum is what is drawn: the budget,
-    /// or what `max_copies` leaves of it.
+    /// Expected tokens drawn, by document length, in the buckets of the paper's Figure 2 (Fu et al. 2024).
+    /// Their sum is what is drawn: the budget without its [`shortfall`](Self::shortfall).
     pub by_length: Vec<u64>,
     /// How many of these tokens are in long documents.
     pub long: u64,
 }
 
 impl Stratum {
-    /// Adds what there is elsewhere of the same stratum.
+    /// Adds the numbers of another part of the same stratum.
     pub fn add(&mut self, other: &Stratum) {
         self.spans += other.spans;
         self.available += other.available;
@@ -63,13 +64,13 @@ impl Stratum {
         self.by_length.iter_mut().zip(&other.by_length).for_each(|(sum, n)| *sum += n);
     }
 
-    /// Tokens that the budget asks for beyond `max_copies` of every span.
+    /// Tokens of the budget that cannot be drawn, because every span is drawn at most `max_copies` times.
     pub fn shortfall(&self, max_copies: u32) -> u64 {
         self.budget.saturating_sub(self.available * max_copies as u64)
     }
 }
 
-/// How many of the most repeated documents are named.
+/// How many of the most repeated documents are kept.
 const MAX_NAMED: usize = 5;
 
 /// A document that a recipe repeats.
@@ -97,14 +98,14 @@ pub struct Sums {
 
 #[derive(Default)]
 struct Sum {
-    /// In the order that strata came.
+    /// The stratum's number, in order of first appearance.
     number: usize,
     spans: u64,
     available: u64,
     budget: u128,
 }
 
-/// A document of which a span has many copies.
+/// A document with a span of many copies.
 struct Most {
     copies: u64,
     doc_id: [u8; 16],
@@ -114,6 +115,7 @@ struct Most {
 }
 
 impl Sums {
+    /// A document of more than `long_tokens` tokens is long. A span is drawn at most `max_copies` times.
     pub fn new(long_tokens: u64, max_copies: u32) -> Self {
         Self {
             long_tokens: long_tokens as i64,
@@ -124,6 +126,7 @@ impl Sums {
         }
     }
 
+    /// Adds a row of the recipe.
     pub fn add(&mut self, span: &Span<'_>) {
         let length = (span.stop - span.start) as u64;
         let new = Sum { number: self.spans.strata(), ..Sum::default() };
@@ -146,13 +149,14 @@ impl Sums {
         }
     }
 
+    /// The sums over all rows.
     pub fn asked(self) -> Asked {
         let round = |fixed: u128| ((fixed + ONE as u128 / 2) / ONE as u128) as u64;
         let flat = self.strata.into_iter().flat_map(|(domain, strata)| {
             strata.into_iter().map(move |(stratum, sum)| ((domain.clone(), stratum), sum))
         });
         let sorted: BTreeMap<_, _> = flat.collect();
-        // where one budget ends the next one begins, so that however many are rounded, their sum is
+        // round the running sums instead of the budgets, so that the budgets add up to the rounded total
         let mut so_far = 0;
         let mut budget = |sum: u128| {
             let before = round(so_far);

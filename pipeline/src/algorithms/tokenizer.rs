@@ -1,11 +1,12 @@
-//! A `tokenizer.json`, and how a document's ids are computed: exactly those of Hugging Face's `tokenizers`, in time
-//! linear in the document's length.
+//! Loads a `tokenizer.json` and computes the ids of documents. The ids are exactly those of Hugging Face's
+//! `tokenizers`, in time linear in the document's length.
 //!
-//! A tokenizer without pre-tokenizer, such as LLaMA's, takes a whole document for one word, and its merges slow down with
-//! the word's length. But a merge can join two characters only where it has the one last on its left and the other
-//! first on its right. Between two characters for which no merge does, nothing is ever joined: there the text can be cut,
-//! and the pieces encoded apart, each distinct piece once. Whether that holds is read from the file when it is loaded;
-//! a tokenizer for which it doesn't takes the plain path.
+//! A tokenizer without pre-tokenizer, such as LLaMA's, treats a whole document as one word, and merging slows
+//! down with the length of the word. However, a merge can join two adjacent characters only if its left side
+//! ends with the first and its right side begins with the second. If no merge fits a pair of characters,
+//! nothing is ever joined between them. The text can be cut there and the pieces encoded separately, each
+//! distinct piece only once. Whether this gives the same ids is read from the file when it is loaded. If it
+//! does not, the library encodes whole texts.
 
 use std::sync::Mutex;
 
@@ -21,39 +22,45 @@ use tokenizers::{
 
 use crate::error::TokenizerError;
 
-/// What the ids of a text depend on beside the file: the version of this encoder, raised when it gives other ids, and
-/// those of the libraries that normalize, split and merge, as Cargo.lock has them. It belongs into the key of what holds
-/// ids.
+/// What the ids of a text depend on besides the file: the version of this encoder, which is raised when its
+/// ids change, and the versions of the libraries that normalize, split and merge, as in Cargo.lock. It is
+/// part of the key of every output that holds ids.
 pub const ENCODER: &str = "encoder 1, tokenizers 0.23.2, onig 6.5.3, onig_sys 69.9.3, regex-syntax 0.8.12, \
                            spm_precompiled 0.1.4, unicode-normalization-alignments 0.1.12, \
                            unicode-segmentation 1.13.3, unicode_categories 0.1.1";
 
-/// A tokenizer, ready to be shared between threads.
+/// A tokenizer that threads can share.
 pub struct Tokenizer {
     plain: tokenizers::Tokenizer,
+    /// `None` if the library encodes whole texts.
     cuts: Option<Cuts>,
     vocab_size: usize,
-    /// What the file's own post-processor puts before a text, and after it.
+    /// The ids that the file's post-processor puts before and after a text.
     around: [Vec<u32>; 2],
-    /// Caches that no encoder uses at the moment: a new one need not begin anew.
+    /// Caches that no encoder uses at the moment. A new encoder takes one of them, so that it does not start
+    /// empty.
     caches: Mutex<Vec<Cache>>,
 }
 
 impl Tokenizer {
-    /// From the bytes of a `tokenizer.json`; `name` is for messages.
+    /// Loads a tokenizer from the bytes of a `tokenizer.json`. `name` stands for the file in error messages.
+    ///
+    /// # Errors
+    /// It is not a tokenizer.json, its largest id is not below 2³¹ − 1, it may give a text different ids at
+    /// different times, or its post-processor changes the text's own ids.
     pub fn from_json(json: &[u8], name: &str) -> Result<Self, TokenizerError> {
         let unusable = |message: String| TokenizerError::Unusable { name: name.to_owned(), message };
         if json.trim_ascii_start().first() != Some(&b'{') {
             let message = "it is not JSON; a tokenizer.model of SentencePiece has to be saved as a tokenizer.json first";
             return Err(unusable(message.into()));
         }
-        // parsing some 100,000 merges takes a while: once for the library, once for the cuts
+        // parsing some 100,000 merges takes a while, so the library and the cuts do it in parallel
         let (plain, cuts) = std::thread::scope(|scope| {
             let cuts = scope.spawn(|| serde_json::from_slice::<Value>(json).map(|file| Cuts::of(&file)));
             (tokenizers::Tokenizer::from_bytes(json), cuts.join().expect("reading JSON does not panic"))
         });
         let mut plain = plain.map_err(|e| unusable(e.to_string()))?;
-        // these would lose text
+        // truncation would lose text, and padding would add ids
         plain.with_truncation(None).map_err(|e| unusable(e.to_string()))?;
         plain.with_padding(None);
         let vocab_size = plain.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
@@ -65,27 +72,29 @@ impl Tokenizer {
         let around = around(&plain).map_err(unusable)?;
         let cuts = cuts
             .map_err(|e| unusable(e.to_string()))?
-            // the library decides about the ids of added tokens
+            // the library decides the ids of added tokens; if they differ from the file's, texts are not cut
             .filter(|cuts| cuts.added.iter().all(|(token, id)| plain.token_to_id(token) == Some(*id)));
         Ok(Self { plain, cuts, vocab_size, around, caches: Mutex::default() })
     }
 
-    /// The largest id and one.
+    /// The largest id plus one, added tokens included.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The largest id and one, of tokens that were not added later, for padding or chats.
+    /// The largest id plus one of the model's own vocabulary, without tokens that were added later, such as
+    /// for padding or chats.
     pub fn own_vocab_size(&self) -> usize {
         self.plain.get_vocab(false).values().max().map_or(0, |id| *id as usize + 1)
     }
 
-    /// What the file's own post-processor puts before a text, and after it: nearly always one token, or none.
+    /// The ids that the file's post-processor puts before and after a text; nearly always one or none on each
+    /// side.
     pub fn around(&self) -> &[Vec<u32>; 2] {
         &self.around
     }
 
-    /// The id of a token, as it is written in the file.
+    /// The id of a token, which is given as it is written in the file.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.plain.token_to_id(token)
     }
@@ -95,40 +104,41 @@ impl Tokenizer {
         self.plain.id_to_token(id)
     }
 
-    /// The tokens that were added to the vocabulary with their ids, in the order of ids.
+    /// The added tokens with their ids, sorted by id.
     pub fn added(&self) -> Vec<(u32, AddedToken)> {
         added(&self.plain)
     }
 
-    /// The token that stands for what has none.
+    /// The token for text that has no other, if the model names one.
     pub fn unknown(&self) -> Option<String> {
         match self.plain.get_model() {
             ModelWrapper::BPE(model) => model.unk_token.clone(),
             ModelWrapper::WordPiece(model) => Some(model.unk_token.clone()),
             ModelWrapper::WordLevel(model) => Some(model.unk_token.clone()),
-            // it tells nobody
+            // the library does not expose it
             ModelWrapper::Unigram(_) => None,
         }
     }
 
-    /// Whether texts are cut into pieces.
+    /// Whether texts are cut into pieces before they are encoded.
     pub fn is_cut(&self) -> bool {
         self.cuts.is_some()
     }
 
-    /// The text of some ids.
+    /// The text of `ids`, special tokens included.
     pub fn decode(&self, ids: &[u32]) -> Result<String, TokenizerError> {
         self.plain.decode(ids, false).map_err(|e| TokenizerError::Failed(e.to_string()))
     }
 
-    /// The reference: Hugging Face's own ids, without special tokens.
+    /// The ids that Hugging Face's library gives, without special tokens: the reference for
+    /// [`Encoder::encode`].
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let encoded =
             self.plain.encode_fast(text, false).map_err(|e| TokenizerError::Failed(e.to_string()))?;
         Ok(encoded.get_ids().to_vec())
     }
 
-    /// Encodes on one thread, with a cache of pieces that the next encoder takes over.
+    /// An encoder for one thread. The next encoder takes over its cache of pieces when it is dropped.
     pub fn encoder(&self) -> Encoder<'_> {
         let cache = self.caches.lock().ok().and_then(|mut caches| caches.pop());
         Encoder {
@@ -140,14 +150,14 @@ impl Tokenizer {
     }
 }
 
-/// Added tokens in the order of their ids.
+/// Added tokens, sorted by id.
 fn added(plain: &tokenizers::Tokenizer) -> Vec<(u32, AddedToken)> {
     let mut added: Vec<_> = plain.get_added_tokens_decoder().into_iter().collect();
     added.sort_by_key(|(id, _)| *id);
     added
 }
 
-/// Refuses what has other ids for the same text the next time.
+/// Refuses tokenizers that may give the same text different ids.
 fn depends_on_the_text_alone(plain: &tokenizers::Tokenizer) -> Result<(), String> {
     if let ModelWrapper::BPE(model) = plain.get_model()
         && let Some(dropout) = model.dropout.filter(|dropout| *dropout > 0.0)
@@ -156,7 +166,7 @@ fn depends_on_the_text_alone(plain: &tokenizers::Tokenizer) -> Result<(), String
             "its model.dropout is {dropout}, with which a text has other ids each time; set it to null in a copy"
         ));
     }
-    // of added tokens that are one once they are normalized, the library finds one or the other, by its hashing
+    // if two added tokens are equal after normalization, the library's hashing decides which of them it finds
     let mut found: HashMap<String, String> = HashMap::new();
     for (_, AddedToken { content, .. }) in added(plain).into_iter().filter(|(_, token)| token.normalized) {
         let mut text = NormalizedString::from(content.as_str());
@@ -173,9 +183,10 @@ fn depends_on_the_text_alone(plain: &tokenizers::Tokenizer) -> Result<(), String
     Ok(())
 }
 
-/// The ids that a post-processor puts before a text, and after it.
+/// The ids that a post-processor puts before and after a text.
 fn around(plain: &tokenizers::Tokenizer) -> Result<[Vec<u32>; 2], String> {
-    // a text of one token that no tokenizer has: there may be no text that this one can spell
+    // a text of one id that no tokenizer has; a real text would not do, because this tokenizer may be unable
+    // to spell any
     const TEXT: u32 = u32::MAX;
     let processed = |specials| {
         let text = Encoding::from_tokens(vec![Token::new(TEXT, "a".to_owned(), (0, 1))], 0);
@@ -195,16 +206,16 @@ fn around(plain: &tokenizers::Tokenizer) -> Result<[Vec<u32>; 2], String> {
     }
 }
 
-/// Where a text may be cut, and what has to be taken out of it first.
+/// Where a text may be cut, and which tokens are found in it before.
 struct Cuts {
     /// Pairs of ASCII characters that a merge may join.
     ascii: Box<[bool; 128 * 128]>,
-    /// … and other pairs.
+    /// All such pairs. It is asked if one of the characters is not ASCII.
     other: hashbrown::HashSet<(char, char)>,
-    /// Tokens that are found in the raw text before anything else, with their ids: the first, and of several that begin
-    /// there the longest.
+    /// Added tokens with their ids. They are found in the raw text before anything else: the leftmost first,
+    /// and of several that begin at the same place the longest.
     added: Vec<(String, u32)>,
-    /// Finds them.
+    /// Finds the added tokens in a text.
     finder: AhoCorasick,
     merges: Merges,
 }
@@ -212,17 +223,17 @@ struct Cuts {
 /// The merges of a byte-pair encoding.
 struct Merges {
     characters: HashMap<char, u32>,
-    /// Ids of bytes, which spell the characters that have no id of their own.
+    /// The ids of the 256 byte tokens, which spell the characters that have no id of their own.
     bytes: [u32; 256],
-    /// For two ids side by side: the rank of the merge that joins them, and the id it gives.
+    /// For two adjacent ids: the rank of the merge that joins them, and the resulting id.
     pairs: HashMap<(u32, u32), (u32, u32)>,
 }
 
-/// SentencePiece's space.
+/// The character that SentencePiece writes for a space.
 const SPACE: char = '\u{2581}';
 
 impl Cuts {
-    /// `None` unless the file says that cutting is exact.
+    /// `None` unless the file shows that cutting is exact: the pieces have the same ids as the whole text.
     fn of(file: &Value) -> Option<Self> {
         let model = &file["model"];
         let unset = |key: &str| matches!(&model[key], Value::Null | Value::Bool(false)) || model[key] == "";
@@ -238,12 +249,14 @@ impl Cuts {
             return None;
         }
         let vocab = model["vocab"].as_object()?;
-        // merges go by id: two pieces with one id would be joined where the texts are not
+        // merges are looked up by id: two pieces with the same id could be joined although no merge has their
+        // texts
         let ids: hashbrown::HashSet<_> = vocab.values().map(Value::as_u64).collect();
         if ids.len() != vocab.len() {
             return None;
         }
-        // an unknown character is spelled in bytes; were a byte missing, it would fuse with its neighbour
+        // an unknown character is spelled in bytes; if a byte had no token, the character would fuse with its
+        // neighbour
         let id = |token: &str| u32::try_from(vocab.get(token)?.as_u64()?).ok();
         let bytes: Option<Vec<u32>> = (0..256).map(|byte| id(&format!("<0x{byte:02X}>"))).collect();
         let merges = Merges {
@@ -270,7 +283,7 @@ impl Cuts {
                 Value::String(pair) => pair.split_once(' ')?,
                 _ => return None,
             };
-            // bytes of unknown characters must stay apart
+            // a merge of byte tokens could join two unknown characters, between which texts are cut
             if [left, right].iter().any(|side| side.len() == 6 && side.starts_with("<0x")) {
                 return None;
             }
@@ -280,7 +293,8 @@ impl Cuts {
         Some(cuts)
     }
 
-    /// A space in the text and its replacement are the same.
+    /// Records that a merge may join two characters. A space in the text counts as the character that
+    /// replaces it.
     fn join(&mut self, left: char, right: char) {
         for left in [left].into_iter().chain((left == SPACE).then_some(' ')) {
             for right in [right].into_iter().chain((right == SPACE).then_some(' ')) {
@@ -293,7 +307,7 @@ impl Cuts {
     }
 }
 
-/// The character of a token that is one.
+/// The character of a token that consists of exactly one.
 fn only_char(token: &str) -> Option<char> {
     let mut characters = token.chars();
     characters.next().filter(|_| characters.next().is_none())
@@ -303,16 +317,17 @@ fn only_char(token: &str) -> Option<char> {
 #[derive(Default)]
 struct Merging {
     ids: Vec<u32>,
-    /// What the merge of an id with the one after it would be.
+    /// For each id but the last, the merge with the id after it: its rank and the resulting id.
     merges: Vec<(u32, u32)>,
 }
 
-/// Ranks after all others.
+/// Stands for no merge. Its rank is after all others.
 const NO_MERGE: (u32, u32) = (u32::MAX, u32::MAX);
 
 impl Merges {
-    /// The ids of a piece: of all merges that can be made the one of the lowest rank is made, the leftmost of several,
-    /// until there is none. Takes time in the square of the piece's length, but is the fastest for those that there are.
+    /// The ids of a piece. The possible merge of the lowest rank is made first, the leftmost of several,
+    /// until none is left. The time is quadratic in the piece's length, but for pieces as short as real ones
+    /// this is the fastest way.
     fn encode<'a>(&self, piece: &str, merging: &'a mut Merging) -> &'a [u32] {
         let Merging { ids, merges } = merging;
         ids.clear();
@@ -350,7 +365,8 @@ impl Merges {
 /// Encodes texts on one thread.
 pub struct Encoder<'a> {
     tokenizer: &'a Tokenizer,
-    /// The text with its first space, and room behind it to read 16 bytes anywhere.
+    /// The text being encoded, after the space that the normalizer puts before it. Zeros behind it let 16
+    /// bytes be read at any place.
     text: Vec<u8>,
     cache: Cache,
     merging: Merging,
@@ -364,7 +380,7 @@ impl Drop for Encoder<'_> {
     }
 }
 
-/// The ids of pieces that were met before.
+/// The ids of pieces that were encoded before.
 #[derive(Default)]
 struct Cache {
     short: ShortPieces,
@@ -372,10 +388,10 @@ struct Cache {
     long: HashMap<Box<[u8]>, Box<[u32]>>,
 }
 
-/// Longer pieces are not remembered, and merged by the library, in time linear in their length but for a logarithm.
+/// Pieces of more bytes are not cached. The library merges them in time n log n in their length.
 const LONG_PIECE: usize = 64;
 
-/// So many long pieces are remembered: at most 16 MB.
+/// How many pieces the cache holds that don't fit [`ShortPieces`]; they take at most 16 MB.
 const LONG_PIECES: usize = 1 << 16;
 
 impl Encoder<'_> {
@@ -394,7 +410,7 @@ impl Encoder<'_> {
         self.encode_segment(cuts, &text[from..], ids)
     }
 
-    /// Encodes a text without added tokens.
+    /// Encodes a part of a text that contains no added token.
     fn encode_segment(
         &mut self,
         cuts: &Cuts,
@@ -441,8 +457,8 @@ impl Encoder<'_> {
         Ok(())
     }
 
-    /// Encodes adjacent pieces, each up to one of `stops`, from the cache where they are there. All are looked up before
-    /// the first is compared, so that the memory fetches them side by side.
+    /// Encodes adjacent pieces, each of which ends at one of `stops`, from the cache if possible. All cache
+    /// slots are loaded before the first is compared, so that the memory accesses overlap.
     #[inline]
     fn encode_pieces(
         &mut self,
@@ -468,7 +484,7 @@ impl Encoder<'_> {
         Ok(())
     }
 
-    /// Encodes a piece that is long, has many ids, or is new.
+    /// Encodes a piece that the cache of short pieces does not have: it is long, has many ids, or is new.
     #[cold]
     fn encode_rare(
         &mut self,
@@ -516,17 +532,17 @@ fn char_before(text: &[u8], at: usize) -> char {
     char_at(text, start)
 }
 
-/// A short piece has at most so many bytes.
+/// The most bytes of a short piece.
 const SHORT_BYTES: usize = 16;
 
-/// … and so many ids.
+/// The most ids of a short piece.
 const SHORT_IDS: usize = 3;
 
-/// So many pieces are looked up at a time.
+/// How many pieces are looked up in the cache at a time.
 const BATCH: usize = 16;
 
-/// The bytes of a short piece as a number, filled up with zeros; 0 where it is too long, or ends with a zero and would be
-/// taken for a shorter one.
+/// The bytes of a short piece as a number, padded with zeros. It is 0 for a piece that is too long, or that
+/// ends with a zero byte and would be mistaken for a shorter one.
 #[inline]
 fn short_key(text: &[u8], start: usize, stop: usize) -> u128 {
     let length = stop - start;
@@ -537,7 +553,8 @@ fn short_key(text: &[u8], start: usize, stop: usize) -> u128 {
     u128::from_le_bytes(bytes) & (u128::MAX >> (128 - 8 * length as u32))
 }
 
-/// A short piece and its ids, with their number last; an empty place has key 0. It never lies across two cache lines.
+/// A short piece and its ids; the last number says how many ids there are. An empty slot has key 0. The
+/// alignment keeps a slot within one cache line.
 #[derive(Clone, Copy, Default)]
 #[repr(align(32))]
 struct CacheSlot {
@@ -546,11 +563,11 @@ struct CacheSlot {
 }
 
 impl CacheSlot {
-    /// Appends the ids; false where it is another piece's.
+    /// Appends the ids; returns false if the slot holds another piece.
     #[inline]
     fn append(&self, key: u128, ids: &mut Vec<u32>) -> bool {
         let [first, second, third, count] = self.ids;
-        // nearly always one: a call to copy three takes longer than this
+        // nearly always there is one id, and a call that copies three takes longer than this
         match count {
             _ if self.key != key => return false,
             1 => ids.push(first),
@@ -561,7 +578,7 @@ impl CacheSlot {
     }
 }
 
-/// Ids of short pieces: a table of fixed size (16 MB), which is emptied when it fills up.
+/// The ids of short pieces: a hash table of fixed size (16 MiB), which is emptied when it is half full.
 struct ShortPieces {
     places: Vec<CacheSlot>,
     used: usize,
@@ -582,7 +599,7 @@ impl ShortPieces {
         (folded.wrapping_mul(0xD6E8_FEB8_6659_FD93) >> 45) as usize
     }
 
-    /// Appends the ids of a piece; false where it isn't known.
+    /// Appends the ids of a piece; returns false if it is not cached.
     fn get(&self, key: u128, ids: &mut Vec<u32>) -> bool {
         let mut place = Self::place(key);
         while self.places[place].key != 0 {
@@ -594,7 +611,7 @@ impl ShortPieces {
         false
     }
 
-    /// Remembers a piece's ids; false where their number doesn't fit.
+    /// Caches a piece's ids; returns false if there are none, or more than [`SHORT_IDS`].
     fn insert(&mut self, key: u128, ids: &[u32]) -> bool {
         if ids.is_empty() || ids.len() > SHORT_IDS {
             return false;
@@ -616,12 +633,13 @@ impl ShortPieces {
     }
 }
 
-/// Lines with longer words are not trained on.
+/// Lines with words of more bytes are not trained on.
 const LONGEST_TRAINED_WORD: usize = 1024;
 
-/// Trains a byte-level BPE on texts and returns its `tokenizer.json`. BOS is `<s>`, put before every text; EOS is `</s>`.
+/// Trains a byte-level BPE of `vocab` ids on texts and returns its `tokenizer.json`. BOS is `<s>`, which goes
+/// before every text; EOS is `</s>`.
 ///
-/// The same for any order of the texts and any number of threads.
+/// The result is the same for any order of the texts and any number of threads.
 pub fn train<'a>(
     texts: impl Iterator<Item = &'a str> + Send,
     vocab: usize,
@@ -649,7 +667,7 @@ pub fn train<'a>(
     .with_decoder(Some(split.into()))
     .build()
     .map_err(failed)?;
-    // a word of a megabyte is data, not language, and merging it takes time that grows with its square
+    // a word of a megabyte is data, not language, and the time to merge it is quadratic in its length
     let lines = texts
         .flat_map(|text| text.split_inclusive('\n'))
         .filter(|line| line.split_ascii_whitespace().all(|word| word.len() <= LONGEST_TRAINED_WORD));
@@ -683,7 +701,8 @@ pub(crate) mod tests {
         })
     }
 
-    /// A tokenizer of LLaMA's kind: no pre-tokenizer, spaces as `▁`, unknown characters in bytes.
+    /// A tokenizer of LLaMA's kind: without pre-tokenizer, with spaces as `▁` and unknown characters as
+    /// bytes.
     pub(crate) fn sentencepiece(change: impl FnOnce(&mut Value)) -> Vec<u8> {
         let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
         vocab.extend((0..256).map(|b| format!("<0x{b:02X}>")));
@@ -767,7 +786,7 @@ pub(crate) mod tests {
             let tokenizer = load(&sentencepiece(|_| {}));
             prop_assert!(tokenizer.is_cut());
             let mut encoder = tokenizer.encoder();
-            // twice, so that the second time comes from the cache
+            // each text is encoded twice, the second time from the cache
             for text in texts.iter().chain(&texts).map(|pieces| pieces.concat()) {
                 prop_assert_eq!(encode(&mut encoder, &text), tokenizer.encode_plain(&text).unwrap(), "{:?}", text);
             }
@@ -799,7 +818,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// Texts of which some are prefixes, ends and middles of others, so that added tokens overlap.
+    /// Texts, some of which are prefixes, suffixes or middles of others, so that added tokens overlap.
     fn overlapping() -> impl Strategy<Value = String> {
         prop_oneof!["[<|ab>]{1,5}", "<extra_id_[0-9]{1,3}>", "[the ca▁è<]{1,6}"]
     }
@@ -819,7 +838,7 @@ pub(crate) mod tests {
                 let list = (0..).zip(&tokens).map(|(i, token)| added(id(i, token), token));
                 file["added_tokens"] = list.collect();
             });
-            // the library gives new tokens the ids that come next
+            // the library gives new tokens the next free ids, so the file has to say the same
             let known: HashMap<String, u32> = load(&json).added().into_iter().map(|(id, token)| (token.content, id)).collect();
             let mut file: Value = serde_json::from_slice(&json).unwrap();
             for token in file["added_tokens"].as_array_mut().unwrap() {
@@ -876,7 +895,7 @@ pub(crate) mod tests {
         let tokenizer = load(&sentencepiece(|_| {}));
         let mut encoder = tokenizer.encoder();
         for i in 0..300_000u32 {
-            // ever new pieces, short and long
+            // every piece is new; some are short, some long
             encode(
                 &mut encoder,
                 &format!(
@@ -917,7 +936,7 @@ pub(crate) mod tests {
         let around = |file: &dyn Fn(&mut Value)| {
             Tokenizer::from_json(&sentencepiece(file), "test").map(|tokenizer| tokenizer.around().clone())
         };
-        // a text of this one's is the same id as its BOS
+        // a model whose unknown token is its BOS, so that a text has the same id as the BOS
         let bare =
             json!({ "type": "WordLevel", "vocab": { "<unk>": 0, "<s>": 1, "</s>": 2 }, "unk_token": "<s>" });
         for model in [None, Some(bare)] {

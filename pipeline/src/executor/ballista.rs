@@ -1,4 +1,5 @@
-//! A Ballista cluster that does a run's heavy tasks. Scheduler and executors are this binary, too.
+//! A Ballista cluster that performs a run's heavy tasks. The scheduler and the executors are this binary,
+//! too.
 //!
 //! ```text
 //! run ── select lengthwise_task('{…}') ──▶ scheduler ──▶ executor ── reads and writes ──▶ object storage
@@ -6,10 +7,11 @@
 //!  └────────────── {"ok": what was written} ◀───────────────┘
 //! ```
 //!
-//! A task is a query of one stage with one partition and no shuffle, so that no lost executor can make its result wrong: Ballista
-//! 55 hangs or miscounts where a shuffle loses one. What a task writes has names that are the task's own, and what it says
-//! of it is digests. So it may be done twice, at once even, and whatever was under way when an executor died is done again.
-//! The driver sees no document and no id.
+//! A task is a query of one stage with one partition and no shuffle, so that a lost executor cannot make its
+//! result wrong: Ballista 55 hangs or miscounts if an executor is lost during a shuffle. The files that a
+//! task writes have names that belong to it alone, and its answer contains their digests. A task may
+//! therefore be performed twice, even at the same time, and whatever was running when an executor died is
+//! performed again. The driver sees no document and no id.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -42,23 +44,25 @@ use crate::storage::{Location, Stores};
 use crate::tasks::{Task, Worker};
 use crate::{Error, Result};
 
-/// How many tasks the scheduler has at a time, to give to executors as they have room.
+/// How many tasks the scheduler has at a time. It gives them to executors as these have free slots.
 pub const TASKS_AT_A_TIME: usize = 256;
 
-/// A longer task goes by way of storage.
+/// A task of more bytes is passed through storage.
 const MESSAGE_BYTES: usize = 64 << 10;
 
-/// How often a task is given to the cluster before the run ends.
+/// How many times a task is given to the cluster before the run fails.
 const ATTEMPTS: u32 = 5;
 
-/// When no task at all ends for so long, those that are under way are given out again.
+/// If no task at all ends for this long, those that are running are given out again.
 const STALLED: Duration = Duration::from_secs(30 * 60);
 
-/// A scheduler forgets an executor that it hasn't heard of for so long, and gives its tasks to others.
+/// In seconds. The scheduler forgets an executor that has sent no heartbeat for this long, and gives its
+/// tasks to others.
 const EXECUTOR_TIMEOUT: u64 = 15;
+/// In seconds: how often an executor sends a heartbeat, and how often the scheduler looks for lost ones.
 const HEARTBEAT: u64 = 3;
 
-/// The function's name on the wire.
+/// The name of the SQL function that performs a task.
 const FUNCTION: &str = "lengthwise_task";
 
 /// What an executor answers.
@@ -77,10 +81,10 @@ enum Answer {
     },
 }
 
-/// Names the sources that this program was built of: a task of others is another task.
+/// Identifies the sources that this program was built from. Another build may perform a task differently.
 const BUILD: &str = env!("LENGTHWISE_SOURCES");
 
-/// What is sent: a message, and by which build.
+/// A message, and the build that sent it.
 #[derive(Serialize, Deserialize)]
 struct Sent<M> {
     build: String,
@@ -92,11 +96,11 @@ struct Sent<M> {
 #[serde(rename_all = "lowercase")]
 enum Message<T> {
     Task(T),
-    /// It is in storage.
+    /// The task is in storage, at this URL.
     At(String),
 }
 
-/// A run's way to its cluster.
+/// A run's connection to its cluster.
 pub struct Cluster {
     url: String,
     output: Location,
@@ -104,12 +108,12 @@ pub struct Cluster {
     session: OnceCell<SessionContext>,
     /// When a task ended last.
     ended: Mutex<Instant>,
-    /// Of many tasks that fail at once, one is said.
+    /// Limits warnings: if many tasks fail at once, only one is reported.
     warnings: Rarely,
 }
 
 impl Cluster {
-    /// Of the scheduler at `df://host:port`; nothing is asked of it yet.
+    /// A connection to the scheduler at `df://host:port`. It is opened by the first task.
     pub fn new(url: &str, output: &Location, stop: &Arc<AtomicBool>) -> Self {
         Self {
             url: url.to_owned(),
@@ -121,14 +125,14 @@ impl Cluster {
         }
     }
 
-    /// Has an executor do a task, and another one where that is lost.
+    /// Performs a task on an executor, and on another one if that is lost.
     ///
     /// # Errors
-    /// The task's own; or [`Error::Cluster`] where the cluster fails it again and again.
+    /// The task's own error, or [`Error::Cluster`] if the cluster fails to perform it again and again.
     pub async fn perform(&self, task: &Task) -> Result<Output> {
         let text = json(task);
         let stored = (text.len() > MESSAGE_BYTES).then(|| {
-            // of this process alone: another run may have the same task
+            // a name of this process alone: another run may have the same task
             let (task, now) = (Digest::of(text.as_bytes()), std::time::SystemTime::now());
             let name = format!("{task} {} {now:?}", std::process::id());
             self.output.join("tasks").join(&format!("{}.json", Digest::of(name.as_bytes()).short()))
@@ -152,7 +156,8 @@ impl Cluster {
             if self.stop.load(Ordering::Relaxed) {
                 return Err(Error::Stopped);
             }
-            // storage may be there again, and an executor that was told to stop is not the only one
+            // storage or the cluster may recover (4), and an executor that was told to stop is not the only
+            // one (75)
             if attempt == ATTEMPTS || !matches!(failed.exit_code(), 4 | 75) {
                 return Err(failed);
             }
@@ -169,7 +174,7 @@ impl Cluster {
         Ok(output)
     }
 
-    /// Sends a task and waits for its answer; not for ever.
+    /// Sends a task and waits for its answer, but no longer than [`Self::stalled`] allows.
     async fn attempt(&self, message: &str) -> Result<Answer, String> {
         let began = Instant::now();
         tokio::select! {
@@ -202,7 +207,7 @@ impl Cluster {
             .filter_map(|batch| batch.column(0).as_string_opt::<i32>())
             .flat_map(|column| column.iter().flatten())
             .collect();
-        // one row: a lost executor may have left none, or two
+        // there must be one answer: a lost executor may have caused none, or two
         let [answer] = answers[..] else {
             return Err(DataFusionError::Execution(format!("a task gave {} answers", answers.len())));
         };
@@ -214,7 +219,7 @@ fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("plain values")
 }
 
-/// The SQL function that does a task. It needs a worker only where it is called.
+/// The SQL function that performs a task. Only the executor that calls it needs a worker.
 fn function(here: Option<(Arc<Worker>, Handle)>) -> ScalarUDF {
     let call = move |arguments: &[ColumnarValue]| {
         let Some((worker, runtime)) = &here else {
@@ -224,12 +229,12 @@ fn function(here: Option<(Arc<Worker>, Handle)>) -> ScalarUDF {
             return Err(DataFusionError::Execution(format!("{FUNCTION} takes one text")));
         };
         let (message, worker, runtime) = (message.clone(), worker.clone(), runtime.clone());
-        // a thread of its own: this one belongs to a runtime that executors have for queries
+        // a thread of its own: this one belongs to the runtime in which executors run queries
         let work = std::thread::spawn(move || runtime.block_on(answer_to(&message, &worker)));
         let answer = work.join().map_err(|_| DataFusionError::Execution("a task panicked".into()))?;
         Ok(ColumnarValue::Scalar(ScalarValue::Utf8(Some(json(&answer)))))
     };
-    // volatile: not to be called when the query is planned
+    // volatile, so that it is not called while the query is planned
     let signature = Signature::exact(vec![DataType::Utf8], Volatility::Volatile);
     SimpleScalarUDF::new_with_signature(FUNCTION, signature, DataType::Utf8, Arc::new(call)).into()
 }
@@ -249,7 +254,7 @@ async fn answer_to(message: &str, worker: &Worker) -> Answer {
         };
         let sent: Sent<serde_json::Value> = serde_json::from_str(message).map_err(unknown)?;
         if sent.build != BUILD {
-            // the next one that is asked may be of the run's build
+            // an error that is retried: the next executor may be of the run's build
             let url = "an executor".to_owned();
             let message = "it is another build of lengthwise than the run; their tasks may differ".to_owned();
             return Err(Error::Cluster { url, message });
@@ -278,7 +283,7 @@ async fn answer_to(message: &str, worker: &Worker) -> Answer {
 
 /// Where a scheduler or an executor listens.
 pub struct Address {
-    /// How others reach it.
+    /// The host by which others reach it.
     pub host: String,
     pub port: u16,
 }
@@ -288,13 +293,14 @@ impl Address {
         format!("{}:{}", self.host, self.port)
     }
 
-    /// The address to listen at: only for this machine, unless it has a name that others know.
+    /// The address to listen on: the loopback interface if the host is local, so that only this machine can
+    /// connect; otherwise all interfaces.
     fn bind(&self) -> &'static str {
         if self.host == "localhost" || self.host == "127.0.0.1" { "127.0.0.1" } else { "0.0.0.0" }
     }
 }
 
-/// Schedules until a signal says to stop.
+/// Runs a scheduler until a signal says to stop.
 pub async fn schedule(place: Address) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::Cluster { url: place.name(), message: e.to_string() };
     let config = SchedulerConfig {
@@ -321,8 +327,9 @@ pub async fn schedule(place: Address) -> Result<()> {
     start_server(cluster, address, Arc::new(config)).await.map_err(|e| failed(&e))
 }
 
-/// Does tasks, as many at a time as `engine` has partitions, until a signal says to stop; those under way end early, and
-/// others do them. `spool` is a folder with room for source files.
+/// Runs an executor until a signal says to stop. It performs as many tasks at a time as `engine` has
+/// partitions. When it stops, running tasks end early, and other executors perform them. `spool` is a folder
+/// with room for source files.
 pub async fn execute(
     place: Address,
     scheduler: Address,
@@ -368,7 +375,7 @@ mod tests {
         let stores = Stores::new("/");
         let engine = Arc::new(Engine::new(1, 1 << 20, None).unwrap());
         let worker = Worker::new(stores, None, engine, Arc::default());
-        // no task at all: whose build it is comes first
+        // the message is not a task, to show that the build is checked first
         for (build, code, says) in [("another", 4, "another build"), (BUILD, 3, "doesn't know")] {
             let sent = Sent { build: build.to_owned(), message: "a task" };
             let Answer::Err { code: got, message, .. } = answer_to(&json(&sent), &worker).await else {

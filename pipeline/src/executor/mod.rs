@@ -1,4 +1,4 @@
-//! Who performs tasks: this process, or Ballista's executors.
+//! Performs tasks, in this process or on Ballista's executors.
 
 #[cfg(feature = "cluster")]
 pub mod ballista;
@@ -12,13 +12,14 @@ use crate::tasks::{Task, Worker};
 pub struct Executor {
     /// Performs tasks in this process.
     pub here: Worker,
-    /// Performs them instead, where the conf names a cluster.
+    /// Performs them instead, if the conf names a cluster.
     #[cfg(feature = "cluster")]
     pub cluster: Option<ballista::Cluster>,
 }
 
 impl Executor {
-    /// How many tasks are under way at a time: as many as have a place to be performed.
+    /// How many tasks to give out at a time: in this process as many as the engine has partitions, on a
+    /// cluster as many as its scheduler queues.
     pub fn tasks_at_a_time(&self) -> usize {
         #[cfg(feature = "cluster")]
         if self.cluster.is_some() {
@@ -27,7 +28,7 @@ impl Executor {
         self.here.engine.partitions
     }
 
-    /// Whether tasks are performed elsewhere: what they need has to be in storage.
+    /// Whether tasks are performed by other processes, so that what they need has to be in storage.
     pub fn is_remote(&self) -> bool {
         #[cfg(feature = "cluster")]
         return self.cluster.is_some();
@@ -35,7 +36,7 @@ impl Executor {
         false
     }
 
-    /// Performs a task. `bar` is told how far it is, where that is known here.
+    /// Performs a task. Its progress goes to `bar` only if it is performed in this process.
     pub async fn perform(&self, task: Task, bar: &Bar) -> Result<Output> {
         #[cfg(feature = "cluster")]
         if let Some(cluster) = &self.cluster {

@@ -2,13 +2,14 @@
 
 use std::fmt;
 
-/// Names with dots between them, outermost first: `meta.set` is `set` in `meta`. A name that has a dot itself, or begins
-/// with a quote, is quoted as in SQL: `"meta.set"` is one name, and `""` in quotes is a quote.
+/// A column's path: names with dots between them, outermost first. `meta.set` is `set` in `meta`. A name that
+/// contains a dot, or begins with a quote, is quoted as in SQL: `"meta.set"` is one name, and `""` in quotes
+/// is a quote.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Column(Vec<String>);
 
 impl Column {
-    /// None where the path has an empty name, or quotes that don't end.
+    /// Parses a path; `None` if it has an empty name, or quotes that do not end.
     pub fn parse(path: &str) -> Option<Self> {
         let (mut names, mut rest) = (vec![], path);
         loop {
@@ -31,7 +32,7 @@ impl Column {
         }
     }
 
-    /// Whose names these are.
+    /// The column with these names, outermost first.
     pub fn of(names: &[String]) -> Self {
         Self(names.to_vec())
     }
@@ -41,7 +42,7 @@ impl Column {
     }
 }
 
-/// What stands in quotes that are open already, and what follows them.
+/// Splits the text behind an opening quote into the name in quotes and what follows the closing quote.
 fn unquoted(mut rest: &str) -> Option<(String, &str)> {
     let mut name = String::new();
     loop {
@@ -57,7 +58,7 @@ fn unquoted(mut rest: &str) -> Option<(String, &str)> {
     }
 }
 
-/// As it is written in a conf.
+/// Shows the path as a conf writes it.
 impl fmt::Display for Column {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, name) in self.0.iter().enumerate() {

@@ -1,7 +1,6 @@
-//! JSONL: a JSON object a line, plain or compressed.
+//! JSONL: one JSON object per line, plain or compressed.
 //!
-//! [`read`] finds lines and never looks inside them; [`Lines::rows`] parses them, on whichever thread takes
-//! the part.
+//! [`read`] only finds the lines. [`Lines::each`](Rows::each) parses them, on the thread that takes the part.
 
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
@@ -17,13 +16,13 @@ use super::stored::{READ_BYTES, Stored, own};
 use super::{Cell, Column, Each, Outcome, Reason, Reject, Spec};
 use crate::{Error, Result};
 
-/// A byte order mark, which Windows likes to put first.
+/// The byte order mark of UTF-8, which Windows programs write at the beginning of a file.
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// The largest window of zstd that is accepted: 2²⁷ bytes = 128 MiB, what `zstd --long` and `--ultra -22` use.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
-/// Cuts a file into lines and gives them to `pieces`; returns how many lines there are.
+/// Cuts a file into lines and passes them to `pieces`. Returns the number of lines.
 pub(super) fn read(stored: &mut Stored, spec: &Spec, pieces: &mut Pieces<'_>) -> Result<u64> {
     let url = pieces.file.url.as_str();
     let kind = Kind::of_name(&url.to_lowercase());
@@ -63,7 +62,7 @@ pub(super) fn read(stored: &mut Stored, spec: &Spec, pieces: &mut Pieces<'_>) ->
     Ok(cutting.number - 1)
 }
 
-/// A file's name, in small letters, without the ending of a compression that is read.
+/// A lower-case file name without the ending of a compression that is read.
 pub(super) fn uncompressed(name: &str) -> &str {
     name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(name)
 }
@@ -86,7 +85,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// By a name in small letters.
+    /// From a lower-case file name.
     fn of_name(name: &str) -> Self {
         match name {
             name if name.ends_with(".gz") => Kind::Gzip,
@@ -95,12 +94,12 @@ impl Kind {
         }
     }
 
-    /// What a file that begins so is, in a word.
+    /// The format of a file that begins with these bytes, in a word.
     fn of_first_bytes(bytes: &[u8]) -> &'static str {
         match bytes {
             [] => "empty",
             [0x1f, 0x8b, ..] => Kind::Gzip.name(),
-            // a frame, or a skippable frame before it
+            // a frame, or a skippable frame
             [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Kind::Zstd.name(),
             [0xfd, b'7', b'z', b'X'] => "xz",
             b"BZh1" | b"BZh2" | b"BZh3" | b"BZh4" | b"BZh5" | b"BZh6" | b"BZh7" | b"BZh8" | b"BZh9" => {
@@ -121,7 +120,7 @@ impl Kind {
         }
     }
 
-    /// The file's text. What its first bytes say has to be what its name says.
+    /// Decodes the file's text. Its first bytes must be those of the format that its name says.
     fn decode<'a>(self, stored: &'a mut Stored) -> io::Result<Box<dyn BufRead + 'a>> {
         let mut first = Vec::with_capacity(4);
         stored.take(4).read_to_end(&mut first)?;
@@ -147,7 +146,7 @@ impl Kind {
         })
     }
 
-    /// An error while decoding line `line`, when `done` bytes of text were decoded.
+    /// The error for a failure in line `line`, after `done` bytes of text were decoded.
     fn failed(self, url: &str, error: io::Error, line: u64, done: u64) -> Error {
         own(error).unwrap_or_else(|error| {
             let what = match error.kind() {
@@ -169,8 +168,9 @@ impl Kind {
     }
 }
 
-/// The text of a gzip file's members, one after the other. Zeros between and behind them fill up the blocks of tapes and of
-/// `dd`; whatever else is there has to be a member. None once all is read.
+/// Reads the members of a gzip file one after the other. Zeros between and behind members are skipped,
+/// because tapes and `dd` fill up their blocks with them; anything else must be a member. It is `None` once
+/// everything is read.
 struct Members<R>(Option<GzDecoder<R>>);
 
 impl<R: BufRead> Read for Members<R> {
@@ -198,46 +198,47 @@ impl<R: BufRead> Read for Members<R> {
     }
 }
 
-/// Lines of a file that follow each other, each with its `\n`.
+/// Consecutive lines of a file, each with its `\n`.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
     first_line: u64,
     data: Vec<u8>,
-    /// Number and length of lines that are longer than any row may be. In `data` they are empty.
+    /// Number and length of lines that are too long for any row. In `data` they are empty.
     dropped: Vec<(u64, u64)>,
 }
 
-/// The lines collected so far, and the one that is being read. How lines come out does not depend on the
-/// sizes in which bytes come in.
+/// The lines collected so far, and the one that is being read. The lines do not depend on the sizes in which
+/// bytes are added.
 struct Cutting {
     lines: Lines,
     /// The number of the line that is being read.
     number: u64,
-    /// Where it starts in `lines.data`.
+    /// Where this line starts in `lines.data`.
     start: usize,
-    /// How many of its bytes were read. They are all in `data`, or, once there are more than `limit`, none.
+    /// How many bytes of this line were read. They are all in `data` or, once there are more than `limit`,
+    /// none is.
     length: u64,
     limit: u64,
     layout: Layout,
-    /// The first of its bytes that is no white space, as long as the layout is to be found.
+    /// The first byte of this line that is not white space, for as long as the layout is being determined.
     first: Option<u8>,
 }
 
-/// What the first rows of a file tell of how it is laid out.
+/// How a file is laid out, as its first rows show.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Layout {
-    /// There was none yet.
+    /// There was no row yet.
     Unknown,
-    /// There was one, a list: if no other follows, the file is that list, and its rows are in it.
+    /// The only row so far is a list. If no other row follows, the file is that list, and its rows are in it.
     List,
-    /// It opens a list or an object that doesn't end in its line.
+    /// The first row opens a list or an object that does not end on its line.
     Spread,
     Lines,
 }
 
 impl Cutting {
     fn new(spec: &Spec) -> Self {
-        // JSON writes a byte of text as up to six (`\u0007`), and a row has more than its text
+        // JSON writes a byte of text as up to six (`\u0007`), and a row contains more than its text
         let limit = spec.max_document_bytes.saturating_mul(6).saturating_add(64 << 10);
         let lines = Lines { first_line: 1, ..Lines::default() };
         Self { lines, number: 1, start: 0, length: 0, limit, layout: Layout::Unknown, first: None }
@@ -250,7 +251,7 @@ impl Cutting {
 
     fn add(&mut self, bytes: &[u8]) {
         if self.layout != Layout::Lines && self.first.is_none() {
-            // those of a byte order mark are no text either
+            // the bytes of a byte order mark do not count either
             let is_text = |byte: &&u8| !byte.is_ascii_whitespace() && !BOM.contains(byte);
             self.first = bytes.iter().find(is_text).copied();
         }
@@ -267,7 +268,7 @@ impl Cutting {
             self.lines.dropped.push((self.number, self.length));
         }
         if let Some(first) = self.first.take() {
-            // empty where it was dropped
+            // the line is empty if it was dropped
             let line = self.lines.data[self.start..].trim_ascii();
             self.layout = match (self.layout, first) {
                 (Layout::Unknown, b'[') if line.ends_with(b"]") => Layout::List,
@@ -282,7 +283,7 @@ impl Cutting {
         self.number += 1;
     }
 
-    /// Gives away the lines collected so far, between two lines.
+    /// Passes the lines collected so far to `pieces`. To be called between two lines.
     fn flush(&mut self, pieces: &mut Pieces<'_>) -> Result<()> {
         let next_line = self.number;
         let next = Lines { first_line: next_line, ..Lines::default() };
@@ -297,7 +298,7 @@ impl Cutting {
 }
 
 impl Rows for Lines {
-    /// Blank lines are no rows.
+    /// Skips blank lines, which are not rows.
     fn each(&self, _: &SourceFile, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()> {
         let mut unescaped = Unescaped::default();
         let mut dropped = self.dropped.iter().peekable();
@@ -321,14 +322,14 @@ impl Rows for Lines {
     }
 }
 
-/// Where strings with escapes are written out; kept from line to line.
+/// Buffers for strings with escapes, reused from line to line.
 #[derive(Default)]
 struct Unescaped {
     text: String,
     domain: String,
 }
 
-/// What a line holds. Nothing but the text and the domain is kept of it; the rest only has to be JSON.
+/// Parses a line. Only the text and the domain are kept; the rest just has to be JSON.
 fn row<'a>(line: &'a [u8], spec: &'a Spec, domain: Cell<'a>, unescaped: &'a mut Unescaped) -> Outcome<'a> {
     let line = std::str::from_utf8(line).map_err(Reject::not_utf8)?;
     let mut json = serde_json::Deserializer::from_str(line);
@@ -346,7 +347,7 @@ fn row<'a>(line: &'a [u8], spec: &'a Spec, domain: Cell<'a>, unescaped: &'a mut 
 }
 
 fn not_json(error: serde_json::Error) -> Reject {
-    // serde_json knows one line only, so its "line 1" is wrong here
+    // serde_json sees only this line, so its "line 1" is wrong here
     let message = error.to_string();
     let place = format!(" at line {} column {}", error.line(), error.column());
     let message = message.strip_suffix(&place).unwrap_or(&message);
@@ -363,9 +364,9 @@ enum Value<'l> {
     Missing,
     Null,
     Other(&'static str),
-    /// A string that stands in the line as it is.
+    /// A string without escapes, borrowed from the line.
     Borrowed(&'l str),
-    /// A string with escapes, written out into `unescaped`.
+    /// A string with escapes, decoded into `unescaped`.
     Unescaped,
 }
 
@@ -394,8 +395,8 @@ struct Columns<'l, 'u> {
     domain: Found<'l, 'u>,
 }
 
-/// Reads one JSON value, knowing what is left of each column's path from here on: an empty path ends here,
-/// `None` is a path that does not lead here.
+/// Reads one JSON value, and knows the rest of each column's path from here on. An empty path ends at this
+/// value; `None` is a path that does not lead here.
 struct Node<'p, 'f, 'l, 'u> {
     text: Option<&'p [String]>,
     domain: Option<&'p [String]>,
@@ -410,7 +411,7 @@ impl<'l, 'u> Node<'_, '_, 'l, 'u> {
         [ends(self.text).then_some(text), ends(self.domain).then_some(domain)].into_iter().flatten()
     }
 
-    /// Takes note that here is no string. What an earlier key of the same name said is forgotten too.
+    /// Records that this value is not a string. That replaces the value of an earlier key of the same name.
     fn is(mut self, kind: &'static str) {
         self.ends().for_each(|found| found.value = Value::Other(kind));
     }
@@ -420,7 +421,7 @@ impl<'l> DeserializeSeed<'l> for Node<'_, '_, 'l, '_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'l>>(self, json: D) -> Result<(), D::Error> {
-        // where a key stands twice, the last one counts
+        // if a key occurs twice, the last one counts
         if self.text.is_some() {
             self.found.text.value = Value::Missing;
         }

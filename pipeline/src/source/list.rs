@@ -1,4 +1,4 @@
-//! Which files a url names, and what lies there and is not read.
+//! Lists the files that a URL names, and those that lie there and are not read.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -16,35 +16,37 @@ use crate::layout;
 use crate::storage::whole;
 use crate::{Error, Result};
 
-/// How many files are looked at at a time.
+/// How many files are looked up at a time.
 const LOOKS: usize = 32;
 
-/// What a url names.
+/// What a URL names.
 #[derive(Debug, Default)]
 pub struct Listing {
     /// The files, sorted by path.
     pub files: Vec<SourceFile>,
-    /// What looks like data, is where the url says, and is not read: why, and its url. Sorted.
+    /// Files at the URL that look like data and are not read: the reason and the URL, sorted.
     pub unread: Vec<(Why, String)>,
 }
 
-/// Lists the files of `url`. `path` is the part of the url inside the store.
+/// Lists the files of `url`. `path` is the part of the URL inside the store.
 ///
 /// - A file is taken as it is.
-/// - Of a folder, all files below it that have one of the format's endings (for text: all files).
-/// - Of a glob (`*`, `**`, `?`, `[…]`, `{a,b}`), the files that it matches; and of a folder that it matches, what a folder
-///   gives. Where its last part is of stars alone, they say how deep to go: `*` takes the files of a folder, `**` all below
-///   it, and of those the ones with one of the format's endings.
+/// - A folder gives all files below it that have one of the format's endings (for text: all files).
+/// - A glob (`*`, `**`, `?`, `[…]`, `{a,b}`) gives the files that it matches, and for a folder that it
+///   matches, what the folder gives. If its last part consists of stars alone, they say how deep to go: `*`
+///   takes the files of a folder, `**` all files below it, in both cases only those with one of the format's
+///   endings.
 ///
-/// What is there under a name is meant by it, also where the name looks like a glob: `data/br[1]/*` is about the folder
+/// A name that exists is meant literally, even if it looks like a glob: `data/br[1]/*` is about the folder
 /// `br[1]`, if there is one.
 ///
-/// Files and folders whose names start with `.` or, where they are tables, `_` are skipped, unless the url itself has a
-/// part that starts so (`data/_raw`, `data/.*`). So is what runs wrote to the outputs `own`, unless the url names one of
-/// their folders, or one in them.
+/// Files and folders whose names start with `.` or, for JSONL and Parquet, `_` are skipped, unless the URL
+/// itself has a part that starts with it (`data/_raw`, `data/.*`). What runs wrote to the outputs `own` is
+/// skipped too, unless the URL names one of their folders, or one inside them.
 ///
 /// # Errors
-/// Nothing is found, the glob is wrong, the store fails, a link leads nowhere, or a local name is one that can't be read.
+/// Nothing is found, the glob is invalid, the store fails, a link leads nowhere, or a local file has a name
+/// that cannot be read.
 pub async fn list(
     store: &dyn ObjectStore,
     path: &Path,
@@ -124,7 +126,7 @@ pub async fn list(
     Ok(Listing { files, unread: scan.unread })
 }
 
-/// Where a path of the local store is on this machine.
+/// The file system's path of a path in the local store.
 fn on_disk(path: &str) -> PathBuf {
     std::path::Path::new("/").join(path)
 }
@@ -140,8 +142,8 @@ fn misnamed(url: &str, why: &str) -> Error {
     Error::usage(format!("`{url}` cannot be read: its name {why}"), "rename it")
 }
 
-/// How many of a path's names, from the first on, are names and no globs: those that look like none, and those of what is
-/// there.
+/// How many of a path's names, from the first on, are literal: names without the characters of globs, and
+/// names that exist.
 async fn literal(store: &dyn ObjectStore, names: &[&str], is_local: bool) -> object_store::Result<usize> {
     for (i, name) in names.iter().enumerate() {
         if !name.contains(['*', '?', '[', '{']) {
@@ -167,8 +169,9 @@ async fn literal(store: &dyn ObjectStore, names: &[&str], is_local: bool) -> obj
     Ok(names.len())
 }
 
-/// A file with its version: the e_tag that it was listed with, or that it has when it is asked for, or else the digest of
-/// its content. A local file is always asked for: what the store says of it then is what it says when it is opened.
+/// A file with its size and version. The version is the e_tag from the listing or from a request for the
+/// file, or else the digest of its content. A local file is always requested, so that its version is the one
+/// that opening it gives later.
 async fn source_file(
     store: &dyn ObjectStore,
     base: &str,
@@ -195,29 +198,30 @@ async fn source_file(
     Ok(SourceFile { size: meta.size, url, version, path })
 }
 
-/// Which of the files below a folder a url means.
+/// Decides which of the files below a folder a URL means.
 struct Pattern<'a> {
     /// Everything before the first part with a glob.
     folder: String,
-    /// What paths are like from there on.
+    /// The glob that paths match from there on.
     glob: Option<GlobMatcher>,
-    /// Whether the glob says what files are called, and not only how deep they lie.
+    /// Whether the glob says what files are called, and not only how deep they are.
     names_files: bool,
     format: Format,
-    /// Which of `.` and `_` names below the folder may start with.
+    /// Names below the folder may start with one of these, although it is in `private`.
     hidden: Vec<char>,
-    /// What the names of files that are no data start with.
+    /// The first characters of names that are skipped.
     private: &'static [char],
+    /// Outputs of runs whose files are skipped.
     own: Vec<&'a str>,
 }
 
-/// What a pattern says to a path.
+/// What a pattern says about a path.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Verdict {
     Read,
-    /// It looks like data.
+    /// It looks like data, but is not read.
     Unread(Why),
-    /// It doesn't.
+    /// It does not look like data.
     NoData,
     Hidden,
     Own,
@@ -226,7 +230,7 @@ enum Verdict {
 }
 
 impl<'a> Pattern<'a> {
-    /// A pattern of a path's names, of which the first `literal` are those of a folder.
+    /// A pattern from a path's names. The first `literal` of them are a folder, the others a glob.
     fn new(names: &[&str], literal: usize, url: &str, format: Format, own: &'a [Path]) -> Result<Self> {
         let (folders, rest) = names.split_at(literal);
         let folder = folders.join("/");
@@ -239,7 +243,7 @@ impl<'a> Pattern<'a> {
                     "`*` matches within a name, `**` across folders, `{a,b}` either; `[*]` is a star itself",
                 )
             })?;
-        // one that names a folder of a run means it
+        // a URL that names a folder of runs means what is in it
         let is_named =
             |own: &&str| below(&folder, own).is_some_and(|rest| !rest.is_empty() && layout::is_of_runs(rest));
         Ok(Self {
@@ -248,18 +252,18 @@ impl<'a> Pattern<'a> {
             names_files: rest.last().is_some_and(|last| last.contains(|c| c != '*')),
             format,
             hidden: rest.iter().filter_map(|part| part.chars().next()).collect(),
-            // a table's writers leave `_SUCCESS` beside it; a text may well be `__init__.py`
+            // writers of tables leave `_SUCCESS` next to them; a text may well be `__init__.py`
             private: if format == Format::Text { &['.'] } else { &['.', '_'] },
             folder,
         })
     }
 
     fn path(&self) -> Path {
-        // it is the beginning of one
+        // it is the beginning of a valid path
         Path::parse(&self.folder).unwrap_or_default()
     }
 
-    /// What is said to all that lies below a path, whatever it is.
+    /// The verdict on a path and everything below it, if that is skipped.
     fn skips(&self, path: &str) -> Option<Verdict> {
         let is_hidden = |part: &str| part.starts_with(self.private) && !part.starts_with(&*self.hidden);
         match () {
@@ -297,13 +301,13 @@ impl<'a> Pattern<'a> {
     }
 }
 
-/// What follows the folder in a path that is the folder's or lies in it.
+/// The rest of a path behind a folder, empty for the folder itself; `None` if the path is not in the folder.
 fn below<'p>(path: &'p str, folder: &str) -> Option<&'p str> {
     let rest = path.strip_prefix(folder)?;
     if folder.is_empty() || rest.is_empty() { Some(rest) } else { rest.strip_prefix('/') }
 }
 
-/// Whether a folder gives files of this name, in small letters.
+/// Whether a file of this lower-case name is read if only its folder is named.
 pub fn reads(format: Format, name: &str) -> bool {
     let ends = |name: &str, endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     match format {
@@ -315,23 +319,24 @@ pub fn reads(format: Format, name: &str) -> bool {
     }
 }
 
-/// Whether a file of no bytes is a sound one of no rows: plain lines have neither a head nor an end.
+/// Whether a file without bytes is a valid one without rows. Uncompressed lines have neither a header nor a
+/// footer.
 fn may_be_empty(format: Format, path: &Path) -> bool {
     let name = path.filename().unwrap_or_default().to_lowercase();
     format == Format::Jsonl && jsonl::uncompressed(&name) == name
 }
 
-/// Endings of what people keep beside data: documents, programs, pictures, settings.
+/// Endings of files that people keep next to data: documents, programs, pictures, settings.
 const DOCUMENTS: [&str; 24] = [
     "md", "rst", "html", "htm", "pdf", "bib", "tex", "py", "ipynb", "sh", "rs", "js", "css", "sql", "png",
     "jpg", "jpeg", "gif", "svg", "yml", "yaml", "toml", "ini", "cfg",
 ];
 
-/// … and names of such files that have none, in small letters.
+/// Lower-case names of such files that have no ending.
 const PAPERS: [&str; 8] =
     ["license", "licence", "copying", "notice", "readme", "authors", "makefile", "dockerfile"];
 
-/// What Hugging Face's `datasets` keeps beside data, and reads as no row either.
+/// Files that Hugging Face's `datasets` keeps next to data, and does not read as rows either.
 const DATASETS: [&str; 4] = ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"];
 
 /// Endings of compressed files and of archives.
@@ -340,11 +345,12 @@ const COMPRESSED: [&str; 22] = [
     "sz", "snappy", "z", "zip", "7z", "rar", "tar",
 ];
 
-/// Endings of what is kept beside data, and says something of it.
+/// Endings of files that describe other files: checksums, signatures and indexes.
 const BESIDE: [&str; 10] = ["md5", "sha1", "sha256", "sha512", "crc", "crc32", "sig", "asc", "idx", "index"];
 
-/// Why it is told that a folder's file is not read, by its name in small letters: `x.jsonl.xz`, `x.jsonl-00-of-10` and a
-/// `part-00000` without an ending look like data, a README and a checksum don't.
+/// The reason to report a file that is not read, by its lower-case name; `None` if it does not look like
+/// data. `x.jsonl.xz`, `x.jsonl-00-of-10` and a `part-00000` without an ending look like data, a README and a
+/// checksum don't.
 fn looks_like_data(format: Format, name: &str) -> Option<Why> {
     if DATASETS.contains(&name) {
         return None;
@@ -357,25 +363,25 @@ fn looks_like_data(format: Format, name: &str) -> Option<Why> {
             let is_read = format == Format::Jsonl && jsonl::uncompressed(name) != name;
             Some(if is_read { Why::OtherFormat } else { Why::Compressed })
         }
-        // of a name that nobody knows, better a word too many than texts that are missed
+        // an unknown ending: a report too many is better than texts that are missed
         Some(_) => Some(Why::OtherFormat),
     }
 }
 
-/// What is found of a pattern.
+/// What was found for a pattern.
 struct Scan<'p> {
     pattern: &'p Pattern<'p>,
     base: &'p str,
-    /// What is read, and what a listing said of it.
+    /// The files to read, with their metadata if a listing gave it.
     files: Vec<(Path, Option<ObjectMeta>)>,
     unread: Vec<(Why, String)>,
-    /// On this machine, or as parts of an object store's paths.
+    /// Folders on the disk, or in the paths of an object store.
     folders: HashSet<String>,
-    /// How much is neither read nor told of …
+    /// How many paths are neither read nor reported.
     passed: u64,
-    /// … and the first of it.
+    /// The first of these paths in sorted order.
     other: Option<String>,
-    /// Whether that is what runs wrote.
+    /// Whether some of these paths were written by runs.
     own: bool,
 }
 
@@ -385,11 +391,11 @@ impl<'p> Scan<'p> {
         Self { pattern, base, files, unread, folders, passed: 0, other: None, own: false }
     }
 
-    /// An object of a store.
+    /// Takes an object from a store's listing.
     fn listed(&mut self, meta: ObjectMeta) {
         let path = meta.location.as_ref();
         for (end, _) in path.rmatch_indices('/') {
-            // where one is known, so are those around it
+            // if a folder is known, so are those around it
             if self.folders.contains(&path[..end]) {
                 break;
             }
@@ -401,7 +407,7 @@ impl<'p> Scan<'p> {
         }
     }
 
-    /// Something on this machine.
+    /// Takes a path found on the disk.
     fn see(&mut self, path: &str, found: Found) -> Result<()> {
         let url = format!("{}{path}", self.base);
         match (found, self.pattern.verdict(path)) {
@@ -415,7 +421,7 @@ impl<'p> Scan<'p> {
             },
             (Found::Misnamed(why), Verdict::Read) => return Err(misnamed(&url, why)),
             (Found::Not(Why::DeadLink), Verdict::Read) => return Err(dead_link(&url)),
-            // what it would be is not to be seen from its name
+            // the name of a link does not tell what it would lead to
             (Found::Not(why @ (Why::DeadLink | Why::Loop)), Verdict::NoData)
             | (Found::Not(why), Verdict::Read | Verdict::Unread(_)) => self.unread.push((why, url)),
             (_, verdict) => self.leave(path, verdict),
@@ -435,8 +441,8 @@ impl<'p> Scan<'p> {
         }
     }
 
-    /// Consoles and file systems over object stores write an empty object for a folder. Its path is the folder's, and
-    /// what is in the folder is listed by itself.
+    /// Forgets the markers of folders. Consoles and file systems on top of object stores write an empty
+    /// object for a folder, with the folder's path; what is in the folder is listed by itself.
     fn forget_markers(&mut self) {
         let (folders, folder) = (&self.folders, &self.pattern.folder);
         let is_folder = |path: &str| folders.contains(path) || path == folder;
@@ -446,7 +452,8 @@ impl<'p> Scan<'p> {
         self.unread.retain(|(_, url)| !folders.contains(url.strip_prefix(base).unwrap_or(url)));
     }
 
-    /// What a glob of files matches is meant to be read, and such a folder is none of the files that others are counted by.
+    /// Reports folders without anything to read that a glob of file names matches. Such a glob means them to
+    /// be read, and no file in them would be reported.
     fn add_empty_folders(&mut self) {
         let pattern = self.pattern;
         let Some(glob) = pattern.glob.as_ref().filter(|_| pattern.names_files) else { return };
@@ -463,7 +470,7 @@ impl<'p> Scan<'p> {
         self.unread.extend(empty.collect::<Vec<_>>());
     }
 
-    /// The error where nothing is to be read.
+    /// The error if there is nothing to read.
     fn nothing(self, url: &str) -> Error {
         let Self { pattern, base, .. } = self;
         let looked_for = match (&pattern.glob, pattern.format) {

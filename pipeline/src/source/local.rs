@@ -1,5 +1,5 @@
-//! What lies in a folder of this machine. object_store's own listing passes over what it can't read without a word, and
-//! ends at a link that leads back to where it lies.
+//! Lists local folders. object_store's own listing silently skips what it cannot read, and ends at a link
+//! that leads back to a folder around it.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -10,17 +10,17 @@ use super::unread::Why;
 use crate::Result;
 use crate::error::Doing;
 
-/// What a name stands for.
+/// What a path leads to.
 pub(super) enum Found {
     File,
     Folder,
-    /// Nothing that can be read.
+    /// Something that cannot be read as a file.
     Not(Why),
-    /// A file whose name is none in a store; this says why.
+    /// A file whose name object_store does not accept, and why.
     Misnamed(&'static str),
 }
 
-/// What stands at a path; None where nothing does.
+/// What is at a path; `None` if nothing is.
 pub(super) fn look(at: &Path) -> Result<Option<Found>> {
     let meta = match fs::metadata(at) {
         Ok(meta) => meta,
@@ -42,7 +42,7 @@ fn leads_nowhere(error: &io::Error) -> bool {
         || error.raw_os_error() == Some(libc::ELOOP)
 }
 
-/// Why object_store has no such file.
+/// Why object_store does not accept a file's name; `None` if it does.
 fn misnamed(at: &Path) -> Option<&'static str> {
     let Some(path) = at.to_str() else { return Some("is not UTF-8") };
     let end = path.rsplit('/').next().and_then(|name| name.split_once('#'));
@@ -54,8 +54,8 @@ fn misnamed(at: &Path) -> Option<&'static str> {
     }
 }
 
-/// Gives all that lies below a folder to `found`, by its path, which begins with `path`, folders before what is in them.
-/// `enters` says which of them are entered. Links are followed.
+/// Calls `found` for everything below a folder, with its path, which begins with `path`. Folders come before
+/// what is in them. `enters` decides which folders are entered. Links are followed.
 pub(super) fn walk(
     folder: &Path,
     path: &str,
@@ -68,7 +68,7 @@ pub(super) fn walk(
 struct Walk<'a> {
     enters: &'a dyn Fn(&str) -> bool,
     found: &'a mut dyn FnMut(&str, Found) -> Result<()>,
-    /// Device and inode of the folders that this one lies in.
+    /// Device and inode of the folders that this one is in, by which loops of links are found.
     above: Vec<(u64, u64)>,
 }
 
@@ -93,7 +93,7 @@ impl Walk<'_> {
                     }
                 }
                 Some(found) => (self.found)(&path, found)?,
-                // it has gone meanwhile
+                // it was removed in the meantime
                 None => {}
             }
         }

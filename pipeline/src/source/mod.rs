@@ -1,4 +1,5 @@
-//! Sources: files of any size in any store become rows, and every row is a document or a reject.
+//! Sources: files of any size in any store become rows, and every row is a document or a reject. A row with
+//! an empty text is neither.
 //!
 //! ```text
 //! list ─▶ units ─────────▶ parts ──────────────▶ rows
@@ -7,16 +8,16 @@
 //!         of small ones
 //! ```
 //!
-//! A [`Unit`] is read once, front to back, on one blocking thread; its [`Part`]s are what workers take,
-//! tokenise and cache. Where a part ends depends on the files' content alone, never on the sizes in which
+//! A [`Unit`] is read once, front to back, on one blocking thread. Workers take its [`Part`]s, tokenise them
+//! and cache the results. Where a part ends depends on the files' content alone, never on the sizes in which
 //! a store happens to deliver them.
 //!
-//! One bad row never ends a scan: it is a [`Reject`]. What makes *all* further rows of a file doubtful does:
-//! damaged compression, a file that changes while it is read, a column that isn't there.
+//! One bad row never ends a scan: it is a [`Reject`]. A scan ends with an error if *all* further rows of a
+//! file are doubtful: damaged compression, a file that changes while it is read, a column that isn't there.
 
 mod column;
 mod files;
-// one walk for packed files and for sources; the model crate, whose it is, is not in every build of this one
+// shared with the model crate by path, because that crate is not in every build of this one
 #[path = "../../../model/src/headers.rs"]
 mod headers;
 mod jsonl;
@@ -40,34 +41,34 @@ pub use unread::{Unread, Why};
 
 use globset::GlobMatcher;
 
-/// The longest domain there may be, in bytes. A longer one is rather a text in the wrong column.
+/// The longest name of a domain, in bytes. A longer one is probably a text in the wrong column.
 pub const DOMAIN_BYTES: usize = 256;
 
-/// What a source's conf says to its reader.
+/// How a source is read, as its conf says.
 #[derive(Clone, Debug)]
 pub struct Spec {
-    /// The conf's name of the source.
+    /// The source's name in the conf.
     pub origin: String,
     pub format: Format,
     /// The text's column. Not used by [`Format::Text`].
     pub text: Column,
     pub domain: DomainRule,
-    /// A longer text is rejected.
+    /// A text of more bytes is rejected.
     pub max_document_bytes: u64,
 }
 
-/// How a source's files hold their rows.
+/// The format of a source's files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// A JSON object a line (`.jsonl`, `.ndjson`, `.json`); plain, gzip (`.gz`) or zstd (`.zst`).
+    /// One JSON object per line (`.jsonl`, `.ndjson`, `.json`); plain, gzip (`.gz`) or zstd (`.zst`).
     Jsonl,
-    /// (`.parquet`, `.parq`, `.pq`)
+    /// Tables of Parquet (`.parquet`, `.parq`, `.pq`).
     Parquet,
-    /// A document a file.
+    /// One document per file.
     Text,
 }
 
-/// Where a document's domain is found.
+/// Where a document's domain comes from.
 #[derive(Clone, Debug)]
 pub enum DomainRule {
     /// In this column. Not for [`Format::Text`], which has no columns.
@@ -90,28 +91,28 @@ pub struct Row<'a> {
     pub outcome: Outcome<'a>,
 }
 
-/// What a row turned out to be; none where its text is empty, which is no document.
+/// A row's document, `None` if its text is empty, or the reason why it is rejected.
 pub type Outcome<'a> = std::result::Result<Option<Document<'a>>, Reject>;
 
-/// What is done with each row of a file, given its line.
+/// Called with the line and outcome of each row of a file.
 type Each<'f> = dyn FnMut(u64, Outcome<'_>) -> crate::Result<()> + 'f;
 
-/// A text and where it came from.
+/// A text and its domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Document<'a> {
     pub domain: &'a str,
     pub text: &'a str,
 }
 
-/// Why a row is no document.
+/// Why a row is rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reject {
     pub reason: Reason,
-    /// A few words for a person; never the row's text.
+    /// An explanation for people. It never contains the row's text.
     pub detail: String,
 }
 
-/// The kinds of bad rows. Their names are written to the table `rejects`, so they stay as they are.
+/// The kinds of bad rows. Their names are written to the table `rejects`, so they must not change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
     NotUtf8,
@@ -121,9 +122,9 @@ pub enum Reason {
     TextNotAString,
     NoDomain,
     DomainNotAString,
-    /// Empty, or longer than [`DOMAIN_BYTES`].
+    /// The domain is empty, or longer than [`DOMAIN_BYTES`].
     BadDomain,
-    /// Longer than the conf's `max_document_bytes`.
+    /// The text, or the line that it is in, is longer than the conf's `max_document_bytes` allows.
     TooLong,
 }
 
@@ -163,13 +164,13 @@ impl Reject {
     }
 }
 
-/// What stands in a row where the text or the domain is looked for.
+/// The value of the text or the domain in a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Cell<'a> {
     Text(&'a str),
     Null,
     Missing,
-    /// Something else; this says what.
+    /// A value of another type, which this names.
     Other(&'static str),
 }
 
@@ -182,7 +183,7 @@ impl Spec {
         }
     }
 
-    /// The domain of all rows of a file; missing where rows have their own, or where no rule matches.
+    /// The domain that all rows of a file share; missing if each row has its own, or if no rule matches.
     fn domain_of(&self, file: &SourceFile) -> Cell<'_> {
         match &self.domain {
             DomainRule::Column(_) => Cell::Missing,
@@ -194,7 +195,8 @@ impl Spec {
         }
     }
 
-    /// A document, if text and domain are what they should be. The first thing that is wrong is the reason.
+    /// A document, if text and domain are valid. Otherwise the first thing that is wrong is the reason to
+    /// reject it. An empty text is checked first, so it is no reject even if the domain is wrong.
     fn outcome<'a>(&self, text: Cell<'a>, domain: Cell<'a>) -> Outcome<'a> {
         let text = match text {
             Cell::Text("") => return Ok(None),

@@ -1,8 +1,8 @@
-//! Parquet: two columns of a file, a range of a row group's rows at a time.
+//! Parquet: reads two columns of a file, a range of a row group's rows at a time.
 //!
-//! This reads column chunks itself, below the level of Arrow: texts are then checked for UTF-8 one by one,
-//! where an Arrow reader ends at the first bad one, pages are decompressed one by one, and the ranges of a row
-//! group can be read by several workers.
+//! This reads column chunks itself, below the level of Arrow. Texts are then checked for UTF-8 one by one,
+//! while an Arrow reader ends at the first bad one; pages are decompressed one by one; and several workers
+//! can read the ranges of a row group.
 
 use std::io::{self, BufReader, Read};
 use std::os::unix::fs::FileExt;
@@ -27,10 +27,10 @@ use super::{Cell, Column, Each, Reject, Spec, headers};
 use crate::error::Doing;
 use crate::{Error, Result};
 
-/// How much is decoded at a time.
+/// About how many bytes are decoded at a time.
 const BATCH_BYTES: u64 = 1 << 20;
 
-/// An open Parquet file, shared by all ranges of it.
+/// An open Parquet file, shared by all its ranges.
 struct Table {
     reader: SerializedFileReader<Access>,
     access: Access,
@@ -42,7 +42,8 @@ struct Table {
 #[derive(Clone, Copy, Debug)]
 enum Leaf {
     Of(usize),
-    /// Nowhere: it, or what it is in, is of Arrow's type Null, as writers make of a column without values.
+    /// The column, or a struct that it is in, has Arrow's type Null, which writers give to a column without
+    /// values.
     Null,
 }
 
@@ -68,8 +69,8 @@ impl std::fmt::Debug for Table {
     }
 }
 
-/// Plans a file's row groups into ranges of about a part's size and gives them to `pieces`; returns how many
-/// rows there are. Pages are read later, by [`Range::rows`].
+/// Divides a file's row groups into ranges of about a part's size and passes them to `pieces`. Returns the
+/// number of rows. Pages are read later, by [`Range::each`](Rows::each).
 pub(super) fn read(bytes: RandomAccess, spec: &Spec, pieces: &mut Pieces<'_>) -> Result<u64> {
     let file = pieces.file.clone();
     let access = Access(Arc::new(bytes));
@@ -120,7 +121,7 @@ pub(super) fn read(bytes: RandomAccess, spec: &Spec, pieces: &mut Pieces<'_>) ->
     Ok(before)
 }
 
-/// Where the values of a column are.
+/// Finds a column's values. `what` is the column's key in the conf, for messages.
 fn find_column(
     reader: &SerializedFileReader<Access>,
     file: &SourceFile,
@@ -133,7 +134,7 @@ fn find_column(
     let is_null = |i: usize| {
         columns[i].logical_type_ref() == Some(&LogicalType::Unknown) && columns[i].max_rep_level() == 0
     };
-    // where `meta` has no values, `meta.set` has none
+    // if `meta` is of type Null, `meta.set` has no values either
     if (0..columns.len()).any(|i| path.starts_with(columns[i].path().parts()) && is_null(i)) {
         return Ok(Leaf::Null);
     }
@@ -226,7 +227,7 @@ struct Texts {
     defined: i16,
     levels: std::vec::IntoIter<i16>,
     values: std::vec::IntoIter<ByteArray>,
-    /// The value given out last.
+    /// The value that was returned last.
     value: ByteArray,
 }
 
@@ -271,8 +272,8 @@ impl Texts {
     }
 }
 
-/// A column's pages, without a dictionary that has fewer bytes than it says values: the library makes room for as many as
-/// are said, up to 64 GiB, before it looks.
+/// A column's pages. A dictionary that claims more values than it has bytes is refused: the library would
+/// allocate memory for all of them, up to 64 GiB, before it looks at the bytes.
 struct Pages(Box<dyn PageReader>);
 
 impl PageReader for Pages {
@@ -311,7 +312,7 @@ fn expect(rows: u64, got: usize) -> parquet::errors::Result<()> {
     Err(ParquetError::EOF(format!("{rows} more rows expected, {got} found")))
 }
 
-/// Runs a step of the Parquet library. An error, and a panic too, is about what the file holds there.
+/// Runs a step of the Parquet library. An error, or a panic, is reported as damage of the file at `place`.
 fn guarded<T>(
     file: &SourceFile,
     place: &str,
@@ -338,12 +339,12 @@ fn damaged(file: &SourceFile, place: &str, problem: &str) -> Error {
     )
 }
 
-/// A kept file, as the Parquet library reads it.
+/// A kept file, in the form that the Parquet library reads.
 #[derive(Clone)]
 struct Access(Arc<RandomAccess>);
 
 impl Access {
-    /// Whether a file of this machine is still what it was.
+    /// Checks that a local file has not changed.
     fn check(&self, file: &SourceFile) -> Result<()> {
         match &*self.0 {
             RandomAccess::Whole(_) => Ok(()),
@@ -370,7 +371,7 @@ impl ChunkReader for Access {
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
-        // where a damaged file says that it holds more than it does, don't ask for the memory
+        // a damaged file may claim more bytes than it has: do not allocate memory for them
         if start.checked_add(length as u64).is_none_or(|stop| stop > self.len()) {
             return Err(ParquetError::EOF(format!(
                 "{length} bytes at byte {start} would end behind the file"
@@ -385,7 +386,7 @@ impl ChunkReader for Access {
     }
 }
 
-/// A place in a file, read from there on. It leaves the file's own cursor alone, which all ranges share.
+/// Reads a file from a place on. It leaves the file's own cursor alone, which all ranges share.
 struct At {
     access: Access,
     start: u64,

@@ -1,4 +1,4 @@
-//! Parts of a unit, and how rows of files are collected to parts.
+//! Parts of a unit, and how rows of files are collected into parts.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -9,17 +9,17 @@ use super::files::SourceFile;
 use super::{Cell, Each, Outcome, Row, Spec, stored};
 use crate::{Error, Result};
 
-/// A part ends with the row that brings it to this size, after decompression.
+/// A part ends with the row that brings it to this many bytes, after decompression.
 pub const PART_BYTES: u64 = 32 << 20;
 
-/// Or with so many rows: where they are a few bytes each, all bad ones of a part are still held in memory, with file, line
-/// and reason.
+/// A part also ends at this many rows. If rows have only a few bytes, there may be very many bad ones, and
+/// all rejects of a part are held in memory with file, line and reason.
 pub(super) const PART_ROWS: u64 = 1 << 20;
 
 /// A piece of a unit: whole rows of one file, or of several small ones.
 #[derive(Debug)]
 pub struct Part {
-    /// Counts the unit's parts from 0.
+    /// The part's number in its unit, from 0.
     pub index: u32,
     pieces: Vec<Piece>,
     bytes: u64,
@@ -33,18 +33,19 @@ pub(super) struct Piece {
     pub rows: Box<dyn Rows>,
 }
 
-/// Rows of a file as its format keeps them until a worker takes them.
+/// Rows of a file, in the form in which its format keeps them until a worker takes them.
 pub(super) trait Rows: std::fmt::Debug + Send + Sync {
-    /// Gives each row's number and outcome to `f`.
+    /// Calls `f` with each row's number and outcome.
     fn each(&self, file: &SourceFile, spec: &Spec, domain: Cell<'_>, f: &mut Each<'_>) -> Result<()>;
 }
 
 impl Part {
-    /// Gives every row to `f`, in order, and ends with `f`'s first error. It computes (parses, decompresses
+    /// Calls `f` with every row, in order, until it returns an error. It computes (parses, decompresses
     /// Parquet pages), so call it on a blocking thread.
     ///
     /// # Errors
-    /// Those of `f`, and for Parquet a damaged page.
+    /// Those of `f`; [`Error::Stopped`] after a signal; and for Parquet a damaged page, or a local file that
+    /// has changed.
     pub fn rows(&self, spec: &Spec, f: &mut dyn FnMut(Row<'_>) -> Result<()>) -> Result<()> {
         for Piece { file, rows } in &self.pieces {
             let domain = spec.domain_of(file);
@@ -57,13 +58,13 @@ impl Part {
         Ok(())
     }
 
-    /// Its size after decompression, for progress; an estimate for Parquet.
+    /// Its size in bytes after decompression, for progress; an estimate for Parquet.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 }
 
-/// Collects pieces, and sends a part whenever they are enough.
+/// Collects pieces, and sends a part whenever it is full.
 pub(super) struct Cutter {
     send: mpsc::Sender<Part>,
     skip: Box<dyn Fn(u32) -> bool + Send>,
@@ -83,7 +84,7 @@ impl Cutter {
         Self { send, skip: Box::new(skip), stop, index: 0, pieces: Vec::new(), rows: 0, bytes: 0 }
     }
 
-    /// Ends the part that is being collected, if there is anything in it.
+    /// Ends the current part, if it has any rows, and sends it unless it is skipped.
     pub fn cut(&mut self) -> Result<()> {
         if self.pieces.is_empty() {
             return Ok(());
@@ -96,12 +97,12 @@ impl Cutter {
             return Ok(());
         }
         let part = Part { index, pieces, bytes, stop: self.stop.clone() };
-        // nobody listens any more: the run is ending for another reason
+        // the receiver was dropped: the run is ending for another reason
         self.send.blocking_send(part).map_err(|_| Error::Stopped)
     }
 }
 
-/// Where a file's rows go.
+/// Adds the rows of one file to parts.
 pub(super) struct Pieces<'a> {
     pub file: &'a Arc<SourceFile>,
     cutter: &'a mut Cutter,
@@ -113,17 +114,18 @@ impl<'a> Pieces<'a> {
         Self { file, cutter, count: 0 }
     }
 
-    /// How many parts have rows of the file.
+    /// How many pieces the file's rows were added in: for JSONL one per part, for Parquet one per range of
+    /// rows.
     pub fn count(&self) -> u32 {
         self.count
     }
 
-    /// Whether the part is full once it has so many more rows, and bytes of them.
+    /// Whether the current part is full once it has `rows` more rows of `bytes` bytes.
     pub fn is_full_with(&self, rows: u64, bytes: u64) -> bool {
         self.cutter.bytes + bytes >= PART_BYTES || self.cutter.rows + rows >= PART_ROWS
     }
 
-    /// Adds rows of this file to the part, and ends it if it is full.
+    /// Adds `count` rows of this file, of `bytes` bytes, to the current part, and ends it if it is full.
     pub fn push(&mut self, rows: impl Rows + 'static, count: u64, bytes: u64) -> Result<()> {
         self.cutter.pieces.push(Piece { file: self.file.clone(), rows: Box::new(rows) });
         self.cutter.rows += count;
@@ -132,7 +134,7 @@ impl<'a> Pieces<'a> {
         if self.is_full_with(0, 0) { self.cutter.cut() } else { Ok(()) }
     }
 
-    /// [`Error::Stopped`] once a signal has come.
+    /// Returns [`Error::Stopped`] once a signal has come.
     pub fn check(&self) -> Result<()> {
         stored::check(&self.cutter.stop)
     }

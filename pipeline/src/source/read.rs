@@ -1,4 +1,4 @@
-//! Reading a unit: files are opened, decoded and cut into parts on a blocking thread, while workers take
+//! Reads a unit. A blocking thread opens its files, decodes them and cuts them into parts, while workers take
 //! the parts' rows.
 
 use std::path::PathBuf;
@@ -17,30 +17,31 @@ use super::stored::{self, Stored};
 use super::{Format, Spec, jsonl, parquet, text};
 use crate::{Error, Result};
 
-/// How many small files are fetched at once: what takes time is the asking, not the bytes.
+/// How many files are opened ahead. For small files, the requests take the time, not the bytes.
 const FILES_AHEAD: usize = 8;
 
 /// Reads units of one store.
 #[derive(Clone, Debug)]
 pub struct Reader {
     pub store: Arc<dyn ObjectStore>,
-    /// A local folder with room for a file: a large Parquet file of a remote store is copied there while it
-    /// is read, as its reader has to go back and forth. The copy goes away by itself, even after a kill.
+    /// A local folder with room for a file. A large Parquet file of a remote store is copied there while it
+    /// is read, because its reader needs random access. The copy has no name, so it disappears even after a
+    /// kill.
     pub spool: PathBuf,
-    /// Set by a signal; then reading ends with [`Error::Stopped`] within a megabyte.
+    /// Set by a signal. Reading then ends with [`Error::Stopped`] within a megabyte.
     pub stop: Arc<AtomicBool>,
 }
 
-/// What is known of a file once it was read to its end.
+/// What is known about a file once it was read to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileSummary {
     pub url: String,
     pub size: u64,
-    /// Hash of the bytes as they are stored.
+    /// Hash of the stored bytes.
     pub blake3: blake3::Hash,
-    /// How many parts have rows of this file.
+    /// How many pieces its rows were read in: for JSONL one per part, for Parquet one per range of rows.
     pub parts: u32,
-    /// Lines or rows, good, bad and blank.
+    /// Number of lines or rows: good, bad and blank.
     pub lines: u64,
 }
 
@@ -56,8 +57,8 @@ impl Reader {
     /// Streams the parts of a unit. One part is being read while one waits to be taken, so with *n* workers
     /// at most *n* + 2 are in memory.
     ///
-    /// `skip` is asked once for each index; a part that it skips (it is cached, say) is read past and not
-    /// given out. To be called inside a tokio runtime.
+    /// `skip` is called once with each part's index. A part for which it returns true, for example because it
+    /// is cached, is read past and not returned. Must be called inside a tokio runtime.
     pub fn parts(&self, unit: Unit, spec: Arc<Spec>, skip: impl Fn(u32) -> bool + Send + 'static) -> Parts {
         let (send, parts) = mpsc::channel(1);
         let reader = self.clone();
@@ -99,7 +100,7 @@ impl Parts {
     /// The next part; `None` after the last one.
     ///
     /// # Errors
-    /// A file is damaged, has changed or can't be read, or the run was stopped. There are no more parts then.
+    /// A file is damaged, has changed or cannot be read, or the run was stopped. No part follows an error.
     pub async fn next(&mut self) -> Result<Option<Part>> {
         if let Some(part) = self.parts.recv().await {
             return Ok(Some(part));
@@ -117,7 +118,7 @@ impl Parts {
         Ok(None)
     }
 
-    /// The files, in order: complete once [`next`](Self::next) has given `None`, empty before.
+    /// The files, in order. It is complete once [`next`](Self::next) has returned `None`, and empty before.
     pub fn files(&self) -> &[FileSummary] {
         &self.files
     }

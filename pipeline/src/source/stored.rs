@@ -1,4 +1,4 @@
-//! The stored bytes of a file, read once and hashed on the way, from whatever store they lie in.
+//! Reads the stored bytes of a file once, from whatever store, and hashes them on the way.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -18,11 +18,11 @@ use crate::{Error, Result};
 /// How many chunks of a remote file are fetched ahead. Stores deliver some 16 KiB to 1 MiB at a time.
 const CHUNKS_AHEAD: usize = 8;
 
-/// How much is read at a time where the reader has no say.
+/// How many bytes are read at a time if the reader does not decide.
 pub(super) const READ_BYTES: usize = 256 << 10;
 
-/// A file being read. As a [`Read`] it gives the stored bytes; its errors carry an [`Error`] of this crate
-/// inside, see [`own`].
+/// A file being read. Its [`Read`] implementation gives the stored bytes. Its I/O errors contain an [`Error`]
+/// of this crate, which [`own`] takes out.
 pub(super) struct Stored {
     pub file: Arc<SourceFile>,
     stop: Arc<AtomicBool>,
@@ -32,7 +32,7 @@ pub(super) struct Stored {
 }
 
 enum Backing {
-    /// A small file, got as a whole.
+    /// A small file, read as a whole.
     Whole(Bytes),
     Local(Local),
     Remote {
@@ -41,20 +41,20 @@ enum Backing {
     },
 }
 
-/// An open file of this machine, and when it was modified last as it was opened.
+/// An open local file, with its modification time when it was opened.
 pub(super) struct Local {
     pub file: File,
     pub size: u64,
     modified: Option<SystemTime>,
 }
 
-/// A file's bytes in any order, as Parquet wants them.
+/// A file whose bytes can be read in any order, as Parquet requires.
 pub(super) enum RandomAccess {
     Whole(Bytes),
     File(Local),
 }
 
-/// [`Error::Stopped`] once a signal has come.
+/// Returns [`Error::Stopped`] once a signal has come.
 pub(super) fn check(stop: &AtomicBool) -> Result<()> {
     if stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
 }
@@ -71,18 +71,19 @@ fn changed(file: &SourceFile, how: &str) -> Error {
     )
 }
 
-/// Opens a file that was listed before, and is still the same.
+/// Opens a file that was listed before, and checks that it is still the same.
 pub(super) async fn open(store: &dyn ObjectStore, file: SourceFile, stop: Arc<AtomicBool>) -> Result<Stored> {
     let failed = |source| Error::Storage { doing: "read", url: file.url.clone(), source };
     if file.size == 0 {
-        // There is nothing to ask for; and it may be what an object store has for an empty folder, which can't be got.
+        // An empty file has nothing to read. It may also be an object store's marker of an empty folder,
+        // which cannot be read.
         let bytes = Backing::Whole(Bytes::new());
         return Ok(Stored { file: Arc::new(file), stop, bytes, hasher: blake3::Hasher::new(), read: 0 });
     }
     let got = store.get_opts(&file.path, GetOptions::default()).await.map_err(failed)?;
-    // This is as good as the store's own `if_match`, and works where there is no e_tag, or where a listing
-    // writes it in another way. If the transfer breaks, object_store goes on with the same version only.
-    // A version that is a digest is compared when all is read.
+    // This is as good as the store's own `if_match`, and works even if there is no e_tag, or if a listing
+    // writes it differently. If the transfer breaks off, object_store continues with the same version only. A
+    // version that is a digest is compared once everything is read.
     let same = file.digest().is_some() || version(&got.meta).as_ref() == Some(&file.version);
     if !same || got.meta.size != file.size {
         return Err(changed(&file, &format!("listed with {} bytes, it is another version now", file.size)));
@@ -134,7 +135,7 @@ impl Read for Stored {
     }
 }
 
-/// Moves as many bytes as fit.
+/// Moves as many bytes as fit, and returns how many.
 fn take(from: &mut Bytes, to: &mut [u8]) -> usize {
     let bytes = from.len().min(to.len());
     from.copy_to_slice(&mut to[..bytes]);
@@ -142,10 +143,10 @@ fn take(from: &mut Bytes, to: &mut [u8]) -> usize {
 }
 
 impl Stored {
-    /// Reads what is left, and gives the hash of all bytes.
+    /// Reads what is left, and returns the hash of all bytes.
     ///
     /// # Errors
-    /// The file is not what it was when it was listed.
+    /// The file has changed since it was listed.
     pub fn finish(mut self) -> Result<blake3::Hash> {
         self.copy_to(&mut io::sink())?;
         let digest = self.checked()?;
@@ -155,8 +156,8 @@ impl Stored {
         Ok(digest)
     }
 
-    /// Reads and hashes everything, and keeps it for reading in any order: where it is if it is local, in a
-    /// nameless file in the folder `spool` if it is not.
+    /// Reads and hashes everything, and keeps it for reading in any order. A small or local file is kept as
+    /// it is; a remote one is copied to an unnamed file in the folder `spool`.
     pub fn keep(mut self, spool: &std::path::Path) -> Result<(RandomAccess, blake3::Hash)> {
         let there = match &self.bytes {
             Backing::Whole(bytes) => Some(RandomAccess::Whole(bytes.clone())),
@@ -197,7 +198,7 @@ impl Stored {
         }
     }
 
-    /// The hash of all bytes, if they are those that were listed.
+    /// The hash of all bytes, after a check that they are those that were listed.
     fn checked(&self) -> Result<blake3::Hash> {
         if self.read != self.file.size {
             let how = format!("{} bytes were listed, {} came", self.file.size, self.read);
@@ -217,8 +218,8 @@ impl Local {
         Self { file, size, modified }
     }
 
-    /// Whether the open file is still as it was when it was opened. An object in a store cannot change under
-    /// a reader; a file can.
+    /// Checks that the open file has not changed since it was opened. An object in a store cannot change
+    /// under a reader; a file can.
     pub fn check(&self, file: &SourceFile) -> Result<()> {
         let meta = self.file.metadata().doing(|| format!("cannot look at {}", file.url))?;
         if meta.len() == self.size && meta.modified().ok() == self.modified {

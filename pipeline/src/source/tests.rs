@@ -17,7 +17,7 @@ use object_store::{
 use super::*;
 use crate::Error;
 
-/// What became of a row: domain and text, or the reason; none where the text is empty.
+/// What became of a row: domain and text, `None` if the text is empty, or the reason why it was rejected.
 type Fate = Result<Option<(String, String)>, Reason>;
 
 /// A row as tests compare it: part, line and fate.
@@ -72,7 +72,7 @@ async fn all_of(
     list(&**store, &Path::parse(path).unwrap(), &format!("mem://{path}"), format, own).await
 }
 
-/// What lies at a path of this machine.
+/// Lists a local path.
 async fn on_disk(path: &std::path::Path, format: Format) -> Result<Listing, Error> {
     let url = path.to_str().unwrap();
     list(&LocalFileSystem::new(), &Path::parse(url).unwrap(), url, format, &[]).await
@@ -115,7 +115,7 @@ async fn details(store: &Arc<dyn ObjectStore>, path: &str, spec: &Arc<Spec>) -> 
     details
 }
 
-/// Message and help of an error that says what to do.
+/// The message and help of an error that must be one with advice.
 fn words<T>(result: Result<T, Error>) -> String {
     match result.map(|_| ()) {
         Err(Error::Data { message, help } | Error::Usage { message, help }) => {
@@ -142,7 +142,7 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
 mod rows_of_jsonl {
     use super::*;
 
-    /// Lines with what becomes of them; blank ones give no row.
+    /// Lines with what becomes of them; a blank line gives no row.
     fn good_and_bad_lines() -> Vec<(Vec<u8>, Option<Fate>)> {
         let line = |line: &str, outcome| (line.as_bytes().to_vec(), Some(outcome));
         let bad = |text: &str, reason| line(text, Err(reason));
@@ -205,7 +205,7 @@ mod rows_of_jsonl {
             .filter_map(|(number, (_, outcome))| Some((0, number, outcome.clone()?)))
             .collect();
         let store = memory();
-        // both compressions allow files that are put together from others
+        // both formats allow a file to be a concatenation of compressed files
         let (head, tail) = bytes.split_at(bytes.len() / 3);
         put(&store, "a.jsonl.gz", [gzip(head), gzip(tail)].concat()).await;
         put(&store, "a.jsonl.zst", [zstd(head), zstd(tail)].concat()).await;
@@ -293,7 +293,7 @@ mod rows_of_jsonl {
             assert!(words.starts_with("`mem://a.json` is JSON, but not an object a line"), "{words}");
             assert!(words.contains("jq -c"), "{words}");
         }
-        // a bad row is no bad file
+        // one bad row does not make the file bad
         for text in [format!("[1]\n{row}\n"), format!("{row}\n[1]"), format!("{row}\n{{\n")] {
             put(&store, "a.json", text).await;
             let (rows, _) = scan(&store, "a.json", &spec(Format::Jsonl)).await.unwrap();
@@ -540,7 +540,7 @@ mod cutting_into_parts {
             let reference = reference.get_or_insert_with(|| rows.clone());
             assert!(*reference == rows, "other rows or parts with chunks of {chunk}");
         }
-        // and they are the file: line by line, cut after the line that brings a part to its size
+        // together they are the file, line by line, and a part ends with the line that brings it to its size
         let (mut part, mut size) = (0, 0);
         for (line, row) in bytes.split_inclusive(|&byte| byte == b'\n').zip(reference.unwrap()) {
             let value: serde_json::Value = serde_json::from_slice(line).unwrap();
@@ -734,7 +734,7 @@ mod listing {
         }
     }
 
-    /// Files, and what is told of the rest, without the beginning of urls.
+    /// The listed files and the summary of those that are not read, without `base` in their URLs.
     fn shown(listing: &Listing, base: &str) -> (Vec<String>, String) {
         let files = listing.files.iter().map(|file| file.url.replace(base, "")).collect();
         (files, Unread::summary(&Unread::all(&listing.unread)).replace(base, ""))
@@ -808,7 +808,7 @@ mod listing {
         );
     }
 
-    /// Names that a glob or a path could take for something else.
+    /// Names that a glob or a path might not take literally.
     const NAMES: [&str; 6] = ["jürgen", "語料", "100% #1", "br[1] x", "a{b,c}?", "~^`|<x>"];
 
     #[tokio::test]
@@ -937,7 +937,8 @@ mod listing {
         for path in ["in", "in/a.txt", "in/a.txt/b"] {
             put(&store, path, if path.ends_with('b') { "b" } else { "" }).await;
         }
-        // a console's listing has them all; the store of these tests has only what lies in the folder
+        // the listing of a real store may have all three; the store of these tests lists only what is inside
+        // the folder
         let spec = changed(&spec(Format::Text), |spec| spec.domain = DomainRule::Const("d".into()));
         let (rows, files) = scan(&store, "in/*.txt", &spec).await.unwrap();
         assert_eq!(rows, [(0, 1, document("b"))]);
@@ -991,7 +992,7 @@ mod listing {
 mod versions {
     use super::*;
 
-    /// Has no e_tags in listings, and none in answers where `nowhere`.
+    /// A store without e_tags in listings and, with `nowhere`, in answers to GET.
     #[derive(Debug)]
     struct Tagless {
         inner: InMemory,
@@ -1004,7 +1005,8 @@ mod versions {
         }
     }
 
-    /// As HTTP has them, times are in seconds.
+    /// Without e_tag and version. All objects have the same time, like two that were written within one
+    /// second.
     fn without_tag(meta: ObjectMeta) -> ObjectMeta {
         let last_modified = std::time::UNIX_EPOCH.into();
         ObjectMeta { e_tag: None, version: None, last_modified, ..meta }
@@ -1073,7 +1075,7 @@ mod versions {
             assert_ne!(seen[0], seen[1]);
             let (rows, _) = scan(&store, "in", &spec(Format::Jsonl)).await.unwrap();
             assert_eq!(rows, [(0, 1, document("b"))]);
-            // what is read has to be what was listed
+            // reading fails if a file changed after it was listed
             for format in [Format::Jsonl, Format::Parquet] {
                 let files = list_all(&store, "in", format).await.unwrap();
                 put(&store, files[0].path.as_ref(), texts[0].clone()).await;
@@ -1141,7 +1143,7 @@ mod tables_of_parquet {
     use arrow::datatypes::{DataType, Field, Int32Type};
     use std::time::{Duration, Instant};
 
-    /// Columns text, meta.set, n and l, in row groups of `group` rows.
+    /// A file with the columns text, meta.set, n and l, in row groups of `group` rows.
     fn table(texts: ArrayRef, domains: Vec<Option<&str>>, group: usize) -> Vec<u8> {
         let rows = texts.len();
         let meta = StructArray::from(vec![(
@@ -1257,7 +1259,8 @@ mod tables_of_parquet {
             assert_eq!(rows, [(0, 1, Err(reason)), (0, 2, Err(reason))], "{name}");
             assert_eq!(files[0].lines, 2);
         }
-        // a hundred million rows of nothing are a small file, and their rejects no small table
+        // a small file may have millions of rows without values; their rejects are not small, so they are
+        // spread over parts
         let nothing: ArrayRef = Arc::new(NullArray::new(3 << 20));
         let batch = RecordBatch::try_from_iter_with_nullable([
             ("text", nothing.clone(), true),
@@ -1306,7 +1309,8 @@ mod tables_of_parquet {
         let remote = memory();
         put(&remote, "a.parquet", bytes.clone()).await;
         let (rows, files) = scan(&remote, "a.parquet", &spec).await.unwrap();
-        // 72 MB in the first group are two ranges, and each is a part; the rest is the third
+        // the 72 MB of the first row group are two ranges, each a part; the second row group is the third
+        // part
         assert_eq!((files[0].parts, files[0].blake3), (3, blake3::hash(&bytes)));
         assert_eq!([0, 17_999, 18_000, 35_999, 36_000].map(|row: usize| rows[row].0), [0, 0, 1, 1, 2]);
         let texts = rows.iter().map(|row| row.2.as_ref().unwrap().as_ref().unwrap().1.as_str());
@@ -1371,7 +1375,7 @@ mod tables_of_parquet {
             lying[at..at + evil.len()].copy_from_slice(&evil);
             let error = words(read(lying).await);
             assert!(error.contains("row group 0: ") && error.contains("header"), "{error}");
-            // behind the footer's fields
+            // after the footer's fields
             let field =
                 [vec![UNKNOWN | wire::LIST], list(wire::LIST, 1), list(kind, i32::MAX as u32)].concat();
             let footer = [&whole[end - length..end - 1], &field, &[0]].concat();
@@ -1379,8 +1383,8 @@ mod tables_of_parquet {
             let error = words(read([&whole[..end - length], &footer, &size, b"PAR1"].concat()).await);
             assert!(error.contains("its footer: ") && error.contains("header"), "{error}");
         }
-        // the domains' dictionary: Thrift's fields of a page's header have the one of dictionaries, and in it how many
-        // values there are, twice the number
+        // the dictionary of the domains: in its page's Thrift header, the dictionary's own struct (0x4C)
+        // begins with the number of values (0x15), which is written as twice the number
         let domain = columns.iter().find(|column| column.column_path().string() == "meta.set").unwrap();
         let at = domain.byte_range().0 as usize;
         let header = whole[at..].windows(3).position(|bytes| bytes == [0x4C, 0x15, 2]).unwrap();

@@ -8,7 +8,7 @@ use super::stored::{Stored, own};
 use super::{Cell, Each, Outcome, Reject, Spec};
 use crate::{Error, Result};
 
-/// The bytes of a text file. One that is longer than the limit is represented by its size.
+/// The bytes of a text file. For one that is longer than the limit, only the size is kept.
 #[derive(Debug)]
 pub(super) struct Text {
     bytes: Vec<u8>,

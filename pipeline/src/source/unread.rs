@@ -1,4 +1,4 @@
-//! What lies where a source's files are, and is not read.
+//! Files that lie among a source's files and are not read.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +20,7 @@ pub enum Why {
 }
 
 impl Why {
-    /// For a person, after a number.
+    /// The reason in words, to follow a number.
     pub fn says(self) -> &'static str {
         match self {
             Why::OtherFormat => "whose names have none of the format's endings",
@@ -46,9 +46,10 @@ pub struct Unread {
 }
 
 impl Unread {
-    /// So many are named.
+    /// How many URLs are named.
     const FEW: usize = 3;
 
+    /// Groups unread files by reason.
     pub fn all(unread: &[(Why, String)]) -> Vec<Self> {
         let mut all: BTreeMap<Why, Self> = BTreeMap::new();
         for (why, url) in unread {
@@ -61,7 +62,8 @@ impl Unread {
         all.into_values().collect()
     }
 
-    /// All in a line, as in `3 files are not read: 2 compressed or put together in a way that is not read (…), 1 empty (…)`.
+    /// Sums up all reasons in a line, as in `3 files are not read: 2 compressed or put together in a way that
+    /// is not read (…), 1 empty (…)`.
     pub fn summary(all: &[Self]) -> String {
         let files: u64 = all.iter().map(|unread| unread.files).sum();
         let each = all.iter().map(|Unread { why, files, first }| {

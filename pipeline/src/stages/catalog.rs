@@ -1,7 +1,7 @@
-//! catalog: one row a distinct document, and which of them are held out.
+//! catalog: one row for each distinct document, and which documents are held out.
 //!
-//! Documents are made distinct in buckets, each a range of doc_id and a task: it looks at the documents of all units, and
-//! sorts those of its range.
+//! Documents are made distinct in buckets. A bucket is a range of doc_id and one task, which reads the
+//! documents of all units and sorts those of its range.
 
 use std::sync::Arc;
 
@@ -24,17 +24,17 @@ use crate::tasks::Task;
 use crate::tasks::distinct::{Distinct, Documents};
 use crate::{Error, Result, tables};
 
-/// A bucket has about so many documents: what a core sorts in five minutes, while every bucket more is another look at the
-/// documents of all units.
+/// About how many documents a bucket has: as many as a core sorts in five minutes. More buckets would mean
+/// more passes over the documents of all units.
 const BUCKET_DOCUMENTS: u64 = 1 << 26;
 
-/// Tables `catalog` and, where documents are held out, `heldout`.
+/// Tables `catalog` and, if documents are held out, `heldout`.
 pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
     let catalog_sql = run.stage_sql("catalog")?;
     let heldout_sql = run.stage_sql("heldout")?;
     // millionths, so that the limit is exact integer arithmetic in SQL
     let millionths = (run.conf.mixture.holdout * 1e6).round() as i64;
-    // parts are where ids lie: what later stages read is found by them
+    // parts are in the key because the catalog says in which part a document's ids are
     let mut list = ingredients(
         Stage::Catalog,
         [
@@ -59,7 +59,7 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
         };
         output.count("duplicates", duplicates);
 
-        // candidates may be as many as the documents, and are joined with each other
+        // candidates may be as many as the documents, and are joined with each other, so joins have to merge
         let session = run.engine.merging_session();
         run.engine
             .register(&session, "catalog", tables::catalog(), &[(&draft.folder, &catalog)], &["doc_id"])
@@ -82,7 +82,7 @@ pub async fn obtain(run: &Run, tokens: &Tokens) -> Result<Published> {
     .await
 }
 
-/// Table `catalog`, a task a bucket.
+/// Table `catalog`, computed with one task per bucket.
 async fn distinct(run: &Run, tokens: &Tokens, sql: &StageSql, draft: &Draft) -> Result<Output> {
     let documents = tokens.count("documents");
     let bar = run.progress.stage("catalog", documents);
@@ -111,7 +111,7 @@ async fn distinct(run: &Run, tokens: &Tokens, sql: &StageSql, draft: &Draft) -> 
             Ok::<_, Error>(output)
         }
     });
-    // in the order of their documents
+    // in the order of buckets, which is that of doc_id
     let buckets = futures::stream::iter(buckets).buffered(run.executor.tasks_at_a_time());
     let mut buckets = std::pin::pin!(buckets);
     let mut output = Output::default();
@@ -124,7 +124,8 @@ async fn distinct(run: &Run, tokens: &Tokens, sql: &StageSql, draft: &Draft) -> 
 /// The columns of `documents` that a recipe sees.
 pub const OF_RECIPES: [&str; 5] = ["doc_id", "domain", "tokens", "bytes", "origin"];
 
-/// Registers `documents`, as a recipe sees it: the catalog without what is held out and without places.
+/// Registers `documents`, as a recipe sees it: the catalog without held-out documents and without
+/// the columns `text_id` and `part`.
 pub async fn register_documents(run: &Run, session: &SessionContext, catalog: &Published) -> Result<()> {
     let all = tables::documents();
     let seen = all.fields().iter().filter(|field| OF_RECIPES.contains(&field.name().as_str()));
@@ -141,7 +142,7 @@ pub async fn register_documents(run: &Run, session: &SessionContext, catalog: &P
         let sql = "select * from all_documents where doc_id not in (select doc_id from heldout)";
         let view = session.sql(sql).await.map_err(|e| query(doing, e))?.into_view();
         session.register_table("documents", view).map_err(|e| query(doing, e))?;
-        // the view keeps them; no recipe reaches them
+        // the view keeps these tables, but no recipe can read them
         for hidden in [name, "heldout"] {
             session.deregister_table(hidden).map_err(|e| query(doing, e))?;
         }
@@ -170,7 +171,7 @@ mod tests {
     use crate::tasks::Worker;
     use arrow::array::AsArray;
 
-    /// A document, of whose ids the first and the last may be anything, and where it lies.
+    /// A table of documents with these ids and parts. Equal ids give equal rows, apart from the part.
     fn documents(rows: &[([u8; 16], i64)]) -> RecordBatch {
         let number = |of: fn(&([u8; 16], i64)) -> i64| -> ArrayRef {
             Arc::new(Int64Array::from_iter_values(rows.iter().map(of)))
@@ -195,7 +196,8 @@ mod tests {
     async fn a_catalog_in_buckets_is_the_catalog_of_one() {
         let stores = Stores::new("/");
         let folder = stores.open("memory:///catalog").unwrap();
-        // ids all over the range, its ends and the buckets' bounds among them, each in two or three units
+        // ids all over the range, including its ends and the bounds of buckets, each in two of the three
+        // units
         let mut ids: Vec<[u8; 16]> = (0..500).map(|i| crate::hash::doc_id("d", &format!("{i}"))).collect();
         let bounds = [3u128, 7].into_iter().flat_map(|of| (1..of).map(move |n| (u128::MAX / of + 1) * n));
         ids.extend(
@@ -240,7 +242,7 @@ mod tests {
         assert!(digests.iter().all(|digest| *digest == digests[0]));
     }
 
-    /// Which of some documents (domain, text, tokens) heldout.sql holds out, by their places.
+    /// Which of these documents (domain, text, tokens) heldout.sql holds out, by their index.
     async fn heldout(documents: &[(usize, u8, i64)], millionths: i64, seed: i64) -> Vec<usize> {
         let session = Engine::new(2, 64 << 20, None).unwrap().merging_session();
         hashes::register(&session);
@@ -283,7 +285,8 @@ mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let got = runtime.block_on(heldout(&documents, millionths, seed));
 
-            // the same in other words: a domain goes through its texts, and each that fits by itself takes its room
+            // the definition: each domain goes through its candidates in order, and each that fits by itself
+            // takes its room
             let place = |text: u8| crate::hash::unit_hash("heldout", seed as u64, &[text; 16], 0, 0) >> 1;
             let below = (millionths as i128 * i64::MAX as i128 / 1_000_000) as u64;
             let mut out: Vec<u8> = (0..texts.len() as u8).filter(|text| place(*text) < below).collect();

@@ -24,7 +24,7 @@ pub async fn obtain(run: &Run, catalog: &Published) -> Result<Published> {
     let shares_sql = run.stage_sql("shares")?;
     let long_tokens = run.conf.mixture.long_tokens.0 as i64;
     let named = run.conf.mixture.shares.targets();
-    // the corpus's shares are those of the catalog, a conf's are in `shares`
+    // the conf's target shares are in the key; the corpus's own follow from the catalog
     let list = ingredients(
         Stage::Domains,
         [
@@ -116,7 +116,8 @@ pub struct Domain {
     pub tokens_by_length: Vec<u64>,
 }
 
-/// All rows of `domains` with their target shares, by domain; target shares of domains that have no documents too.
+/// Reads all rows of `domains` with their target shares, sorted by domain. A domain with a target share but
+/// no documents gets a row of zeros.
 pub async fn read(domains: &Published) -> Result<Vec<Domain>> {
     let batches: Vec<_> = scan(domains.folder.clone(), domains.table("domains"), None).try_collect().await?;
     let mut rows: BTreeMap<String, Domain> = BTreeMap::new();

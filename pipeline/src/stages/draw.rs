@@ -1,13 +1,15 @@
-//! draw: whole copies of spans out of expected copies, so that every stratum meets its budget to the token.
+//! draw: turns expected copies of spans into whole copies, so that every stratum meets its budget to the
+//! token.
 //!
-//! Copy number j of a span with expected copies c gets the key (j + u) / c, u being a hash of the span. Keys in
-//! ascending order are taken until the budget is met; the last span is cut there. A key below 1 is exactly
-//! `floor(c)` copies and one more with probability `frac(c)`, so the recipe's expectation is met without correction,
-//! and the key where a stratum's budget ends lies near 1.
+//! Copy number j of a span with c expected copies gets the key (j + u) / c, where u is a hash of the span in
+//! `[0, 1)`. Copies are taken in ascending order of keys until the budget is met, and the last one is cut
+//! there. The keys of a span below 1 are exactly `floor(c)` copies, and one more with probability `frac(c)`.
+//! The recipe's expectation is therefore met without correction, and the key at which a stratum's budget ends
+//! lies near 1.
 //!
-//! Nothing is sorted but the few spans around that key: passes over the mixture count tokens by ranges of keys, each
-//! pass inside the range that the one before found, until the range is small enough to sort. One more pass draws. The
-//! tasks of a pass have some of the mixture's files each, and answer with small tallies.
+//! Only the few copies around that key are sorted. Passes over the mixture count tokens by ranges of keys.
+//! Each pass divides the range that the one before found, until that is small enough to sort. One more pass
+//! draws. Each task of a pass reads some of the mixture's files, and answers with small tallies.
 
 use futures::{StreamExt, TryStreamExt};
 use serde_json::json;
@@ -22,11 +24,15 @@ use crate::tasks::Task;
 use crate::tasks::pass::{Pass, Terms, nothing_drawn, read};
 use crate::{Error, Result, tables};
 
-/// A pass is at most so many tasks: each of them answers with a tally.
+/// The most tasks of a pass. Each of them answers with a tally.
 const TASKS: usize = 256;
 
-/// Draws from a mixture table and writes `drawn`. Its notes are what came of each stratum, as [`Asked`]. `perform` does
-/// passes, `at_a_time` of them at once; those that draw are jobs with a name.
+/// Draws from a mixture table and writes table `drawn`. The notes are what was drawn from each stratum, as
+/// [`Asked`]. `perform` performs passes, `at_a_time` of them at once. Passes that draw have a job's name,
+/// under which they are cached.
+///
+/// # Errors
+/// [`Error::Unbalanced`] if a stratum's budget was not met to the token.
 pub async fn draw(
     (from, mixture): (&Location, &Table),
     asked: &Asked,
@@ -71,7 +77,7 @@ pub async fn draw(
         let perform = &perform;
         async move { perform(pass, Some(&job)).await }
     });
-    // in the order of their documents
+    // in the order of the mixture's files, which is that of doc_id
     let mut passes = std::pin::pin!(futures::stream::iter(passes).buffered(at_a_time));
     let mut output = Output::default();
     output.table("drawn", Table::default());
@@ -96,14 +102,15 @@ pub async fn draw(
     Ok(output)
 }
 
-/// Table `drawn`; its notes are what was drawn, as [`Asked`].
+/// Table `drawn`. The notes are what was drawn, as [`Asked`].
 pub async fn obtain(run: &Run, mixture: &Published) -> Result<Published> {
     let terms = Terms {
         seed: run.conf.run.seed,
         max_copies: run.conf.mixture.max_copies,
         long_tokens: run.conf.mixture.long_tokens.0,
     };
-    // budgets are sums over the mixture's rows; long_tokens only decides what the notes count
+    // budgets are not in the key, because they are sums over the mixture's rows; long_tokens only affects the
+    // notes
     let list = ingredients(
         Stage::Draw,
         [
@@ -158,14 +165,15 @@ mod tests {
     use proptest::prelude::*;
     use std::sync::Arc;
 
-    /// doc, start, length, copies in 2⁻³², stratum
+    /// doc, start, length, copies in units of 2⁻³², whether its stratum is `long` and not `short`
     type Row = (u8, i64, i64, u64, bool);
 
     fn id(doc: u8) -> [u8; 16] {
         [doc; 16]
     }
 
-    /// Writes a mixture as so many files, draws from it, and returns the drawn rows as (doc, start, stop, copy).
+    /// Writes a mixture to `files` files, draws from it, and returns the drawn rows as (doc, start, stop,
+    /// copy).
     async fn drawn(rows: &[Row], files: usize, terms: Terms) -> (Asked, Vec<(u8, i64, i64, u32)>) {
         let stores = Stores::new("/");
         let folder = stores.open("memory:///draw").unwrap();
@@ -189,7 +197,7 @@ mod tests {
         let engine = Arc::new(Engine::new(1, 1 << 20, None).unwrap());
         let worker = Worker::new(stores, None, engine, Arc::default());
         let bar = Progress::none().stage("draw", 0);
-        // as between machines: what is asked and answered is JSON
+        // tasks and answers pass through JSON, as between machines
         let perform = async |pass: Pass, _: Option<&str>| {
             let sent = serde_json::to_value(Task::Pass(pass)).unwrap();
             let task: Task = serde_json::from_value(sent).unwrap();
@@ -215,7 +223,7 @@ mod tests {
         (asked, out)
     }
 
-    /// The definition, by sorting everything.
+    /// The definition: all copies are sorted by key, and taken until the budget is met.
     fn by_definition(rows: &[Row], asked: &Asked, terms: Terms) -> Vec<(u8, i64, i64, u32)> {
         let mut out = vec![];
         for stratum in &asked.strata {
@@ -298,7 +306,8 @@ mod tests {
                 prop_assert_eq!(stratum.by_length.iter().sum::<u64>(), owed);
                 let short = stratum.stratum == "short";
                 let own = || rows.iter().filter(|row| row.4 != short).map(|row| row.2 as f64);
-                // a mean of so many draws is as near as this, and the key where a budget ends is one span's
+                // the tolerance: several standard errors of the mean over the seeds, and a share of the
+                // longest span, in which a budget may end
                 let near = 4.0 * (own().map(|l| l * l).sum::<f64>() / SEEDS as f64).sqrt()
                     + 0.25 * own().fold(0.0, f64::max);
                 for (bucket, expected) in stratum.by_length.iter().enumerate() {
@@ -324,7 +333,7 @@ mod tests {
     async fn a_span_is_never_drawn_more_than_max_copies_times() {
         let rows = [(1, 0, 100, 9 * ONE, true), (2, 0, 100, ONE, true)];
         let (asked, got) = drawn(&rows, 1, Terms { seed: 1, max_copies: 4, long_tokens: 10 }).await;
-        // 1000 tokens are asked, 800 can be had
+        // 1000 tokens are asked for, 800 are there
         assert_eq!(asked.strata[0].shortfall(4), 200);
         assert_eq!(got.iter().map(|row| row.2 - row.1).sum::<i64>(), 800);
     }

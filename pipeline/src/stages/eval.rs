@@ -1,5 +1,6 @@
-//! eval: what the trained model makes of long texts. An evaluation is an output like any other, named by the checkpoint, the
-//! questions and the files it asks them of; a case is its unit of work.
+//! eval: measures what the trained model makes of long texts. An evaluation is an output like any other; its
+//! key covers the checkpoint, the questions and the content of the files that they are about. A case is its
+//! unit of work.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
@@ -28,32 +29,35 @@ use crate::stop::check_stop;
 use crate::storage::{Location, Stores};
 use crate::{Error, Result};
 
-/// Documents are read in jobs of about so many tokens.
+/// About how many tokens of documents a job of the loss evaluation reads.
 const JOB_TOKENS: usize = 1 << 18;
 
-/// A model to evaluate, and with what.
+/// A model to evaluate, and the settings to evaluate it with.
 pub struct Model {
-    /// A Hugging Face Llama's folder, its tokenizer in it.
+    /// The folder of a Hugging Face Llama, with its tokenizer.json.
     checkpoint: Location,
     /// The digests of its files.
     identity: Value,
     tokenizer: Bytes,
-    /// Packed documents that it has not seen, for the loss.
+    /// Packed documents that the model was not trained on, for the loss.
     heldout: Option<Location>,
     /// Where outputs are found and published.
     output: Location,
     devices: Vec<DeviceName>,
     ranks: usize,
     precision: Precision,
-    /// RoPE, where it is not to be the checkpoint's.
+    /// Settings of RoPE that replace the checkpoint's.
     pub rope_theta: Option<f64>,
     pub rope_scaling: Option<Value>,
-    /// Read when the first question is asked, for all.
+    /// The loaded model. It is loaded when the first question is asked, and serves all questions.
     subject: OnceCell<EvalModel>,
 }
 
 impl Model {
-    /// On the devices that a conf's `[eval]` names, or else its `[train]`.
+    /// A model on the devices that the conf's `[eval]` names, or else its `[train]`, or else on `flex`.
+    ///
+    /// # Errors
+    /// The folder has no tokenizer.json or lacks another file, or a device's name is unknown.
     pub async fn of_conf(
         checkpoint: Location,
         heldout: Option<Location>,
@@ -92,7 +96,7 @@ impl Model {
         })
     }
 
-    /// Whether texts have the same ids with both.
+    /// Whether the tokenizers of both models have the same vocabulary, so that their losses can be compared.
     pub fn reads_as(&self, other: &Model) -> Result<bool> {
         Ok(TextTokenizer::new(&self.tokenizer)?.same_vocabulary(&TextTokenizer::new(&other.tokenizer)?))
     }
@@ -123,14 +127,14 @@ impl Model {
     }
 }
 
-/// What an evaluation needs around it: stores, progress, and the flag that says to stop.
+/// What an evaluation needs besides the model: stores, progress, and the flag that says to stop.
 pub struct EvalContext<'a> {
     pub stores: &'a Stores,
     pub progress: &'a Progress,
     pub stop: &'a AtomicBool,
 }
 
-/// The conf's `[eval]` table; wrong values point into the conf.
+/// The conf's `[eval]` table, if it has one. Errors point into the conf.
 pub fn conf(run: &Run) -> Result<Option<EvalConf>> {
     let Some(conf) = run.conf.eval::<EvalConf>()? else { return Ok(None) };
     if run.conf.train.is_none() {
@@ -142,7 +146,8 @@ pub fn conf(run: &Run) -> Result<Option<EvalConf>> {
     Ok(Some(conf))
 }
 
-/// That what the conf's `[eval]` names is there and can be asked: said before hours are spent.
+/// Checks that the devices and files that the conf's `[eval]` names are there and that its questions can be
+/// asked, before hours are spent on the model.
 pub async fn check(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
     let Some(conf) = conf(run)? else { return Ok(()) };
     let wrong = |key, e: lengthwise_model::Error| {
@@ -170,7 +175,7 @@ pub async fn check(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
     Ok(())
 }
 
-/// Every evaluation that the conf asks for, of its checkpoint.
+/// Runs every evaluation that the conf asks for on the trained checkpoint.
 pub async fn all(
     run: &Run,
     trained: &Published,
@@ -182,7 +187,8 @@ pub async fn all(
     let heldout = heldout.map(|heldout| heldout.folder.clone());
     let (checkpoint, output) = (trained.folder.clone(), run.output.clone());
     let model = Model::of_conf(checkpoint, heldout, output, &conf, train.as_ref()).await?;
-    // what is asked is what was trained, and of documents as they were packed
+    // make sure that the checkpoint is the one that was trained, and the held-out documents those that were
+    // packed
     for file in trained.table("checkpoint").files {
         if model.identity_of(&file.name).is_some_and(|digest| digest != file.blake3) {
             file.check(&trained.folder).await?;
@@ -203,7 +209,7 @@ pub async fn all(
     Ok(all)
 }
 
-/// The texts that an url names.
+/// Reads the texts that a URL names.
 async fn texts(stores: &Stores, url: &str) -> Result<Vec<Asked>> {
     let at = stores.open(url)?;
     let mut all = vec![];
@@ -223,7 +229,7 @@ async fn texts(stores: &Stores, url: &str) -> Result<Vec<Asked>> {
     Ok(all)
 }
 
-/// Table `cases`: a line of JSON each; and what they come to, in the notes.
+/// Table `cases`, one line of JSON per case. The notes are their summary.
 pub async fn obtain(
     context: &EvalContext<'_>,
     model: &Model,
@@ -237,7 +243,7 @@ pub async fn obtain(
         let contents: Vec<Digest> = texts.iter().map(|file| Digest::of(file.text.as_bytes())).collect();
         digests.insert(key, json!(contents));
         files.push(texts);
-        // where files are is not what they are
+        // the key has the digests of the files' content instead of their URLs
         url.clear();
     }
     if *evaluation == Evaluation::Loss {
@@ -281,14 +287,15 @@ pub async fn obtain(
         draft.folder.join(&file.name).put(lines.into_bytes()).await?;
         let mut output = Output { notes: suite::summary(evaluation, &cases)?, ..Output::default() };
         output.count("cases", rows);
-        // on another device an answer may be another one: that is no reason to refuse it
+        // answers may differ between devices, which is no reason to refuse an output: the digest of rows is 0
         output.table("cases", Table { rows, digest: RowDigest(0), files: vec![file] });
         Ok(output)
     })
     .await
 }
 
-/// A case without what only says how it was answered: how fast, and what had been read before.
+/// A case without the keys that only say how it was answered: how fast, and how many tokens had been read
+/// before.
 fn content(case: &Value) -> Value {
     let mut content = case.clone();
     if let Some(keys) = content.as_object_mut() {
@@ -298,7 +305,7 @@ fn content(case: &Value) -> Value {
     content
 }
 
-/// Asks every case that was not asked before.
+/// Asks every case that an earlier attempt did not ask, and returns all cases.
 async fn ask(
     context: &EvalContext<'_>,
     model: &Model,
@@ -351,7 +358,7 @@ async fn ask(
     Ok(all)
 }
 
-/// What the progress line says of a case.
+/// The progress line of a case.
 fn said(name: &str, done: usize, cases: usize, case: Option<&Value>) -> String {
     let number = |key: &str| case.and_then(|case| case[key].as_f64());
     let mut line = format!("{done} of {cases}, {name}");

@@ -1,7 +1,7 @@
-//! mixture: the analyst's recipe, run and checked row by row against the catalog.
+//! mixture: runs the analyst's recipe and checks it row by row against the catalog.
 //!
-//! The recipe's rows come sorted by `doc_id`, as the catalog's do, so the two are joined together in one pass
-//! and nothing of the corpus's size is held in memory.
+//! The recipe's rows come sorted by `doc_id`, as the catalog's do, so one pass joins the two, and nothing of
+//! the corpus's size is held in memory.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,13 +32,16 @@ use crate::stage::Stage;
 use crate::tables::ONE;
 use crate::{Error, Result, tables};
 
-/// A recipe that has not ended by then is taken for one that never does.
+/// The default time limit of a recipe. One that takes longer is taken for one that never ends.
 const MAX_SECONDS: u64 = 6 * 3600;
 
 /// How many domains a message names.
 const MAX_DOMAINS: usize = 20;
 
-/// The conf's recipe with its parameters.
+/// Reads the conf's recipe and binds its parameters.
+///
+/// # Errors
+/// The recipe cannot be read or parsed, or the parameters are not those that it declares.
 pub fn recipe(run: &Run) -> Result<(Recipe, Bound)> {
     let mixture = &run.conf.mixture;
     let text = run.files.read(&mixture.recipe).map_err(|e| {
@@ -68,7 +71,10 @@ pub fn recipe(run: &Run) -> Result<(Recipe, Bound)> {
     Ok((recipe, bound))
 }
 
-/// Starts the recipe: what both the stage and the preview do.
+/// Starts the recipe. Both the stage and the preview use it.
+///
+/// # Errors
+/// The recipe cannot be planned, or one of its parameters names a domain without documents.
 pub async fn span_join(
     run: &Run,
     catalog: &Published,
@@ -91,7 +97,7 @@ pub async fn span_join(
         LogicalPlanBuilder::from(plan).sort([col("doc_id").sort(true, false)]).and_then(|b| b.build());
     let frame = session.execute_logical_plan(sorted.map_err(failed)?).await.map_err(failed)?;
     let bar = run.progress.stage("mixture", catalog.count("documents"));
-    // a clock counts no further than some centuries
+    // a clock overflows after some centuries
     let seconds = run.conf.engine.recipe_seconds.unwrap_or(MAX_SECONDS).min(1 << 32);
     let rows = bounded(frame, bar, recipe.clone(), Duration::from_secs(seconds));
     let known =
@@ -102,7 +108,7 @@ pub async fn span_join(
     Ok(SpanJoin::new(recipe, run.conf.mixture.max_span.0, Box::pin(rows), Box::pin(known), heldout))
 }
 
-/// That the domain which a recipe's parameter names is there.
+/// Checks that the domain named by a recipe's parameter has documents.
 fn check_domain(run: &Run, parameter: &str, name: &str, domains: &[Domain]) -> Result<()> {
     if domains.iter().any(|domain| domain.domain == name && domain.documents > 0) {
         return Ok(());
@@ -112,19 +118,19 @@ fn check_domain(run: &Run, parameter: &str, name: &str, domains: &[Domain]) -> R
     Err(run.conf.wrong(&["mixture", "params", parameter], message, "this domain", Some(help)))
 }
 
-/// The rows of a query that may take so long. It runs on a thread of its own: one that is busy with a single batch for
-/// years keeps nobody from hearing the clock, or a signal.
+/// The rows of a query that is stopped after the time `most`. The query runs as a task of its own, so that
+/// the time limit and signals are noticed even while it is busy with a single batch.
 fn bounded(frame: DataFrame, bar: Bar, recipe: String, most: Duration) -> Batches {
     let deadline = Instant::now() + most;
     let (send, rows) = mpsc::channel(1);
-    // it ends with whoever waits for its rows
+    // the query is cancelled when the stream of its rows is dropped
     let running = SpawnedTask::spawn(async move {
         let mut rows = match frame.execute_stream().await {
             Ok(rows) => bar.watch(rows),
             Err(error) => return drop(send.send(Err(error)).await),
         };
         while let Some(batch) = rows.next().await {
-            // nobody waits for more
+            // the receiver was dropped
             if send.send(batch).await.is_err() {
                 return;
             }
@@ -137,7 +143,7 @@ fn bounded(frame: DataFrame, bar: Bar, recipe: String, most: Duration) -> Batche
             match timeout_at(deadline, rows.recv()).await {
                 Ok(Some(Ok(batch))) => Ok(Some((batch, (rows, running)))),
                 Ok(Some(Err(error))) => Err(query(&failed, error)),
-                // it has ended, or fallen
+                // the query has ended, or its task has panicked
                 Ok(None) => match running.join().await {
                     Ok(()) => Ok(None),
                     Err(panic) => {
@@ -155,14 +161,14 @@ fn bounded(frame: DataFrame, bar: Bar, recipe: String, most: Duration) -> Batche
     Box::pin(futures::stream::try_unfold((rows, running), next))
 }
 
-/// Table `mixture`; its notes are what the recipe asks for, as [`Asked`].
+/// Table `mixture`. The notes are what the recipe asks for, as [`Asked`].
 pub async fn obtain(run: &Run, catalog: &Published, domains: &Published) -> Result<Published> {
     let (recipe, bound) = recipe(run)?;
     let mixture = &run.conf.mixture;
     let values: BTreeMap<_, _> =
         bound.values.iter().map(|(name, value)| (name, scalar_json(value))).collect();
-    // `version` is that of the functions of recipes, too; max_span is what rows are checked against, and long_tokens and
-    // max_copies are what the notes are computed with, whether or not the recipe uses them
+    // the stage's `version` covers the SQL functions of recipes too; rows are checked against max_span, and
+    // the notes depend on long_tokens and max_copies, whether or not the recipe uses them
     let list = ingredients(
         Stage::Mixture,
         [
@@ -211,7 +217,7 @@ pub async fn obtain(run: &Run, catalog: &Published, domains: &Published) -> Resu
     .await
 }
 
-/// Rows of `mixture` being made.
+/// Builds rows of table `mixture`.
 pub(super) struct MixtureRows {
     doc_id: FixedSizeBinaryBuilder,
     start: Int64Builder,
@@ -254,11 +260,12 @@ impl MixtureRows {
     }
 }
 
-/// Whether the run may go on with what a recipe asks for.
+/// Checks that the run may go on with what a recipe asks for.
 ///
 /// # Errors
-/// The budgets don't sum to the conf's budget within 0.1 %, or a domain asks for more than `max_copies` of all it has,
-/// unless the conf allows a shortfall.
+/// There are no documents, nothing is to be drawn, or the strata's budgets sum to more than 1.001 of the
+/// conf's. Unless the conf allows a shortfall, also: they sum to less than 0.999 of it, or a stratum asks for
+/// more than `max_copies` of all its tokens.
 pub fn check_budget(run: &Run, asked: &Asked, domains: &[Domain]) -> Result<()> {
     let mixture = &run.conf.mixture;
     if domains.iter().all(|domain| domain.tokens == 0) {
@@ -294,7 +301,7 @@ pub fn check_budget(run: &Run, asked: &Asked, domains: &[Domain]) -> Result<()> 
     Err(Error::data(format!("{} cannot reach the budget:\n  {}", mixture.recipe, short.join("\n  ")), help))
 }
 
-/// The names of domains, as far as one reads them.
+/// The names of domains, at most [`MAX_DOMAINS`] of them.
 fn listed<'a>(domains: impl Iterator<Item = &'a Domain>) -> String {
     let names: Vec<&str> = domains.map(|domain| domain.domain.as_str()).collect();
     let more = match names.len().saturating_sub(MAX_DOMAINS) {
@@ -304,7 +311,8 @@ fn listed<'a>(domains: impl Iterator<Item = &'a Domain>) -> String {
     names[..names.len().min(MAX_DOMAINS)].join(", ") + &more
 }
 
-/// What no target share names, in a line: it is easily forgotten, or misspelt. A share of 0 is a word, too.
+/// A warning that names the domains without a target share, because they are easily forgotten or misspelt. A
+/// share of 0 is explicit, so it is not reported.
 pub fn left_out(domains: &[Domain], shares: &Shares) -> Option<String> {
     let named = shares.targets()?;
     let is_out = |d: &&Domain| d.tokens > 0 && !named.contains_key(&d.domain);
@@ -319,7 +327,7 @@ pub fn left_out(domains: &[Domain], shares: &Shares) -> Option<String> {
     })
 }
 
-/// What falls short, a line each.
+/// One line for each stratum that falls short of its budget, and more if the total is below `budget`.
 pub fn shortfalls(asked: &Asked, domains: &[Domain], budget: u64, max_copies: u32) -> Vec<String> {
     let mut lines = vec![];
     for stratum in &asked.strata {

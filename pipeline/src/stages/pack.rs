@@ -1,7 +1,8 @@
-//! pack: merges what the scatter laid ready into `train-00000-of-000NN.parquet`, one job an output file.
+//! pack: merges the scattered ids into `train-00000-of-000NN.parquet`, one job per output file.
 //!
-//! The layout is that of the authors' published dataset: `input_ids`, the one id after them in `labels` (−100 where there
-//! is none), and `source`, the segments that tile the sequence. Padding is a segment without a doc_id.
+//! The layout is that of the paper authors' published dataset: `input_ids`; `labels`, the one id after them
+//! (−100 if there is none); and `source`, the segments that tile the sequence. A padding segment has an empty
+//! doc_id.
 
 use arrow::array::{Int32Array, Int64Array, RecordBatch};
 use futures::{StreamExt, TryStreamExt};
@@ -23,13 +24,16 @@ use crate::tasks::pack::{PackFile, Packing, Range};
 use crate::{Error, Result, tables};
 
 /// How the sequences of `train` or `heldout` are laid out.
+///
+/// # Errors
+/// The conf asks for a BOS or EOS that the tokenizer does not have.
 pub fn layout(run: &Run, tokenizer: &Tokenizer, split: &str) -> Result<Layout> {
     let conf = &run.conf.pack;
     let (bos, eos) = tokenizer.specials(run)?;
     Ok(Layout {
         sequence_tokens: conf.sequence_tokens.0 as usize,
         sequences_per_file: conf.sequences_per_file as usize,
-        // losses by position need documents whole, or in pieces one after the other
+        // the loss by position needs documents whole, or in pieces that follow each other
         mode: if split == "heldout" { Mode::Concat } else { conf.mode },
         bos: bos.is_some(),
         eos: eos.is_some(),
@@ -38,7 +42,8 @@ pub fn layout(run: &Run, tokenizer: &Tokenizer, split: &str) -> Result<Layout> {
 
 /// Table `train` or `heldout`: the packed files.
 ///
-/// Its key says nothing of where ids lay: the same documents, in whatever files, give the same key.
+/// Its key does not depend on the files that ids came from: the same documents in other files give the same
+/// key.
 pub async fn obtain(
     run: &Run,
     tokenizer: &Tokenizer,
@@ -50,7 +55,8 @@ pub async fn obtain(
     let conf = &run.conf.pack;
     let (bos, eos) = tokenizer.specials(run)?;
     let layout = layout(run, tokenizer, split)?;
-    // what is drawn names documents and lengths; the ids of a document come of its text, the tokenizer and the encoding
+    // the drawn table says which spans of which documents; a document's ids follow from its text, the
+    // tokenizer and the encoding
     let list = ingredients(
         Stage::Pack,
         [
@@ -70,7 +76,7 @@ pub async fn obtain(
     run.obtain(Stage::Pack, list, async |draft| {
         let shuffled = shuffle::obtain(run, tokens, catalog, drawn, layout).await?;
         if shuffled.cached {
-            // ranges are read of its files, and a range has no digest
+            // check whole files here: only ranges of them are read later, and a range has no digest
             for file in shuffled.manifest.tables.values().flat_map(|table| &table.files) {
                 file.check(&shuffled.folder).await?;
             }
@@ -104,7 +110,7 @@ pub async fn obtain(
         let mut next = 0;
         let mut waiting: Vec<(i32, Range)> = vec![];
         while next < packing.files {
-            // ranges come sorted by file: a file has all of its own once one of the next is there
+            // ranges come sorted by file, so a file's ranges are complete once one of a later file is there
             let complete = loop {
                 let own = waiting.partition_point(|(file, _)| *file as usize <= next);
                 if own < waiting.len() {
@@ -166,7 +172,7 @@ pub async fn obtain(
     .await
 }
 
-/// The part whose ids a scattered file holds.
+/// The part whose ids a scattered file holds, from the file's name.
 fn part_of(name: &str) -> Option<i64> {
     u64::from_str_radix(name.strip_prefix("ids-")?.strip_suffix(".bin")?, 16).ok().map(|part| part as i64)
 }

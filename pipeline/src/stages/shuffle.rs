@@ -1,8 +1,10 @@
-//! shuffle: every drawn span gets its place in the packed dataset, and its ids travel near it.
+//! shuffle: gives every drawn span its place in the packed dataset, and moves its ids near that place.
 //!
-//! First a plan, made of metadata only: drawn spans in the order of training, laid end to end ([`Mode::Concat`]) or
-//! fitted into sequences ([`Mode::BestFit`]). Then a scatter: each part's ids are read once, and what was drawn of them
-//! is written as one file, in the order of the output files, so that packing an output file reads one range a part.
+//! First it makes a plan from metadata alone: drawn spans in training order, laid end to end
+//! ([`Mode::Concat`](crate::conf::Mode::Concat)) or fitted into sequences
+//! ([`Mode::BestFit`](crate::conf::Mode::BestFit)). The scatter follows: each part's ids are read once, and
+//! those that were drawn are written to one file, in the order of the output files. Packing an output file
+//! then reads one range per part.
 
 use std::sync::Arc;
 
@@ -53,7 +55,8 @@ pub struct Planned {
     pub domains: Vec<Placed>,
 }
 
-/// Plans the dataset from drawn spans in the order of training, and writes the plan of each output file.
+/// Plans the dataset from drawn spans in training order, and writes the plan of each output file. `seen` gets
+/// the number of rows of each batch, for progress.
 pub async fn plan(
     layout: Layout,
     mut spans: impl Stream<Item = Result<RecordBatch>> + Unpin,
@@ -103,7 +106,7 @@ pub async fn plan(
 struct PlanWriter {
     layout: Layout,
     folder: Location,
-    /// The output file being planned, and its next position.
+    /// The output file being planned, and the next position in it, in ids.
     file: usize,
     at: usize,
     rows: PlanRows,
@@ -162,7 +165,7 @@ impl PlanWriter {
     }
 }
 
-/// Rows of `plan` being made.
+/// Builds rows of table `plan`.
 struct PlanRows {
     file: Int32Builder,
     at: Int64Builder,
@@ -217,7 +220,8 @@ impl PlanRows {
     }
 }
 
-/// Tables `plan`, `ids` (raw numbers, a file a part) and `ranges`; its notes are what was planned, as [`Planned`].
+/// Tables `plan`, `ids` (raw numbers, one file per part) and `ranges`. The notes are the plan's totals, as
+/// [`Planned`].
 pub async fn obtain(
     run: &Run,
     tokens: &Tokens,
@@ -227,7 +231,8 @@ pub async fn obtain(
 ) -> Result<Published> {
     let sql = run.stage_sql("shuffle")?;
     let seed = run.conf.run.seed as i64;
-    // a part's number is a hash of its unit's key, so that `parts` says which ids lie there, and of which encoding
+    // a part's number is a hash of its unit's key, so `parts` says which ids are there and with which
+    // encoding
     let list = ingredients(
         Stage::Shuffle,
         [
@@ -299,7 +304,7 @@ pub async fn obtain(
             output.merge(done?);
         }
         output.table("ranges", ranges.finish().await?);
-        // jobs end in any order
+        // jobs end in any order, but the manifest must not depend on it
         if let Some(ids) = output.tables.get_mut("ids") {
             ids.files.sort_by(|a, b| a.name.cmp(&b.name));
         }
@@ -308,7 +313,7 @@ pub async fn obtain(
     .await
 }
 
-/// What goes into a dataset: a table like `drawn`.
+/// The spans that go into a dataset: table `drawn`, or another one with its columns.
 pub struct Drawn {
     pub folder: Location,
     pub table: Table,
@@ -321,7 +326,10 @@ impl Drawn {
     }
 }
 
-/// The accounts of the plan: what was drawn is packed or dropped.
+/// Checks that every drawn token is packed or dropped.
+///
+/// # Errors
+/// [`Error::Unbalanced`] if the sums differ.
 pub fn check(planned: &Planned, drawn: u64) -> Result<()> {
     let placed: u64 = planned.domains.iter().map(|d| d.packed + d.dropped).sum();
     if placed != drawn {

@@ -1,4 +1,4 @@
-//! A conf's sources as the reader takes them: their files, in units of work.
+//! Turns a conf's sources into what the reader takes: their files, in units of work.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -16,31 +16,33 @@ use crate::{Error, Result};
 
 /// A source with its files as they were listed.
 pub struct Source {
-    /// With a url that means the same everywhere.
+    /// The source's conf with an absolute URL, which does not depend on where a process runs.
     pub conf: conf::Source,
     pub spec: Arc<Spec>,
     pub units: Vec<Unit>,
-    /// What looks like data, is where the url says, and is read by no source of the conf.
+    /// Files at the URL that look like data, but that no source of the conf reads.
     pub unread: Vec<Unread>,
     pub reader: Reader,
-    /// How rows are read: part of the key of what is made of them.
+    /// How rows are read. It is part of the key of everything that is made of them.
     reading: Value,
 }
 
 impl Source {
-    /// Names what a unit's rows are, as far as the store tells: how it is read, and its files with sizes and versions.
+    /// Identifies the rows of a unit without reading them: by how they are read, and by the files' sizes and
+    /// versions in the store.
     pub fn unit_identity(&self, unit: &Unit) -> Value {
         let files: Vec<Value> = unit.files.iter().map(|f| json!([f.url, f.size, f.version])).collect();
         json!({ "reading": self.reading, "files": files })
     }
 
-    /// Names all of the source's rows.
+    /// Identifies all rows of the source.
     pub fn identity(&self) -> Value {
         Value::Array(self.units.iter().map(|unit| self.unit_identity(unit)).collect())
     }
 }
 
-/// The paths by which a source comes upon an output: a local one may be reached through links.
+/// The paths under which a listing of `source` may find `output`: its own and, on a local disk, one through
+/// links.
 fn names_of(output: &Location, source: &Location) -> Vec<Path> {
     let real_name = || {
         let on_disk = |at: &Location| std::path::Path::new("/").join(at.path.as_ref());
@@ -63,7 +65,7 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
         })?;
         let wrong = |error| run.conf.names_wrong(&["source", &i.to_string(), "url"], error);
         let at = run.stores.open(&conf.url).map_err(wrong)?;
-        // what runs wrote is no source of the next one
+        // outputs of earlier runs are not sources of this one
         let outputs = run.outputs.iter().filter(|output| at.store_url() == output.store_url());
         let own: Vec<Path> = outputs.flat_map(|output| names_of(output, &at)).collect();
         let listed = source::list(at.store.as_ref(), &at.path, &at.url(), spec.format, &own).await;
@@ -87,7 +89,7 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
             reading,
         });
     }
-    // a folder may have files of two formats, and a source for each
+    // a folder may have files of two formats and a source for each: what one leaves out, the other may read
     let files = sources.iter().flat_map(|source| &source.units).flat_map(|unit| &unit.files);
     let read: HashSet<&str> = files.map(|file| file.url.as_str()).collect();
     for unread in &mut unread {
@@ -99,8 +101,11 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
     Ok(sources)
 }
 
-/// A sample of the documents, at least `bytes` of text if there are so many: those with the smallest hashes, so that
-/// the order of files and rows doesn't matter.
+/// Texts of a sample of the documents, at least `bytes` of text if there are that many. The documents with
+/// the smallest hashes are taken, so that the order of files and rows does not matter.
+///
+/// # Errors
+/// The sources have no document.
 pub async fn sample(run: &Run, sources: &[Source], bytes: u64) -> Result<Vec<String>> {
     let mut kept: BTreeMap<(u64, [u8; 16]), String> = BTreeMap::new();
     let mut kept_bytes = 0;

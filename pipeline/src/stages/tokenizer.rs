@@ -18,10 +18,11 @@ use crate::{Error, Result};
 /// The run's tokenizer.
 pub struct Tokenizer {
     pub loaded: Arc<crate::algorithms::tokenizer::Tokenizer>,
-    /// The file, which goes into checkpoints.
+    /// The tokenizer.json, which is copied into checkpoints.
     pub json: Bytes,
     pub fingerprint: Digest,
-    /// What the file beside it says of BOS and EOS, as far as it was asked: a token, or that there is none.
+    /// BOS and EOS as the tokenizer_config.json beside the file names them. The outer `None` means that it
+    /// was not read, or has no such key; the inner one that it says there is no such token.
     named: [Option<Option<String>>; 2],
 }
 
@@ -31,15 +32,16 @@ impl Tokenizer {
         Ok(Self { loaded: Arc::new(loaded), fingerprint: Digest::of(&json), json, named: [None, None] })
     }
 
-    /// Ids before and after each document: as the conf says, or else as the file's own post-processor does.
+    /// The ids before and after each document (BOS, EOS): those that the conf names, or else those of the
+    /// file's own post-processor.
     ///
     /// # Errors
-    /// The conf asks for a token that the tokenizer does not have, or does not say which it is.
+    /// The conf asks for a token that the tokenizer does not have, or leaves open which token it is.
     pub fn specials(&self, run: &Run) -> Result<(Option<u32>, Option<u32>)> {
         Ok((self.special(run, 0)?, self.special(run, 1)?))
     }
 
-    /// The id on one side of a document, the left being 0.
+    /// The id on one side of a document: 0 is before it, 1 after.
     fn special(&self, run: &Run, side: usize) -> Result<Option<u32>> {
         let (key, put) = (KEYS[side], self.loaded.around()[side].as_slice());
         let name = key.to_uppercase();
@@ -82,8 +84,8 @@ impl Tokenizer {
         }
     }
 
-    /// The special tokens that are not for unknown text, padding or masks, nor on the other side of a text: where one is
-    /// left over, it is this side's.
+    /// The special tokens that are not for unknown text, padding or masks, nor on the other side of a text.
+    /// If exactly one is left over, it is this side's token.
     fn left_over(&self, side: usize) -> Vec<u32> {
         let (unknown, other) = (self.loaded.unknown(), &self.loaded.around()[1 - side]);
         let special = self.loaded.added().into_iter().filter(|(_, token)| token.special);
@@ -95,7 +97,7 @@ impl Tokenizer {
         left.map(|(id, _)| id).collect()
     }
 
-    /// What a person is told who has to name a token.
+    /// The help for a user who has to name a token.
     fn to_choose_from(&self, key: &str) -> String {
         let special: Vec<_> = self.loaded.added().into_iter().filter(|(_, token)| token.special).collect();
         let some: Vec<String> =
@@ -111,7 +113,7 @@ impl Tokenizer {
 /// The conf's keys for the two sides of a document.
 const KEYS: [&str; 2] = ["bos", "eos"];
 
-/// What a conf says of the two sides of a document.
+/// The conf's settings for the two sides of a document.
 fn asked(run: &Run) -> [Option<&Special>; 2] {
     [run.conf.tokenizer.bos.as_ref(), run.conf.tokenizer.eos.as_ref()]
 }
@@ -119,14 +121,17 @@ fn asked(run: &Run) -> [Option<&Special>; 2] {
 /// The file beside a tokenizer.json in which `transformers` finds its BOS and EOS.
 const BESIDE: &str = "tokenizer_config.json";
 
-/// What a [`BESIDE`] says of BOS and EOS: a text, a table with its `content`, or null.
+/// BOS and EOS as a [`BESIDE`] file names them: a string, an object with `content`, or null.
 fn named(json: &[u8]) -> serde_json::Result<[Option<Option<String>>; 2]> {
     let file: Value = serde_json::from_slice(json)?;
     let token = |value: &Value| value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned);
     Ok(["bos_token", "eos_token"].map(|key| file.get(key).map(token)))
 }
 
-/// The tokenizer of a run, once what the conf says of tokens around documents is known to be so.
+/// The run's tokenizer, after a check that it has the tokens that the conf wants around documents.
+///
+/// # Errors
+/// Those of [`find`] and of [`Tokenizer::specials`].
 pub async fn obtain(run: &Run) -> Result<Tokenizer> {
     let tokenizer = find(run).await?;
     let (bos, eos) = tokenizer.specials(run)?;
@@ -140,6 +145,9 @@ pub async fn obtain(run: &Run) -> Result<Tokenizer> {
 }
 
 /// The tokenizer of `[tokenizer] url`, or the one that the stage trains.
+///
+/// # Errors
+/// The file does not exist or cannot be used, or the sources have no document to train on.
 pub async fn find(run: &Run) -> Result<Tokenizer> {
     if let Some(url) = &run.conf.tokenizer.url {
         let at = run.stores.open(url).map_err(|e| run.conf.names_wrong(&["tokenizer", "url"], e))?;
@@ -156,7 +164,7 @@ pub async fn find(run: &Run) -> Result<Tokenizer> {
             return Err(run.conf.wrong(&["tokenizer", "url"], message, "this file", Some(help)));
         };
         let mut tokenizer = Tokenizer::load(json, &at.url())?;
-        // not read in vain: there are stores that refuse to say that there is none
+        // read the file only if it is needed: some stores answer with an error where there is none
         let mut sides = asked(run).into_iter().zip(tokenizer.loaded.around());
         if sides.any(|(asked, put)| asked == Some(&Special::Own(true)) && put.is_empty()) {
             let url = at.url();
@@ -175,7 +183,7 @@ pub async fn find(run: &Run) -> Result<Tokenizer> {
         return Err(run.conf.wrong(&["tokenizer"], "neither url nor train is set", "here", None));
     };
     let sources = sources::list(run).await?;
-    // what is trained depends on the texts in the sample, and on the library that trains
+    // the result depends on the texts in the sample, and on the library that trains
     let list = ingredients(
         Stage::Tokenizer,
         [
@@ -224,8 +232,9 @@ mod tests {
     use crate::run::Goal;
     use crate::sql::Files;
 
-    /// What a run whose conf has `keys` puts around documents, with a tokenizer that has some special tokens after
-    /// `<unk>` and is put before texts as `bos` says; `beside` is its tokenizer_config.json.
+    /// The BOS and EOS of a run whose conf has the lines `keys` in `[tokenizer]`. Its tokenizer has the
+    /// tokens `special` after `<unk>`, and if `bos` is set, its post-processor puts the first of them before
+    /// texts. `beside` is its tokenizer_config.json.
     async fn around(
         special: &[&str],
         bos: bool,

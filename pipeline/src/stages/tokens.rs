@@ -1,7 +1,9 @@
-//! tokens: source rows become documents, and their texts ids, in one pass; a part is the unit of work and of caching.
+//! tokens: turns source rows into documents and their texts into ids, in one pass. Parts are tokenised in
+//! parallel, and those that an interrupted run finished are not done again.
 //!
-//! A unit (a large file, or a bundle of small ones) is published by itself, under the hash of how it is read, its files'
-//! sizes and versions, and the tokenizer. So a new source file tokenises only itself.
+//! A unit (a large file, or a bundle of small ones) is published by itself, under a hash of how it is read,
+//! its files' sizes and versions, and the tokenizer. A new source file therefore causes only its own unit to
+//! be tokenised.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,17 +32,17 @@ const LOOKUPS: usize = 32;
 /// All units of all sources.
 pub struct Tokens {
     units: Vec<(Location, Arc<Manifest>)>,
-    /// The table of ids of each part.
+    /// The table of ids of each part, with its folder.
     parts: HashMap<i64, (Location, Table)>,
-    /// The source files that were read …
+    /// The source files that were read, sorted by URL.
     pub inputs: Vec<Input>,
-    /// … and what looks like one and was not, by source.
+    /// Files that look like source files but were not read, by source.
     pub not_read: BTreeMap<String, Vec<Unread>>,
     narrow: bool,
 }
 
 impl Tokens {
-    /// Order-free digest of a table over all units.
+    /// The digest of a table over all units, in whatever order they come.
     pub fn digest(&self, table: &str) -> RowDigest {
         let mut digest = RowDigest::default();
         for (_, manifest) in &self.units {
@@ -49,17 +51,19 @@ impl Tokens {
         digest
     }
 
-    /// Names the set of parts: where ids are to be found.
+    /// Identifies the set of parts, and so where ids are to be found.
     pub fn parts_digest(&self) -> Digest {
         let mut parts: Vec<i64> = self.parts.keys().copied().collect();
         parts.sort_unstable();
         Digest::of(&parts.iter().flat_map(|part| part.to_le_bytes()).collect::<Vec<_>>())
     }
 
+    /// A count, summed over all units.
     pub fn count(&self, name: &str) -> u64 {
         self.units.iter().map(|(_, manifest)| manifest.counts.get(name).copied().unwrap_or(0)).sum()
     }
 
+    /// All counts, summed over all units, and `files_not_read`.
     pub fn counts(&self) -> BTreeMap<String, u64> {
         let not_read = self.not_read.values().flatten().map(|unread| unread.files).sum();
         let mut counts = BTreeMap::from([("files_not_read".to_owned(), not_read)]);
@@ -69,11 +73,15 @@ impl Tokens {
         counts
     }
 
+    /// The key of each unit.
     pub fn keys(&self) -> Vec<StageKey> {
         self.units.iter().map(|(_, m)| StageKey { stage: m.stage.clone(), key: m.key.clone() }).collect()
     }
 
-    /// The ids of a part.
+    /// The table of ids of a part, with its folder.
+    ///
+    /// # Errors
+    /// [`Error::Unbalanced`] if no unit has the part.
     pub fn ids(&self, part: i64) -> Result<(Location, Table)> {
         self.parts.get(&part).cloned().ok_or_else(|| Error::Unbalanced {
             stage: "shuffle",
@@ -81,12 +89,12 @@ impl Tokens {
         })
     }
 
-    /// Bytes of an id.
+    /// Bytes of an id: 2 for a vocabulary of up to 65,536 ids, otherwise 4.
     pub fn width(&self) -> usize {
         if self.narrow { 2 } else { 4 }
     }
 
-    /// A table of all units that have it, with their folders.
+    /// The tables of a name of all units that have one, with their folders.
     pub fn tables(&self, name: &str) -> Vec<(&Location, &Table)> {
         self.units.iter().filter_map(|(folder, m)| Some((folder, m.tables.get(name)?))).collect()
     }
@@ -102,7 +110,8 @@ impl Tokens {
     }
 }
 
-/// What decides a text's ids beside the tokenizer's file: this stage, and the encoder with its libraries.
+/// What a text's ids depend on besides the tokenizer's file: the version of this stage, and the encoder with
+/// its libraries.
 pub fn encoding() -> Value {
     json!([Stage::Tokens.about().version, crate::algorithms::tokenizer::ENCODER])
 }
@@ -125,7 +134,8 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
     let again = matches!(run.goal, Goal::Compute { from: Some(from) } if Stage::Tokens >= from);
 
     let lookups = jobs.iter().map(|(source, unit)| async move {
-        // files go by what the store says of them: reading them all to know whether to read them would be no cache
+        // files are identified by what the store says of them: to hash their content, they would all have to
+        // be read
         let list = ingredients(
             Stage::Tokens,
             [
@@ -236,7 +246,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer) -> Result<Tokens> {
     Ok(tokens)
 }
 
-/// Stops the run where too many of a source's rows are bad.
+/// Fails if more of a source's rows were rejected than its `max_reject_share` allows.
 fn check_rejects(sources: &[Source], jobs: &[(&Source, &Unit)], tokens: &Tokens) -> Result<()> {
     for source in sources {
         let own = jobs.iter().zip(&tokens.units).filter(|((s, _), _)| std::ptr::eq(*s, source));

@@ -1,4 +1,4 @@
-//! train: the packed sequences feed a Llama; its checkpoint is a stage's output like any other.
+//! train: trains a Llama on the packed sequences. Its checkpoint is a stage's output like any other.
 
 use std::sync::atomic::Ordering;
 
@@ -20,14 +20,15 @@ use crate::stage::Stage;
 use crate::storage::Location;
 use crate::{Error, Result};
 
-/// The conf's `[train]` table; wrong values point into the conf.
+/// The conf's `[train]` table, if it has one. Errors point into the conf.
 pub fn conf(run: &Run) -> Result<Option<TrainConf>> {
     let Some(conf) = run.conf.train::<TrainConf>()? else { return Ok(None) };
     conf.check().map_err(|e| run.conf.wrong(&["train"], e.to_string(), "in this table", None))?;
     Ok(Some(conf))
 }
 
-/// That this build can train on the devices asked for: said before hours are spent on what they train on.
+/// Checks that this build can train on the devices that the conf names, before hours are spent on the
+/// training data.
 pub fn check_devices(run: &Run) -> Result<()> {
     let Some(conf) = conf(run)? else { return Ok(()) };
     conf.available().map_err(|e| {
@@ -36,7 +37,8 @@ pub fn check_devices(run: &Run) -> Result<()> {
     })
 }
 
-/// That the checkpoint to begin with is there, and knows the tokenizer's ids: said before hours are spent on what it trains on.
+/// Checks that the checkpoint to start from exists and knows the tokenizer's ids, before hours are spent on
+/// the training data.
 pub async fn check_checkpoint(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
     let Some(url) = conf(run)?.and_then(|conf| conf.checkpoint) else { return Ok(()) };
     let place = ["train", "checkpoint"];
@@ -58,8 +60,8 @@ pub async fn check_checkpoint(run: &Run, tokenizer: &Tokenizer) -> Result<()> {
     Ok(())
 }
 
-/// What is wrong with a tokenizer for a checkpoint that knows so many ids, and what to do. Added tokens count, too: a text
-/// that has one as it is written becomes its id, and of billions of tokens some do.
+/// What is wrong with a tokenizer for a checkpoint that knows `known` ids, and what to do. Added tokens count
+/// too: a text that contains one literally gets its id, and among billions of tokens some do.
 fn beyond(tokenizer: &crate::algorithms::tokenizer::Tokenizer, known: usize) -> Option<(String, String)> {
     let (own, all) = (tokenizer.own_vocab_size(), tokenizer.vocab_size());
     let most = own.max(all);
@@ -83,7 +85,7 @@ fn beyond(tokenizer: &crate::algorithms::tokenizer::Tokenizer, known: usize) -> 
     Some((message, help.to_owned()))
 }
 
-/// The digests of the files of a Hugging Face folder, by name.
+/// The names of the files of a Hugging Face folder, each with its digest.
 pub async fn identity(checkpoint: &Location) -> Result<Value> {
     let mut parts = vec![];
     for name in checkpoint_parts(&checkpoint.into()).await? {
@@ -92,9 +94,10 @@ pub async fn identity(checkpoint: &Location) -> Result<Value> {
     Ok(json!(parts))
 }
 
-/// Table `checkpoint`: a Hugging Face folder with `metrics.jsonl`; `None` where the conf doesn't train.
+/// Table `checkpoint`, a Hugging Face folder, and table `logs` with its `metrics.jsonl`. `None` if the conf
+/// has no `[train]` table, or if another process leads the training and publishes.
 ///
-/// Devices are not in its key: what comes out should not depend on them.
+/// Devices are not part of its key, because the result should not depend on them.
 pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Result<Option<Published>> {
     let Some(conf) = conf(run)? else { return Ok(None) };
     let checkpoint = conf.checkpoint.as_ref().map(|url| run.stores.open(url)).transpose()?;
@@ -103,7 +106,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         None => json!(null),
     };
     let (bos, eos) = tokenizer.specials(run)?;
-    // of the files, not of their rows: the same sequences in another order train another model
+    // digests of the files, not of their rows: the same sequences in another order train another model
     let files: Vec<Digest> = packed.table("train").files.into_iter().map(|file| file.blake3).collect();
     let list = ingredients(
         Stage::Train,
@@ -132,7 +135,8 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
         tokenizer: Some(tokenizer.json.clone()),
     };
     if follows()? {
-        // the first rank publishes; this one computes along, unless there is nothing to compute
+        // the first rank publishes; this one takes part in the computation, unless there is nothing to
+        // compute
         let (_, at) = run.place(Stage::Train, &mut list.clone())?;
         if output::find(&at).await?.is_none() {
             train(run, &job_in(&at), &mut |_| {}).await?;
@@ -142,7 +146,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
     let published = run
         .obtain(Stage::Train, list.clone(), async |draft| {
             warn_of_other_lengths(run, &list, &draft.folder).await?;
-            // the trainer can't tell a broken file from another one
+            // check the files here: the trainer cannot tell a broken file from another one
             for file in packed.table("train").files {
                 file.check(&packed.folder).await?;
             }
@@ -161,7 +165,7 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
                 let file = File { name: written.name, bytes: written.bytes, rows: 0, blake3 };
                 output.table("checkpoint", Table { rows: 0, digest, files: vec![file] });
             }
-            // what says how fast it went is no content
+            // logs say how fast the training was, which is not part of the content: their digest of rows is 0
             for written in trained.logs {
                 let name = format!("{attempt}/{}", written.name);
                 let file = File { name, bytes: written.bytes, rows: 0, blake3: Digest(written.blake3) };
@@ -170,12 +174,13 @@ pub async fn obtain(run: &Run, tokenizer: &Tokenizer, packed: &Published) -> Res
             Ok(output)
         })
         .await?;
-    // what a stop would have gone on from
+    // the training is published, so it will not be resumed from its intermediate checkpoints
     resume::clear(&(&published.folder.join("checkpoints")).into()).await?;
     Ok(Some(published))
 }
 
-/// Says where a training begins anew though there is one that differs in its length alone.
+/// Warns if this training starts from the beginning although there is another one that differs only in its
+/// length.
 async fn warn_of_other_lengths(run: &Run, list: &Ingredients, folder: &Location) -> Result<()> {
     let saved = async |folder: &Location| resume::latest(&(&folder.join("checkpoints")).into()).await;
     if saved(folder).await?.is_some() {
@@ -211,7 +216,7 @@ async fn warn_of_other_lengths(run: &Run, list: &Ingredients, folder: &Location)
     Ok(())
 }
 
-/// A training's settings but for how long it is.
+/// A training's settings without its length.
 fn but_for_length(settings: &Value) -> Value {
     let mut settings = settings.clone();
     if let Some(settings) = settings.as_object_mut() {
@@ -221,12 +226,13 @@ fn but_for_length(settings: &Value) -> Value {
     settings
 }
 
-/// Names a dataset by the digests of its files.
+/// Identifies a dataset by the digests of its files.
 fn digest_of(files: &Value) -> String {
     Digest::of(files.to_string().as_bytes()).short()
 }
 
-/// Whether this process is a rank of a training that another process leads: that one runs the stages and publishes.
+/// Whether this process is a rank of a training that another process leads. The leading process runs the
+/// stages and publishes.
 pub fn follows() -> Result<bool> {
     Ok(LaunchEnv::from_env()?.is_some_and(|launch| launch.rank > 0))
 }
@@ -245,7 +251,7 @@ async fn train(
     })
 }
 
-/// What the training of a conf will need; `None` where it doesn't train.
+/// What the conf's training will need; `None` if the conf has no `[train]` table.
 pub async fn plan(run: &Run) -> Result<Option<Plan>> {
     let Some(conf) = conf(run)? else { return Ok(None) };
     let checkpoint = conf.checkpoint.as_ref().map(|url| run.stores.open(url)).transpose()?;
@@ -260,7 +266,7 @@ pub async fn plan(run: &Run) -> Result<Option<Plan>> {
     Ok(Some(Plan::new(&conf, &config, sequence_tokens)))
 }
 
-/// What a step's progress line says.
+/// The progress line of a training step.
 fn line(step: &Metrics, steps: u64) -> String {
     let mut line = format!(
         "step {} of {steps}, loss {:.3}, gradients {:.2}, {:.0} tokens/s",
@@ -296,7 +302,7 @@ mod tests {
         let plain = tokenizer(&[]);
         let own = plain.own_vocab_size();
         assert_eq!(plain.vocab_size(), own);
-        // Llama 3 has as many rows as ids, Qwen and Phi-3 have more
+        // Llama 3 has as many embedding rows as ids; Qwen and Phi-3 have more
         assert_eq!((beyond(&plain, own), beyond(&plain, own + 64)), (None, None));
         let (message, help) = beyond(&plain, own - 1).unwrap();
         assert_eq!(
@@ -304,7 +310,7 @@ mod tests {
             format!("the tokenizer has ids up to {}, and the checkpoint knows {}", own - 1, own - 1)
         );
         assert!(help.contains("that the checkpoint was trained with"), "{help}");
-        // LLaMA's with a token for padding, as many have it
+        // LLaMA's tokenizer with an added token for padding, as many copies of it have
         let padded = tokenizer(&["<pad>"]);
         assert_eq!((padded.own_vocab_size(), padded.vocab_size()), (own, own + 1));
         assert_eq!(beyond(&padded, own + 1), None);

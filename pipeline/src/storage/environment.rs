@@ -1,7 +1,8 @@
-//! Variables of the environment as people set them: white space around a value is none of it, an empty one is not set, and
-//! what can't be used is refused by its name. No value is shown: it may be a secret.
+//! Reads environment variables as people set them. White space around a value is ignored, an empty value
+//! counts as not set, and an unusable one is refused with the variable's name. No value is shown, because it
+//! may be a secret.
 //!
-//! object_store panics at some values and prints others, so they are looked at before it has them.
+//! object_store panics on some values and prints others, so values are checked before it gets them.
 
 use std::ffi::OsString;
 
@@ -11,22 +12,34 @@ use url::Url;
 use crate::{Error, Result};
 
 /// The value of a variable, if it is set.
+///
+/// # Errors
+/// It is not UTF-8.
 pub fn variable(name: &str) -> Result<Option<String>> {
     std::env::var_os(name).map_or(Ok(None), |value| text(name, value))
 }
 
-/// The value of a variable that is a web address, without the slash at its end.
+/// The value of a variable that is a web address, without a slash at its end.
+///
+/// # Errors
+/// It is not an http or https address.
 pub fn address(name: &str) -> Result<Option<String>> {
     variable(name)?.map(|value| web(name, &value)).transpose()
 }
 
-/// What `of` makes of the value of a variable, for the head of a request.
+/// The HTTP header that `of` makes of the value of a variable, if that is set.
+///
+/// # Errors
+/// It has characters that a header cannot have.
 pub fn header(name: &str, of: impl Fn(&str) -> String) -> Result<Option<HeaderValue>> {
     let header = |value: String| HeaderValue::from_str(&of(&value)).map_err(|_| wrong(name, UNPRINTABLE));
     variable(name)?.map(header).transpose()
 }
 
 /// The headers of a variable that lists them, `NAME=VALUE,…`.
+///
+/// # Errors
+/// It is not such a list.
 pub fn headers(name: &str) -> Result<Vec<(HeaderName, HeaderValue)>> {
     let all = variable(name)?.unwrap_or_default();
     let headers = all.split(',').map(str::trim).filter(|header| !header.is_empty()).map(|header| {
@@ -44,7 +57,7 @@ fn text(name: &str, value: OsString) -> Result<Option<String>> {
 fn web(name: &str, value: &str) -> Result<String> {
     let is_web = |url: &Url| ["http", "https"].contains(&url.scheme()) && url.has_host();
     match Url::parse(value) {
-        // a line break within it, the URL's parser leaves out
+        // the URL parser drops line breaks silently
         Ok(url) if is_web(&url) && !value.contains(char::is_control) => {
             Ok(url.as_str().trim_end_matches('/').to_owned())
         }
@@ -52,7 +65,7 @@ fn web(name: &str, value: &str) -> Result<String> {
     }
 }
 
-/// A web address that holds no secret: the library tells it wherever a request fails.
+/// A web address without secrets, because the library shows it when a request fails.
 fn open_web(name: &str, value: &str) -> Result<String> {
     let has_secret =
         |url: Url| !url.username().is_empty() || url.password().is_some() || url.query().is_some();
@@ -79,7 +92,11 @@ fn wrong(name: &str, why: &str) -> Error {
 /// A setting of a cloud: the variable's name, the library's key, and the value.
 pub type Setting<K> = (String, K, String);
 
-/// The settings of a cloud, whose variables begin with `prefix`; `key` knows those that there are, by names in lower case.
+/// The settings of a cloud, from the variables that begin with `prefix`. `key` maps a variable's name in
+/// lower case to the library's key, or to `None` if there is none.
+///
+/// # Errors
+/// The library could not use a value.
 pub fn settings<K>(prefix: &str, key: impl Fn(&str) -> Option<K>) -> Result<Vec<Setting<K>>> {
     let mut settings = vec![];
     for (name, value) in std::env::vars_os() {
@@ -88,16 +105,17 @@ pub fn settings<K>(prefix: &str, key: impl Fn(&str) -> Option<K>) -> Result<Vec<
         let Some(value) = text(name, value)? else { continue };
         settings.push((name.to_owned(), key, usable(name, value)?));
     }
-    // the order of the environment is nobody's
+    // the order of the environment is arbitrary
     settings.sort_by(|(a, ..), (b, ..)| a.cmp(b));
     Ok(settings)
 }
 
-/// What the library takes without a panic.
+/// Checks that the library takes a value without a panic, and returns the value to give it.
 fn usable(name: &str, value: String) -> Result<String> {
     let is = |signs: &[&str]| signs.iter().any(|sign| name.contains(sign));
     if name == "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE" {
-        // what is in it goes into the head of a request; one that can't be read now may be there later
+        // the content of the file is sent in a request's header; a file that cannot be read now may be there
+        // later
         if let Ok(token) = std::fs::read_to_string(&value) {
             printable(name, token)?;
         }
@@ -109,7 +127,7 @@ fn usable(name: &str, value: String) -> Result<String> {
         "GOOGLE_SERVICE_ACCOUNT",
         "GOOGLE_APPLICATION_CREDENTIALS",
     ]) {
-        // paths, and texts of many lines
+        // paths, and texts of several lines
         if !is(&["_KEY", "_CERTIFICATE"]) && value.starts_with('{') {
             return Err(wrong(
                 name,
@@ -137,7 +155,7 @@ fn usable(name: &str, value: String) -> Result<String> {
     }
 }
 
-/// Whether a file holds a key of Google's; the library says no more than that it cannot start.
+/// Checks that a file holds a Google key, because the library says only that it cannot start.
 fn google_key(name: &str, path: &str) -> Result<()> {
     let key =
         std::fs::read(path).map_err(|error| wrong(name, &format!("its file cannot be read: {error}")))?;
@@ -147,7 +165,8 @@ fn google_key(name: &str, path: &str) -> Result<()> {
     }
 }
 
-/// That a cloud's settings don't hold together; `culprits` are those without any one of which they do.
+/// The error for settings of a cloud that are inconsistent. `culprits` are the settings whose removal would
+/// make the rest consistent.
 pub fn refused<'a>(scheme: &str, culprits: impl Iterator<Item = &'a str>) -> Error {
     let culprits: Vec<_> = culprits.collect();
     if !culprits.is_empty() {

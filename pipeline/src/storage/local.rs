@@ -1,13 +1,14 @@
-//! The disk as an object store: what it has taken, a power cut does not take back, as with any other store.
+//! The local disk as an object store. As with any other store, a power cut does not lose what was written.
 //!
 //! ```text
-//! NAME#1     a file is written beside where it will be, and synced …
-//! NAME       … gets its name, which an old one loses, or where there is none yet …
-//! its folder is synced
+//! NAME#1     1. the bytes are written to a file next to the final one, and synced
+//! NAME       2. that file gets the final name: it replaces an old file, or fails if there must be none
+//!            3. the folder is synced
 //! ```
 //!
-//! object_store's own reads, lists and deletes. It waits for no disk, and neither copies nor creates where a file can't have
-//! two names (hard links): file systems that know none, other disks, files of other users.
+//! Reads, listings and deletes are those of object_store's local store. Its writes are not used as they are:
+//! they do not sync, and its copy and create need hard links, which fail on file systems without them, across
+//! disks, and for files of other users.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -25,7 +26,7 @@ use object_store::{
     ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
 };
 
-/// The whole disk, from `/` on.
+/// The whole disk; paths are relative to `/`.
 #[derive(Debug, Default)]
 pub struct Local(LocalFileSystem);
 
@@ -41,7 +42,7 @@ impl ObjectStore for Local {
         let new = match options.mode {
             PutMode::Overwrite => false,
             PutMode::Create => true,
-            // which it says that it can't
+            // object_store answers that it does not support this
             PutMode::Update(_) => return self.0.put_opts(to, payload, options).await,
         };
         let path = self.0.path_to_filesystem(to)?;
@@ -99,7 +100,7 @@ impl ObjectStore for Local {
     }
 }
 
-/// A large file, a piece at a time.
+/// A large file, written piece by piece.
 #[derive(Debug)]
 struct Upload {
     inner: Box<dyn MultipartUpload>,
@@ -129,7 +130,7 @@ impl MultipartUpload for Upload {
     }
 }
 
-/// Does what waits for the disk on a thread that may wait.
+/// Runs work that waits for the disk on a thread that may block.
 async fn blocking(to: &Location, work: impl FnOnce() -> io::Result<()> + Send + 'static) -> Result<()> {
     let done = tokio::task::spawn_blocking(work).await?;
     done.map_err(|source| {
@@ -142,7 +143,8 @@ async fn blocking(to: &Location, work: impl FnOnce() -> io::Result<()> + Send + 
     })
 }
 
-/// Has `make` make a file beside `to` under a name that no listing shows, and the folder for it.
+/// Calls `make` to create a file next to `to`, under a name that no listing shows. Creates the folder if it
+/// is missing.
 fn stage<T>(to: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(PathBuf, T)> {
     let (mut number, mut has_folder) = (1, false);
     loop {
@@ -150,9 +152,9 @@ fn stage<T>(to: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Pat
         staged.push(format!("#{number}"));
         match make(staged.as_ref()) {
             Ok(made) => return Ok((staged.into(), made)),
-            // of another run, or of one that was killed
+            // the name is taken by another run, or left over from one that was killed
             Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
-            // another one may be at just this
+            // the folder is missing; another process may be creating it at this moment
             Err(error) if error.kind() == ErrorKind::NotFound && !has_folder => {
                 make_folder_of(to)?;
                 has_folder = true;
@@ -162,18 +164,20 @@ fn stage<T>(to: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Pat
     }
 }
 
-/// Gives a staged file the name that it is for, if it is `whole`; there is to be none of that name where it is `new`.
+/// Gives a staged file its final name if it is complete (`whole`). With `new`, there must be no file of that
+/// name yet.
 fn name(staged: &Path, to: &Path, new: bool, whole: io::Result<()>) -> io::Result<()> {
     let named = whole.and_then(|()| if new { name_new(staged, to) } else { fs::rename(staged, to) });
     if named.is_err() {
-        // it may be gone
+        // the file may be gone already
         let _ = fs::remove_file(staged);
     }
     named?;
     sync_folder_of(to)
 }
 
-/// Gives a staged file a name that no other one has, in the first of three ways that the file system knows.
+/// Gives a staged file a name that no other file has. Of three ways, the first that the file system supports
+/// is used.
 fn name_new(staged: &Path, to: &Path) -> io::Result<()> {
     let mut named = Err(ErrorKind::Unsupported.into());
     for way in [rename_new, link_new, fill_new] {
@@ -190,7 +194,7 @@ fn rename_new(staged: &Path, to: &Path) -> io::Result<()> {
     use std::os::unix::ffi::OsStrExt;
     let path = |path: &Path| std::ffi::CString::new(path.as_os_str().as_bytes());
     let (from, to) = (path(staged)?, path(to)?);
-    // Safety: both are texts that end, and outlive the call
+    // Safety: both are NUL-terminated strings that outlive the call
     let done = unsafe {
         libc::renameat2(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::RENAME_NOREPLACE)
     };
@@ -204,13 +208,14 @@ fn rename_new(_: &Path, _: &Path) -> io::Result<()> {
 
 fn link_new(staged: &Path, to: &Path) -> io::Result<()> {
     fs::hard_link(staged, to)?;
-    // the file has its name, whatever becomes of the other one
+    // the file has its final name, even if the staged one cannot be removed
     let _ = fs::remove_file(staged);
     Ok(())
 }
 
-/// The last resort: who is killed here leaves a part of a file. What is created once has its digest in it (see
-/// [`crate::storage::sealed`]), so that half of it is none, and the next one takes its place.
+/// The last resort: a process that is killed here leaves an incomplete file. Files that are created once
+/// contain their own digest (see [`crate::storage::sealed`]), so an incomplete one counts as none, and the
+/// next writer replaces it.
 fn fill_new(staged: &Path, to: &Path) -> io::Result<()> {
     let mut from = File::open(staged)?;
     let mut file = File::create_new(to)?;
@@ -222,12 +227,12 @@ fn fill_new(staged: &Path, to: &Path) -> io::Result<()> {
     filled
 }
 
-/// Another name for the same file, or, where it can't have two, another file of the same bytes.
+/// Copies a file: as a hard link if possible, otherwise its bytes.
 fn copy(from: &Path, to: &Path, new: bool) -> io::Result<()> {
     use std::os::unix::fs::MetadataExt;
     let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
     let own = identity(from)?;
-    // a rename over itself would leave the other name behind
+    // renaming one link of a file over another does nothing, and would leave the staged name behind
     if !new && identity(to).is_ok_and(|other| other == own) {
         return Ok(());
     }
@@ -247,7 +252,7 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("/"))
 }
 
-/// Makes the folder that a file is to be in, and those around it; each is synced where it is new.
+/// Creates the folder of a file, and those around it. Each new one is synced.
 fn make_folder_of(path: &Path) -> io::Result<()> {
     let folder = folder_of(path);
     if folder.is_dir() {
@@ -256,7 +261,7 @@ fn make_folder_of(path: &Path) -> io::Result<()> {
     make_folder_of(folder)?;
     match fs::create_dir(folder) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            // another one was faster, unless it is a link to nowhere
+            // another process was faster, unless this is a link to nowhere
             if !folder.is_dir() {
                 return Err(ErrorKind::NotADirectory.into());
             }
@@ -266,10 +271,11 @@ fn make_folder_of(path: &Path) -> io::Result<()> {
     sync_folder_of(folder)
 }
 
-/// Has the disk know which names a folder has.
+/// Syncs the folder of a file, so that the names in it survive a power cut.
 fn sync_folder_of(path: &Path) -> io::Result<()> {
     match File::open(folder_of(path)).and_then(|folder| folder.sync_all()) {
-        // not every file system can, and who may write into a folder need not be allowed to read it
+        // not every file system can sync a folder, and a user who may write into a folder may not be allowed
+        // to open it
         Err(error)
             if [ErrorKind::InvalidInput, ErrorKind::Unsupported, ErrorKind::PermissionDenied]
                 .contains(&error.kind()) =>
@@ -312,7 +318,7 @@ mod tests {
     #[tokio::test]
     async fn what_can_not_be_linked_is_copied() {
         let here = tempfile::tempdir().unwrap();
-        // memory, where there is a disk too
+        // a file system in memory, and so not on the disk of `here`
         let Ok(other) = tempfile::tempdir_in("/dev/shm") else { return eprintln!("skipped: no /dev/shm") };
         if fs::metadata(here.path()).unwrap().dev() == fs::metadata(other.path()).unwrap().dev() {
             return eprintln!("skipped: all is on one disk");

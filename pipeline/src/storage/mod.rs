@@ -1,6 +1,7 @@
 //! Object storage by URL: local folders, `s3://`, `gs://`, `az://`, all behind one [`Location`].
 //!
-//! Credentials come from the environment, as the clouds' SDKs take them, and reach no file and no log.
+//! Credentials come from the environment, as the clouds' SDKs take them, and are never written to a file or a
+//! log.
 
 pub mod environment;
 mod local;
@@ -30,7 +31,7 @@ use local::Local;
 pub struct Location {
     pub store: Arc<dyn ObjectStore>,
     pub path: Path,
-    /// What stands before `path` in the URL, `s3://bucket/` say; `/` for local paths.
+    /// The URL before `path`, such as `s3://bucket/`; `/` for local paths.
     base: String,
 }
 
@@ -42,15 +43,16 @@ impl From<&Location> for lengthwise_model::Location {
 }
 
 impl Location {
-    /// The URL a person can paste; an absolute path when the location is local.
+    /// The URL, as a user can paste it; an absolute path if the location is local.
     pub fn url(&self) -> String {
         format!("{}{}", self.base, self.path)
     }
 
-    /// What lies at `relative` below this folder, by names as they are: `ü`, `%` and `#` are characters like any other.
+    /// The location at `relative` below this folder. Names are literal: `ü`, `%` and `#` are characters like
+    /// any other.
     pub fn join(&self, relative: &str) -> Self {
         let parts = relative.split('/').filter(|part| !part.is_empty());
-        // `..` is no name
+        // `..` is not a name, so it is escaped
         let named = parts.map(|part| PathPart::parse(part).unwrap_or_else(|_| part.into()));
         Self { path: named.fold(self.path.clone(), Path::join), ..self.clone() }
     }
@@ -60,16 +62,16 @@ impl Location {
         Self { path: self.path.parent().unwrap_or_default(), ..self.clone() }
     }
 
-    /// The URL of the store itself, the name DataFusion knows it by.
+    /// The URL of the store itself, under which DataFusion knows it.
     pub fn store_url(&self) -> Url {
         let base = if self.base == "/" { "file:///" } else { &self.base };
         Url::parse(base).expect("built by Stores::open")
     }
 
-    /// The URL DataFusion's tables use.
+    /// The URL that DataFusion's tables use.
     pub fn table_url(&self) -> String {
         let mut url = self.store_url();
-        // `#`, `?` and `%` are characters of a name like any other
+        // `#`, `?` and `%` in names have to be escaped
         if let Ok(mut parts) = url.path_segments_mut() {
             parts.clear().extend(self.path.parts().map(|part| part.as_ref().to_owned()));
         }
@@ -80,7 +82,7 @@ impl Location {
         move |source| Error::Storage { doing, url: self.url(), source }
     }
 
-    /// The whole object; `None` where there is none.
+    /// Reads the whole object; `None` if there is none.
     pub async fn get(&self) -> Result<Option<Bytes>> {
         let got = async { self.store.get(&self.path).await?.bytes().await };
         match got.await {
@@ -90,7 +92,10 @@ impl Location {
         }
     }
 
-    /// The whole object, which has to be there.
+    /// Reads the whole object.
+    ///
+    /// # Errors
+    /// The object does not exist, or the store fails.
     pub async fn read(&self) -> Result<Bytes> {
         self.store
             .get(&self.path)
@@ -101,7 +106,7 @@ impl Location {
             .map_err(self.failed("read"))
     }
 
-    /// The digest of the object, which is never whole in memory.
+    /// The digest of the object. It is streamed, and never whole in memory.
     pub async fn digest(&self) -> Result<Digest> {
         let mut bytes = self.store.get(&self.path).await.map_err(self.failed("read"))?.into_stream();
         let mut hasher = blake3::Hasher::new();
@@ -111,18 +116,18 @@ impl Location {
         Ok(Digest(*hasher.finalize().as_bytes()))
     }
 
-    /// A byte range of the object.
+    /// Reads a byte range of the object.
     pub async fn read_range(&self, range: std::ops::Range<u64>) -> Result<Bytes> {
         self.store.get_range(&self.path, range).await.map_err(self.failed("read"))
     }
 
-    /// Writes the object whole, over an old one if there is one.
+    /// Writes the object, and replaces an old one.
     pub async fn put(&self, bytes: impl Into<PutPayload>) -> Result<()> {
         self.store.put(&self.path, bytes.into()).await.map_err(self.failed("write"))?;
         Ok(())
     }
 
-    /// Writes the object if there is none yet; says whether it did.
+    /// Writes the object if there is none yet (put-if-absent). Returns whether it did.
     pub async fn put_new(&self, bytes: impl Into<PutPayload>) -> Result<bool> {
         match self.store.put_opts(&self.path, bytes.into(), PutMode::Create.into()).await {
             Ok(_) => Ok(true),
@@ -131,19 +136,20 @@ impl Location {
         }
     }
 
-    /// Every object below this folder.
+    /// Lists every object below this folder.
     pub async fn list(&self) -> Result<Vec<ObjectMeta>> {
         let listed = whole(async || self.store.list(Some(&self.path)).try_collect().await).await;
         listed.map_err(self.failed("list"))
     }
 
-    /// Copies the object inside its store; a hard link where the store is local, and can.
+    /// Copies the object inside its store. On the local disk this is a hard link if possible.
     pub async fn copy_to(&self, to: &Location) -> Result<()> {
         self.store.copy(&self.path, &to.path).await.map_err(self.failed("copy"))
     }
 
-    /// Whether this object surely is a copy of another one that has not changed since, as far as the store tells: a link to
-    /// the same file, or of the same size and written later by the store's one clock.
+    /// Whether this object is certainly a copy of `own`, which has not changed since. On the local disk, both
+    /// must be links to the same file; in other stores, they must have the same size, and `own` must not be
+    /// newer by the store's own clock.
     pub async fn is_copy_of(&self, own: &Location) -> Result<bool> {
         let (Some(copy), Some(own)) = (self.head().await?, own.head().await?) else { return Ok(false) };
         Ok(match self.base.as_str() {
@@ -152,7 +158,7 @@ impl Location {
         })
     }
 
-    /// What the store says of the object; `None` where there is none.
+    /// The object's metadata; `None` if there is no object.
     pub async fn head(&self) -> Result<Option<ObjectMeta>> {
         match self.store.head(&self.path).await {
             Ok(meta) => Ok(Some(meta)),
@@ -161,7 +167,7 @@ impl Location {
         }
     }
 
-    /// Removes the object; nothing happens where there is none.
+    /// Deletes the object, if there is one.
     pub async fn delete(&self) -> Result<()> {
         match self.store.delete(&self.path).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
@@ -170,7 +176,8 @@ impl Location {
     }
 }
 
-/// A listing, again where an answer breaks off: the library has handed on a part of it by then, and does not.
+/// Runs a listing, and repeats it if an answer breaks off. The library does not retry that itself, because it
+/// has already handed on a part of the answer.
 pub async fn whole<T>(list: impl AsyncFn() -> object_store::Result<T>) -> object_store::Result<T> {
     for pause in [100, 500, 2500] {
         match list().await {
@@ -183,7 +190,7 @@ pub async fn whole<T>(list: impl AsyncFn() -> object_store::Result<T>) -> object
     list().await
 }
 
-/// The values of a file of JSON lines.
+/// Parses the values of a file of JSON lines.
 pub fn json_lines(bytes: &[u8]) -> impl Iterator<Item = serde_json::Result<serde_json::Value>> {
     bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(serde_json::from_slice)
 }
@@ -191,7 +198,7 @@ pub fn json_lines(bytes: &[u8]) -> impl Iterator<Item = serde_json::Result<serde
 /// Opens object stores, each bucket once. Clones share what is open.
 #[derive(Clone, Debug)]
 pub struct Stores {
-    /// Relative paths start here.
+    /// Relative paths are relative to this folder.
     root: PathBuf,
     opened: Arc<Mutex<HashMap<String, Arc<dyn ObjectStore>>>>,
 }
@@ -207,10 +214,11 @@ impl Stores {
         self.opened.lock().expect("no panic while held").insert(base.to_owned(), store);
     }
 
-    /// A URL, or a path relative to the root, as a location.
+    /// The location of a URL, or of a path relative to the root.
     ///
     /// # Errors
-    /// An unknown scheme, or a store whose settings in the environment don't hold together.
+    /// The URL contains a password, its scheme is unknown, or the store's settings in the environment are
+    /// inconsistent.
     pub fn open(&self, text: &str) -> Result<Location> {
         if secret::in_url(text) {
             let help = "credentials come from the environment, as the cloud's own tools take them";
@@ -223,7 +231,7 @@ impl Stores {
         }
         let url = if base == "/" { "file:///" } else { &base };
         let url = Url::parse(url).map_err(|e| unusable(text, e))?;
-        // object_store puts it into an address as it is
+        // object_store puts the authority into request addresses without escaping it
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.@:[]$".contains(c);
         if !url.authority().chars().all(is_plain) {
             return Err(unusable(text, "no bucket has such a name"));
@@ -239,7 +247,7 @@ impl Stores {
         Ok(Location { store, path, base })
     }
 
-    /// The store's part and the path's part of a URL. Paths are taken as they are written, so that a
+    /// Splits a URL into the part of the store and the path. Paths are taken as they are written, so that a
     /// glob's `*` and `{` survive.
     fn split(&self, text: &str) -> Result<(String, Path)> {
         let parse = |path: &str| Path::parse(path.trim_matches('/')).map_err(|e| unusable(text, e));
@@ -268,11 +276,12 @@ impl Stores {
     }
 }
 
-/// How long a request is tried again, with longer and longer pauses between: storage that throttles or starts anew is
-/// away for seconds, not minutes.
+/// How long a failed request is retried, with growing pauses. Storage that throttles or restarts is away for
+/// seconds, not minutes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A store with the settings of the environment, as `object_store::parse_url_opts` takes them, and more patience.
+/// Opens a store with the settings of the environment, as `object_store::parse_url_opts` takes them, but with
+/// more retries.
 fn store_of(url: &Url) -> Result<Arc<dyn ObjectStore>> {
     let retry = RetryConfig { retry_timeout: PATIENCE, max_retries: 1000, ..RetryConfig::default() };
     macro_rules! build {
@@ -283,7 +292,7 @@ fn store_of(url: &Url) -> Result<Arc<dyn ObjectStore>> {
                 let set = settings.iter().filter(|(name, ..)| Some(name.as_str()) != without);
                 set.fold(begun.clone(), |to, (_, key, value)| to.with_config(*key, value)).build()
             };
-            // what the library says may have the values in it
+            // the library's own message is dropped, because it may contain values
             Arc::new(build(None).map_err(|_| {
                 let culprits = settings.iter().map(|(name, ..)| name.as_str());
                 environment::refused(url.scheme(), culprits.filter(|name| build(Some(name)).is_ok()))

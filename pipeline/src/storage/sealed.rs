@@ -1,4 +1,5 @@
-//! JSON files that say whether they are whole: the last field is the BLAKE3 of all that is before it.
+//! JSON files that show whether they are complete: their last field is the BLAKE3 digest of the file without
+//! that field.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -8,7 +9,7 @@ use crate::hash::Digest;
 const FIELD: &str = ",\n  \"blake3\": \"";
 const END: &str = "\"\n}";
 
-/// A struct with fields as JSON with its own digest.
+/// Writes a value as JSON with its own digest. The value must be a struct or a map, and not an empty one.
 pub fn seal(value: &impl Serialize) -> Vec<u8> {
     let mut text = serde_json::to_string_pretty(value).expect("plain values print as JSON");
     let digest = Digest::of(text.as_bytes());
@@ -16,10 +17,10 @@ pub fn seal(value: &impl Serialize) -> Vec<u8> {
     format!("{text}{FIELD}{digest}{END}").into_bytes()
 }
 
-/// The value again.
+/// Reads a sealed value.
 ///
 /// # Errors
-/// Says what is wrong with the file.
+/// A message that says what is wrong: the file is incomplete, was changed, or holds no such value.
 pub fn open<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     let text = std::str::from_utf8(bytes).map_err(|e| e.to_string())?;
     let parts = text.strip_suffix(END).and_then(|text| text.rsplit_once(FIELD));

@@ -1,4 +1,4 @@
-//! distinct: the documents of a bucket, one row each.
+//! distinct: writes one row for each distinct document of a bucket.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,18 +23,18 @@ use crate::sql::engine::{FILES_AT_A_TIME, query, scan_all, write_table};
 use crate::storage::{Location, sealed};
 use crate::{Error, Result, tables};
 
-/// Where the documents of all units are.
+/// The tables of documents of all units, each with the URL of its folder.
 #[derive(Serialize, Deserialize)]
 pub struct Documents {
     pub units: Vec<(String, Table)>,
 }
 
-/// A task of the catalog: the distinct documents whose ids begin in one of `of` equal ranges.
+/// A task of the catalog: finds the distinct documents whose ids lie in one of `of` equal ranges.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Distinct {
     pub bucket: u64,
     pub of: u64,
-    /// The URL of [`Documents`]: for many tasks they are too many to be in each.
+    /// The URL of [`Documents`]. They are stored once, because they are too large to be part of each task.
     pub documents: String,
     pub sql: String,
     pub folder: String,
@@ -77,7 +77,8 @@ impl Distinct {
         };
         let folder = worker.stores.open(&self.folder)?;
         let rows = bar.watch(rows);
-        // as a task, which others go on beside; it ends with whoever waits for it
+        // a task of its own, so that others run in parallel; it is cancelled when whoever waits for it is
+        // dropped
         let written =
             SpawnedTask::spawn(async move { write_table(&folder, &name, tables::catalog(), rows).await });
         let mut output = Output::default();
@@ -85,14 +86,15 @@ impl Distinct {
         Ok(output)
     }
 
-    /// The least id of a bucket.
+    /// The smallest id of a bucket.
     fn first(&self, bucket: u64) -> ScalarValue {
         let first = (u128::MAX / self.of as u128 + 1) * bucket as u128;
         ScalarValue::FixedSizeBinary(16, Some(first.to_be_bytes().to_vec()))
     }
 }
 
-/// The documents of some units: many small files, which DataFusion would open one after the other.
+/// The documents of some units. They are many small files, which DataFusion would open one after the other;
+/// this opens several at a time.
 #[derive(Debug)]
 struct Units {
     schema: SchemaRef,

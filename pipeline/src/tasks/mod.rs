@@ -1,5 +1,6 @@
-//! A stage's unit of work as a value: what is read, and what is written. The run does it itself or sends it to an executor of
-//! its cluster; either way it is the same code and the same named files, so that a task done twice is a task done once.
+//! A stage's unit of work as a value: what it reads and what it writes. The run performs it itself or sends
+//! it to an executor of its cluster. Either way it is the same code and writes the same named files, so
+//! performing a task twice is the same as performing it once.
 
 pub mod distinct;
 pub mod pack;
@@ -30,24 +31,24 @@ use pass::Pass;
 use scatter::Scatter;
 use tokenize::Tokenize;
 
-/// What is to be done. Everything that it needs is in it or in storage.
+/// A unit of work. Everything that it needs is in the value or in storage.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "task", rename_all = "snake_case")]
 pub enum Task {
-    /// A unit of source files becomes documents and ids.
+    /// Turns a unit of source files into documents and ids.
     Tokenize(Tokenize),
-    /// A bucket's documents become distinct.
+    /// Makes the documents of a bucket distinct.
     Distinct(Distinct),
-    /// A pass of the draw over some of the mixture.
+    /// Makes a pass of the draw over some of the mixture.
     Pass(Pass),
-    /// A part's drawn ids, in the order of the output files.
+    /// Copies a part's drawn ids into the order of the output files.
     Scatter(Scatter),
-    /// An output file.
+    /// Writes an output file.
     Pack(PackFile),
 }
 
 impl Task {
-    /// Does it, here. `bar` is told of what a long task has done so far.
+    /// Performs the task in this process. A long task reports its progress to `bar`.
     pub async fn perform(self, worker: &Worker, bar: &Bar) -> Result<Output> {
         match self {
             Task::Tokenize(tokenize) => tokenize.perform(worker, bar).await,
@@ -59,21 +60,22 @@ impl Task {
     }
 }
 
-/// Where tasks are done: what a process has for all of them.
+/// What a process shares between all tasks that it performs.
 pub struct Worker {
     pub stores: Stores,
-    /// A local folder with room for a source file.
+    /// A local folder with room for a copy of a source file.
     spool: PathBuf,
-    /// For the queries of all tasks together.
+    /// Runs the queries of all tasks, within one set of limits.
     pub engine: Arc<Engine>,
-    /// How many parts are tokenised at a time, by all tasks together.
+    /// Limits how many parts are tokenised at a time by all tasks together.
     pub parts: Arc<Semaphore>,
-    /// Set by a signal; hot loops look at it.
+    /// Set by a signal; hot loops check it.
     pub stop: Arc<AtomicBool>,
     tokenizers: Mutex<HashMap<Digest, Arc<Tokenizer>>>,
 }
 
 impl Worker {
+    /// `spool` is the local folder for copies of source files, by default the system's temporary folder.
     pub fn new(stores: Stores, spool: Option<&str>, engine: Arc<Engine>, stop: Arc<AtomicBool>) -> Self {
         Self {
             stores,
@@ -86,20 +88,27 @@ impl Worker {
     }
 
     /// Ends a computation at the next good place.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] once a signal has set the flag.
     pub fn check_stop(&self) -> Result<()> {
         check_stop(&self.stop)
     }
 
+    /// A reader for the store of `at`.
     pub fn reader(&self, at: Location) -> Reader {
         Reader { store: at.store, spool: self.spool.clone(), stop: self.stop.clone() }
     }
 
-    /// Knows a tokenizer from now on.
+    /// Keeps a loaded tokenizer for later tasks.
     pub fn keep(&self, fingerprint: Digest, tokenizer: Arc<Tokenizer>) {
         self.tokenizers.lock().expect("no panic while held").insert(fingerprint, tokenizer);
     }
 
-    /// The tokenizer with a fingerprint: the one that is known, or the one at `url`.
+    /// The tokenizer with this fingerprint: the one that is kept, or else the one at `url`.
+    ///
+    /// # Errors
+    /// The file at `url` cannot be read, cannot be used, or has another fingerprint.
     pub async fn tokenizer(&self, fingerprint: Digest, url: &str) -> Result<Arc<Tokenizer>> {
         if let Some(known) = self.tokenizers.lock().expect("no panic while held").get(&fingerprint) {
             return Ok(known.clone());

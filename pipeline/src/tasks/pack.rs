@@ -1,4 +1,4 @@
-//! pack: an output file of packed sequences.
+//! pack: writes an output file of packed sequences.
 
 use std::sync::Arc;
 
@@ -26,19 +26,20 @@ use crate::storage::Location;
 use crate::tables::column;
 use crate::{Error, Result, tables};
 
-/// What every packing job knows.
+/// The settings that all packing tasks of a dataset share.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Packing {
     pub sequence_tokens: usize,
     pub sequences_per_row_group: usize,
     pub bos: Option<u32>,
     pub eos: Option<u32>,
-    /// Fills up sequences in best fit; no loss is taken on it.
+    /// The id that fills up incomplete sequences in best fit. No loss is taken on it.
     pub padding: u32,
-    /// Bytes of an id in the scattered files.
+    /// Bytes of an id in the scattered files, 2 or 4.
     pub width: usize,
+    /// How many output files the dataset has.
     pub files: usize,
-    /// `train` or `heldout`: the file names' beginning.
+    /// `train` or `heldout`: the beginning of the file names.
     pub split: String,
 }
 
@@ -46,12 +47,12 @@ pub struct Packing {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Range {
     pub part: i64,
-    /// In tokens.
+    /// Where the range begins in the part's scattered file, in tokens.
     pub begin: i64,
     pub tokens: i64,
 }
 
-/// Tokens of parts, each taken from the left.
+/// The scattered ids of several parts. Each part's ids are taken from the left.
 struct Scattered {
     parts: HashMap<i64, Bytes>,
     width: usize,
@@ -97,30 +98,35 @@ fn lacking(part: i64) -> Error {
     }
 }
 
-/// A sequence as it fills.
+/// A sequence that is being filled.
 #[derive(Default)]
 struct Filling {
     ids: Vec<i32>,
     label: Option<i32>,
-    /// domain, doc_id, start, end
+    /// domain, doc_id, and the positions `[start, end)` in the sequence
     segments: Vec<(String, String, i32, i32)>,
 }
 
-/// An output file to be packed: its plan, and the scattered ids it takes.
+/// A task that writes an output file from its plan and the scattered ids that it takes.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PackFile {
     pub packing: Packing,
     pub file: usize,
-    /// Where plan and scattered ids are.
+    /// The URL of the folder that has the plan and the scattered ids.
     pub shuffled: String,
     pub plan: Table,
-    /// The files of ids that ranges are of, by part.
+    /// The scattered files that `ranges` refer to, by part.
     pub ids: Vec<(i64, File)>,
     pub ranges: Vec<Range>,
+    /// The URL of the folder that the file is written to.
     pub folder: String,
 }
 
 impl PackFile {
+    /// Writes the file, and counts its sequences and padding.
+    ///
+    /// # Errors
+    /// [`Error::Unbalanced`] if plan and scattered ids do not fit together.
     pub async fn perform(self, worker: &Worker) -> Result<Output> {
         let (shuffled, out) = (worker.stores.open(&self.shuffled)?, worker.stores.open(&self.folder)?);
         let files: HashMap<i64, File> = self.ids.into_iter().collect();
@@ -239,7 +245,7 @@ fn crooked(file: usize, at: usize) -> Error {
     Error::Unbalanced { stage: "pack", message: format!("the plan of file {file} does not tile at {at}") }
 }
 
-/// Ids are nearly random numbers: a dictionary of them costs more than it saves.
+/// Ids get no dictionary: they are nearly random numbers, so one would cost more than it saves.
 fn properties(sequences_per_row_group: usize) -> WriterProperties {
     WriterProperties::builder()
         .set_created_by("lengthwise".into())

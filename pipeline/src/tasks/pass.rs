@@ -1,4 +1,4 @@
-//! pass: a look at some of the mixture's spans, to find the cuts, or to draw once they are found.
+//! pass: reads some of the mixture's spans, to find the cuts or, once they are found, to draw.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -25,33 +25,39 @@ use crate::storage::Location;
 use crate::tables::{ONE, column};
 use crate::{Error, Result, tables};
 
-/// What the draw needs to know beyond the mixture.
+/// The settings of the draw.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Terms {
     pub seed: u64,
+    /// A span is drawn at most this many times.
     pub max_copies: u32,
+    /// A document of more tokens is long.
     pub long_tokens: u64,
 }
 
-/// A task of the draw: a pass over some files of the mixture, to look for the cuts, or to draw once they are found.
+/// A task of the draw: a pass over some files of the mixture, to find the cuts or, once they are found, to
+/// draw.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pass {
-    /// Where the mixture is, and the files to read.
+    /// The URL of the mixture's folder. `mixture` lists the files to read.
     pub from: String,
     pub mixture: Table,
     pub terms: Terms,
     pub cuts: Vec<Cut>,
-    /// Where what is drawn goes, and the table's name there.
+    /// The URL of the folder that drawn rows are written to, and the table's name there. `None` in a pass
+    /// that only counts.
     pub to: Option<(String, String)>,
 }
 
 impl Pass {
-    /// Table `drawn`, with what was drawn as notes; or else the tallies as notes.
+    /// Returns table `drawn` with the sums of each stratum as notes or, in a pass that only counts, the
+    /// tallies as notes.
     pub async fn perform(self, worker: &Worker, bar: &Bar) -> Result<Output> {
         let from = worker.stores.open(&self.from)?;
         let to = self.to.as_ref().map(|(url, name)| Ok::<_, Error>((worker.stores.open(url)?, name.clone())));
         let (to, stop, bar) = (to.transpose()?, worker.stop.clone(), bar.clone());
-        // as a task, which others go on beside; it ends with whoever waits for it
+        // a task of its own, so that others run in parallel; it is cancelled when whoever waits for it is
+        // dropped
         let work = SpawnedTask::spawn(async move {
             let mut output = Output::default();
             match to {
@@ -70,7 +76,7 @@ impl Pass {
         work.join().await.expect("a pass does not panic")
     }
 
-    /// A tally for each cut.
+    /// Counts, and returns a tally for each cut.
     async fn count(&self, from: Location, stop: &AtomicBool, bar: &Bar) -> Result<Vec<Tally>> {
         let mut tallies: Vec<Tally> = self.cuts.iter().map(Cut::tally).collect();
         let mut batches = std::pin::pin!(scan(from, self.mixture.clone(), None));
@@ -83,6 +89,7 @@ impl Pass {
         Ok(tallies)
     }
 
+    /// Writes table `drawn`, and returns the sums of each cut's stratum.
     async fn draw(
         &self,
         from: Location,
@@ -120,7 +127,8 @@ impl Pass {
         Ok((writer.finish().await?, sums))
     }
 
-    /// Goes over all copies of all spans of a batch, in the mixture's order: number of the cut, span, rank, length.
+    /// Calls `each` with every copy of every span of a batch, in the mixture's order: the index of its cut,
+    /// its span, its rank, and its length in tokens.
     fn each_copy(
         &self,
         batch: &RecordBatch,
@@ -145,7 +153,7 @@ impl Pass {
                 tokens: tokens.value(row),
             };
             let name = (span.domain, span.stratum);
-            // they are sorted, as the strata of the mixture are
+            // cuts are sorted by domain and stratum, as the strata of the mixture are
             let cut = self.cuts.binary_search_by_key(&name, |cut| (&cut.domain, &cut.stratum));
             let cut = cut.map_err(|_| Error::Unbalanced {
                 stage: "draw",
@@ -161,7 +169,7 @@ impl Pass {
     }
 }
 
-/// Of each cut's stratum, nothing.
+/// Empty sums for the stratum of each cut.
 pub fn nothing_drawn(cuts: &[Cut]) -> Vec<Stratum> {
     let nothing = |cut: &Cut| {
         let (domain, stratum) = (cut.domain.clone(), cut.stratum.clone());
@@ -175,12 +183,16 @@ pub fn nothing_drawn(cuts: &[Cut]) -> Vec<Stratum> {
     cuts.iter().map(nothing).collect()
 }
 
-/// What a task answers, as a text: a tree of a tally's numbers would be ten times as large.
+/// A pass's result as notes. It is JSON in a string, because a tree of JSON values would take ten times the
+/// memory of a tally's numbers.
 pub fn answer(value: &impl Serialize) -> Value {
     serde_json::to_string(value).expect("plain numbers").into()
 }
 
-/// What a task answered.
+/// Reads a pass's result from its notes.
+///
+/// # Errors
+/// [`Error::Unbalanced`] if the notes are not those of a pass.
 pub fn read<T: DeserializeOwned>(notes: &Value) -> Result<T> {
     serde_json::from_str(notes.as_str().unwrap_or_default()).map_err(|e| Error::Unbalanced {
         stage: "draw",
@@ -188,7 +200,7 @@ pub fn read<T: DeserializeOwned>(notes: &Value) -> Result<T> {
     })
 }
 
-/// Rows of `drawn` being made.
+/// Builds rows of table `drawn`.
 struct DrawnRows {
     doc_id: FixedSizeBinaryBuilder,
     start: Int64Builder,

@@ -1,4 +1,4 @@
-//! scatter: the drawn ids of a part, in the order of the output files.
+//! scatter: copies the drawn ids of a part into the order of the output files.
 
 use std::sync::Arc;
 
@@ -19,12 +19,14 @@ use crate::{Error, Result, tables};
 pub struct Wanted {
     pub part: i64,
     pub pieces: Vec<([u8; 16], i64, i64)>,
-    /// For each output file that takes something: its number, where its tokens begin, how many they are.
+    /// For each output file that takes tokens of this part: its number, where its tokens begin in the copy,
+    /// and how many there are.
     pub ranges: Vec<(i32, i64, i64)>,
 }
 
 impl Wanted {
-    /// Groups a plan that is sorted by `part, file, at` into parts. Calls `each` with every part that is complete.
+    /// Groups a plan that is sorted by `part, file, at` into parts. Calls `each` with every part once it is
+    /// complete.
     pub async fn gather(
         mut plan: impl Stream<Item = Result<RecordBatch>> + Unpin,
         mut each: impl AsyncFnMut(Wanted) -> Result<()>,
@@ -60,8 +62,11 @@ impl Wanted {
         }
     }
 
-    /// Copies the wanted tokens out of a part's table of ids (`doc_id, chunk, ids`), as little-endian numbers of
-    /// two bytes, or four where the ids need them.
+    /// Copies the wanted tokens out of a part's table of ids (`doc_id, chunk, ids`), as little-endian numbers
+    /// of two bytes, or of four if the ids need them.
+    ///
+    /// # Errors
+    /// [`Error::Unbalanced`] if the table does not have all wanted tokens.
     pub fn copy(&self, batches: impl Iterator<Item = Result<RecordBatch>>) -> Result<Vec<u8>> {
         let mut places: HashMap<[u8; 16], Vec<(i64, i64, usize)>> = HashMap::new();
         let mut tokens = 0;
@@ -106,11 +111,12 @@ impl Wanted {
         Ok(out)
     }
 
-    /// The name of the file of ids.
+    /// The name of the file of copied ids, without its ending.
     pub fn name(&self) -> String {
         format!("ids-{:016x}", self.part)
     }
 
+    /// The rows of table `ranges` for this part.
     pub fn ranges_batch(&self) -> RecordBatch {
         let files = Int32Array::from_iter_values(self.ranges.iter().map(|r| r.0));
         let parts = Int64Array::from_iter_values(self.ranges.iter().map(|_| self.part));
@@ -127,7 +133,7 @@ impl Wanted {
         )
     }
 
-    /// Names a job that copies just this.
+    /// The name of a job that copies exactly these pieces. It contains a hash of them.
     pub fn job(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         for (doc_id, start, stop) in &self.pieces {
@@ -137,17 +143,18 @@ impl Wanted {
     }
 }
 
-/// A task of the scatter: a part's wanted ids in, one file out.
+/// A task that copies a part's wanted ids into one file.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Scatter {
     pub wanted: Wanted,
-    /// Where the part's table of ids is, and what it is.
+    /// The URL of the folder that has the part's table of ids, `ids`.
     pub from: String,
     pub ids: Table,
     pub folder: String,
 }
 
 impl Scatter {
+    /// Writes the file as table `ids`, whose rows are ids.
     pub async fn perform(self, worker: &Worker) -> Result<Output> {
         let Self { wanted, from, ids, folder } = self;
         let name = format!("{}.bin", wanted.name());

@@ -1,4 +1,4 @@
-//! tokenize: a unit of source files becomes documents, ids and rejects, a part at a time.
+//! tokenize: turns a unit of source files into documents, ids and rejects, part by part.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,33 +25,33 @@ use crate::sql::engine::TableWriter;
 use crate::storage::Location;
 use crate::{Error, Result, tables};
 
-/// A part's number: stable, and the same for the same unit and index.
+/// A part's number: a hash of the unit's key and the part's index, so that it is the same in every run.
 fn part_number(unit_key: &str, index: u32) -> i64 {
     let digest = Digest::of(format!("{unit_key} {index}").as_bytes());
     i64::from_le_bytes(digest.0[..8].try_into().expect("8 of 32 bytes")) & i64::MAX
 }
 
-/// A unit to be tokenised.
+/// A task that tokenises a unit.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Tokenize {
     pub source: conf::Source,
     pub unit: Unit,
-    /// The unit's key, which the numbers of its parts come from.
+    /// The unit's key. The numbers of its parts are derived from it.
     pub key: String,
-    /// Where its files go.
+    /// The URL of the folder that its files are written to.
     pub folder: String,
-    /// Whether parts that are there are done again.
+    /// Whether parts that an earlier attempt finished are done again.
     pub again: bool,
     pub tokenizer: Digest,
     pub tokenizer_url: String,
 }
 
-/// What a source's conf says to its reader.
+/// How a source is read, as its conf says.
 ///
 /// # Errors
-/// A glob of its domains is none.
+/// A glob of its domains is invalid.
 pub fn spec(conf: &conf::Source) -> Result<Spec, globset::Error> {
-    // `conf::check` has seen that it is one
+    // `conf::check` has made sure that the path is valid
     let column = |path: &str| Column::parse(path).unwrap_or_default();
     let domain = match &conf.domain {
         Domain::Column(path) => DomainRule::Column(column(path)),
@@ -88,7 +88,7 @@ impl Tokenize {
     }
 }
 
-/// Reads a unit part by part and tokenises each on a worker.
+/// Reads a unit part by part and tokenises each part on a blocking thread.
 async fn tokenize(
     worker: &Worker,
     tokenizer: &Arc<crate::algorithms::tokenizer::Tokenizer>,
@@ -98,7 +98,7 @@ async fn tokenize(
     draft: &Draft,
     bar: &Bar,
 ) -> Result<Output> {
-    // parts that an earlier attempt finished, as far as they follow each other
+    // parts that an earlier attempt finished, up to the first that is missing
     let mut output = Output::default();
     let mut done = 0;
     let mut reasons: BTreeMap<String, u64> = BTreeMap::new();
@@ -127,7 +127,7 @@ async fn tokenize(
         let number = part_number(key, index);
         let narrow = loaded.vocab_size() <= 1 << 16;
         let bar = bar.clone();
-        // started here and not where it is awaited: the next part waits for this one's permit
+        // start it now, not when it is awaited: the loop may wait for the permit that this part gives back
         let made = tokio::task::spawn_blocking(move || {
             let made = PartRows::make(&part, &spec, &loaded, number, narrow);
             drop(permit);
@@ -136,7 +136,8 @@ async fn tokenize(
         let work = async move {
             let made = made.await.expect("a worker does not panic")?;
             bar.add(0, made.rows, made.tokens, made.bytes);
-            // as a task: the encoding of Parquet is work, and here it would be done one part after the other
+            // a task of its own: encoding Parquet takes CPU time, and would otherwise be done for one part
+            // after the other
             let written = tokio::spawn(made.write(draft.folder.clone(), number, narrow));
             let written = async { written.await.expect("a worker does not panic") };
             draft.job(&format!("part-{index:05}"), written).await
@@ -172,13 +173,13 @@ async fn tokenize(
     Ok(output)
 }
 
-/// What a part's rows become.
+/// The tables and counts that a part's rows become.
 struct PartRows {
     documents: RecordBatch,
     ids: RecordBatch,
     rejects: RecordBatch,
     rows: u64,
-    /// Whose text is empty.
+    /// Rows with an empty text.
     empty: u64,
     duplicates: u64,
     tokens: u64,
@@ -188,7 +189,7 @@ struct PartRows {
 }
 
 impl PartRows {
-    /// Reads and tokenises a part: pure computation.
+    /// Parses and tokenises a part. It computes, so call it on a blocking thread.
     fn make(
         part: &Part,
         spec: &Spec,
@@ -211,7 +212,7 @@ impl PartRows {
         let mut chunk_ids = FixedSizeBinaryBuilder::new(16);
         let mut chunks = Int32Builder::new();
         let (mut offsets, mut narrow_ids, mut wide_ids) = (vec![0i32], Vec::<u16>::new(), Vec::<u32>::new());
-        // most texts have more than three bytes a token
+        // most texts have more than three bytes per token
         if narrow {
             narrow_ids.reserve(part.bytes() as usize / 3);
         } else {
