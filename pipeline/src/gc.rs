@@ -48,7 +48,7 @@ pub async fn collect(output: &Location, before: i64, mut gone: impl FnMut(&Lefto
     for folder in folders(output).await?.into_keys() {
         let at = output.join(&folder);
         let mut objects = below(output, at.list().await?);
-        objects.retain(|(path, _)| folder_of(path).is_some());
+        objects.retain(|(path, _)| layout::folder_of(path).is_some());
         let mut leftovers = of_folder(output, &folder, &objects, before).await?;
         // a job's record goes before its files, because a resumed run would take the job for done
         leftovers.sort_by_key(|leftover| !leftover.path.contains("/jobs/"));

@@ -32,17 +32,10 @@ original as (
     inner join shares on domains.domain = shares.domain
 ),
 
--- tokens in units of 2^-32, so that sums are exact
 corpus as (
     select
-        cast(
-            sum(cast(round(copies * long_tokens * 4294967296) as decimal(38, 0))) as double
-        ) / 4294967296 as long_tokens,
-        cast(
-            sum(
-                cast(round(copies * (tokens - long_tokens) * 4294967296) as decimal(38, 0))
-            ) as double
-        ) / 4294967296 as short_tokens,
+        exact_sum(copies * long_tokens) as long_tokens,
+        exact_sum(copies * (tokens - long_tokens)) as short_tokens,
         max(case when long_tokens > 0 then copies end) as most_copies
     from original
 ),

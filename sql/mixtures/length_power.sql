@@ -23,12 +23,12 @@ weighted as (
         doc_id,
         domain,
         tokens,
-        round(power(cast(tokens as double) / $long_tokens, $exponent) * 4294967296) as weight
+        power(cast(tokens as double) / $long_tokens, $exponent) as weight
     from documents
 ),
 
 totals as (
-    select domain, sum(cast(weight as decimal(38, 0)) * tokens) as weight
+    select domain, exact_sum(weight * tokens) as weight
     from weighted
     group by domain
 ),
@@ -36,7 +36,7 @@ totals as (
 weights as (
     select
         totals.domain,
-        shares.share * $budget / cast(totals.weight as double) as copies_of_weight_one
+        shares.share * $budget / totals.weight as copies_of_weight_one
     from totals
     inner join shares on totals.domain = shares.domain
 ),

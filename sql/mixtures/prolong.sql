@@ -20,9 +20,9 @@ shares as (
 domains as (
     select
         documents.domain,
-        max(cast(round(shares.share * 4294967296) as bigint)) as share,
-        sum(cast(tokens as decimal(38, 0))) filter (where tokens >= $long_min) as long_tokens,
-        sum(cast(tokens as decimal(38, 0))) filter (where tokens < $long_min) as short_tokens
+        max(shares.share) as share,
+        exact_sum(tokens) filter (where tokens >= $long_min) as long_tokens,
+        exact_sum(tokens) filter (where tokens < $long_min) as short_tokens
     from documents
     inner join shares on documents.domain = shares.domain
     where tokens > 0 and share > 0
@@ -33,15 +33,11 @@ domains as (
 parts as (
     select
         domain,
-        cast(share as double) as share,
+        share,
         cast(long_tokens as double) as long_tokens,
         cast(short_tokens as double) as short_tokens,
-        cast(
-            sum(case when long_tokens > 0 then cast(share as decimal(38, 0)) end) over () as double
-        ) as all_long,
-        cast(
-            sum(case when short_tokens > 0 then cast(share as decimal(38, 0)) end) over () as double
-        ) as all_short
+        exact_sum(case when long_tokens > 0 then share end) over () as all_long,
+        exact_sum(case when short_tokens > 0 then share end) over () as all_short
     from domains
 ),
 

@@ -27,11 +27,7 @@ weighted as (
 
 -- in units of 2^-32, so that the sum is exact
 total as (
-    select
-        cast(
-            sum(cast(round(weight * 4294967296) as decimal(38, 0))) as double
-        ) / 4294967296 as weight
-    from weighted
+    select exact_sum(weight) as weight from weighted
 ),
 
 weights as (

@@ -23,6 +23,7 @@ lengths as (
 ranked as (
     select
         *,
+        length_bucket(tokens) as bucket,
         sum(documents) over (partition by domain) as domain_documents,
         sum(documents) over (
             partition by domain order by tokens
@@ -46,26 +47,26 @@ totals as (
         min(tokens) filter (where documents_up_to * 100 >= domain_documents * 99) as p99,
         max(tokens) as longest,
         make_array(
-            coalesce(sum(documents) filter (where tokens < 1024), 0),
-            coalesce(sum(documents) filter (where tokens >= 1024 and tokens < 2048), 0),
-            coalesce(sum(documents) filter (where tokens >= 2048 and tokens < 4096), 0),
-            coalesce(sum(documents) filter (where tokens >= 4096 and tokens < 8192), 0),
-            coalesce(sum(documents) filter (where tokens >= 8192 and tokens < 16384), 0),
-            coalesce(sum(documents) filter (where tokens >= 16384 and tokens < 32768), 0),
-            coalesce(sum(documents) filter (where tokens >= 32768 and tokens < 65536), 0),
-            coalesce(sum(documents) filter (where tokens >= 65536 and tokens < 131072), 0),
-            coalesce(sum(documents) filter (where tokens >= 131072), 0)
+            coalesce(sum(documents) filter (where bucket = 0), 0),
+            coalesce(sum(documents) filter (where bucket = 1), 0),
+            coalesce(sum(documents) filter (where bucket = 2), 0),
+            coalesce(sum(documents) filter (where bucket = 3), 0),
+            coalesce(sum(documents) filter (where bucket = 4), 0),
+            coalesce(sum(documents) filter (where bucket = 5), 0),
+            coalesce(sum(documents) filter (where bucket = 6), 0),
+            coalesce(sum(documents) filter (where bucket = 7), 0),
+            coalesce(sum(documents) filter (where bucket = 8), 0)
         ) as documents_by_length,
         make_array(
-            coalesce(sum(sum_tokens) filter (where tokens < 1024), 0),
-            coalesce(sum(sum_tokens) filter (where tokens >= 1024 and tokens < 2048), 0),
-            coalesce(sum(sum_tokens) filter (where tokens >= 2048 and tokens < 4096), 0),
-            coalesce(sum(sum_tokens) filter (where tokens >= 4096 and tokens < 8192), 0),
-            coalesce(sum(sum_tokens) filter (where tokens >= 8192 and tokens < 16384), 0),
-            coalesce(sum(sum_tokens) filter (where tokens >= 16384 and tokens < 32768), 0),
-            coalesce(sum(sum_tokens) filter (where tokens >= 32768 and tokens < 65536), 0),
-            coalesce(sum(sum_tokens) filter (where tokens >= 65536 and tokens < 131072), 0),
-            coalesce(sum(sum_tokens) filter (where tokens >= 131072), 0)
+            coalesce(sum(sum_tokens) filter (where bucket = 0), 0),
+            coalesce(sum(sum_tokens) filter (where bucket = 1), 0),
+            coalesce(sum(sum_tokens) filter (where bucket = 2), 0),
+            coalesce(sum(sum_tokens) filter (where bucket = 3), 0),
+            coalesce(sum(sum_tokens) filter (where bucket = 4), 0),
+            coalesce(sum(sum_tokens) filter (where bucket = 5), 0),
+            coalesce(sum(sum_tokens) filter (where bucket = 6), 0),
+            coalesce(sum(sum_tokens) filter (where bucket = 7), 0),
+            coalesce(sum(sum_tokens) filter (where bucket = 8), 0)
         ) as tokens_by_length
     from ranked
     group by domain

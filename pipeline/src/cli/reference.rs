@@ -541,7 +541,7 @@ SQL is DataFusion's. A text is one SELECT; WITH gives its steps names. There are
         out,
         "\nThese are DataFusion's:\n\n\
          - of values: {}\n\
-         - of a group's rows: {}, and `sum` of decimals: `sum(cast(x as decimal(38, 0)))`\n\
+         - of a group's rows: {}, and `sum` of decimals\n\
          - of a row's place in a window: {}; all but `rank`, `dense_rank`, `percent_rank` and `cume_dist` need an ORDER BY \
          that leaves no two rows equal\n\
          - that make a table: {}\n\n\
@@ -555,7 +555,7 @@ SQL is DataFusion's. A text is one SELECT; WITH gives its steps names. There are
     for (names, reason, instead) in allowed::REFUSED {
         row(&mut out, [quoted(names), (*reason).to_owned(), (*instead).to_owned()]);
     }
-    let rounded = "round to an integer first: `cast(sum(cast(round(x * 4294967296) as decimal(38, 0))) as double) / 4294967296`";
+    let rounded = "write it with `exact_sum(x)`, which adds up floats and integers the same in any order";
     for (names, reason, instead) in [
         (allowed::FLOAT_SUMS, "adds up floats: the last bits depend on the order of the rows", rounded),
         (

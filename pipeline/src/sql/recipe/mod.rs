@@ -18,7 +18,6 @@ mod rules;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::ControlFlow;
 
 use arrow::datatypes::DataType as ArrowType;
 use datafusion::common::ScalarValue;
@@ -27,10 +26,7 @@ use datafusion::functions::expr_fn::coalesce;
 use datafusion::logical_expr::{Expr as PlanExpr, LogicalPlan, LogicalPlanBuilder, cast, lit};
 use datafusion::prelude::{SessionContext, ident};
 use datafusion::sql::parser::Statement as AnyStatement;
-use datafusion::sql::sqlparser::ast::{
-    CastKind, DataType, ExactNumberInfo, Expr, Query, Statement, Value, ValueWithSpan, Visit, VisitMut,
-    Visitor, VisitorMut,
-};
+use datafusion::sql::sqlparser::ast::{Query, Statement};
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::parser::Parser;
 use datafusion::sql::sqlparser::tokenizer::{Span, Token, TokenWithSpan, Tokenizer};

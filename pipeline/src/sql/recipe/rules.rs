@@ -464,7 +464,7 @@ fn adding<'e>(
         )),
         _ if allowed::FLOAT_SUMS.contains(&name) => Some((
             format!("`{name}` adds up floats: its last bits depend on the order of the rows"),
-            float_cure,
+            "write it with exact_sum, which adds up floats the same in any order".to_owned(),
         )),
         _ => Some(allowed::unknown(name)),
     }
