@@ -531,12 +531,16 @@ SQL is DataFusion's. A text is one SELECT; WITH gives its steps names. There are
     head(&mut out, ["function", "result"]);
     for (call, result) in OURS {
         let name = call.split('(').next().unwrap_or_default();
-        assert!(session.udf(name).is_ok() && allowed::SCALARS.contains(&name), "{name}");
+        let is_scalar = session.udf(name).is_ok() && allowed::SCALARS.contains(&name);
+        let is_aggregate = session.udaf(name).is_ok() && allowed::AGGREGATES.contains(&name);
+        assert!(is_scalar || is_aggregate, "{name}");
         row(&mut out, [format!("`{call}`"), result.to_owned()]);
     }
     let quoted = |names: &[&str]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
     let ours = OURS.map(|(call, _)| call.split('(').next().unwrap_or_default());
-    let others: Vec<&str> = allowed::SCALARS.iter().copied().filter(|name| !ours.contains(name)).collect();
+    let others = |all: &[&'static str]| -> Vec<&str> {
+        all.iter().copied().filter(|name| !ours.contains(name)).collect()
+    };
     let _ = write!(
         out,
         "\nThese are DataFusion's:\n\n\
@@ -546,8 +550,8 @@ SQL is DataFusion's. A text is one SELECT; WITH gives its steps names. There are
          that leaves no two rows equal\n\
          - that make a table: {}\n\n\
          ### What is refused in a recipe\n\n",
-        quoted(&others),
-        quoted(allowed::AGGREGATES),
+        quoted(&others(allowed::SCALARS)),
+        quoted(&others(allowed::AGGREGATES)),
         quoted(allowed::WINDOWS),
         quoted(allowed::TABLES)
     );

@@ -449,7 +449,10 @@ impl<'p> Scan<'p> {
         let is_marker = |meta: &ObjectMeta| meta.size == 0 && is_folder(meta.location.as_ref());
         self.files.retain(|(_, meta)| !meta.as_ref().is_some_and(is_marker));
         let base = self.base;
-        self.unread.retain(|(_, url)| !folders.contains(url.strip_prefix(base).unwrap_or(url)));
+        // a link in a circle is a folder, too, and stays
+        self.unread.retain(|(why, url)| {
+            *why == Why::Loop || !folders.contains(url.strip_prefix(base).unwrap_or(url))
+        });
     }
 
     /// Reports folders without anything to read that a glob of file names matches. Such a glob means them to

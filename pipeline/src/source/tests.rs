@@ -791,7 +791,7 @@ mod listing {
         let listing = all_of(&store, "", Format::Parquet, &[]).await.unwrap();
         assert_eq!(shown(&listing, "mem://").0, ["l.parquet"]);
         let all = all_of(&store, "", Format::Text, &[]).await.unwrap();
-        assert_eq!((all.files.len(), all.unread), (read.len() + left.len() + 7, vec![]));
+        assert_eq!((all.files.len(), all.unread), (read.len() + left.len() + 8, vec![]));
     }
 
     #[tokio::test]

@@ -172,6 +172,12 @@ pub fn git(root: &std::path::Path, arguments: &[&str]) -> Result<std::process::O
 fn text(path: &str, bytes: Vec<u8>) -> Result<String> {
     let refused = |what: String, help: &str| Err(Error::usage(format!("{path} {what}"), help));
     let line = |end: usize| 1 + bytes[..end].iter().filter(|byte| **byte == b'\n').count();
+    if bytes.starts_with(&[0x1f, 0x8b]) || bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+        return refused(
+            "is compressed".into(),
+            "decompress it with `gzip -d` or `zstd -d`, and name the text",
+        );
+    }
     let is_utf16 = bytes.starts_with(&[0xff, 0xfe])
         || bytes.starts_with(&[0xfe, 0xff])
         // UTF-16 without a byte order mark: every second byte of a Latin text is zero
@@ -183,12 +189,6 @@ fn text(path: &str, bytes: Vec<u8>) -> Result<String> {
         return refused(
             "is UTF-16, and not UTF-8".into(),
             "save it as UTF-8; `iconv -f UTF-16 -t UTF-8` does it",
-        );
-    }
-    if bytes.starts_with(&[0x1f, 0x8b]) || bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
-        return refused(
-            "is compressed".into(),
-            "decompress it with `gzip -d` or `zstd -d`, and name the text",
         );
     }
     if let Some(at) = bytes.iter().position(|byte| *byte == 0) {
