@@ -5,13 +5,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bench::{Bench, PROGRAM, corpus, flip, packed, random, rewrite, said, tree};
+use project::{PROGRAM, Project, corpus, flip, packed, random, rewrite, said, tree};
 use servers::{Process, S3, SECRET, free_ports, quiet};
 
 // shared with the other end-to-end tests
 #[allow(dead_code)]
-#[path = "e2e/bench.rs"]
-mod bench;
+#[path = "e2e/project.rs"]
+mod project;
 #[path = "e2e/servers.rs"]
 mod servers;
 
@@ -66,44 +66,44 @@ fn schedule(port: u16) -> Process {
 }
 
 /// A corpus of several units, each of which is a task. A run over it packs many files.
-fn bench() -> Bench {
-    let bench = Bench::empty();
+fn project() -> Project {
+    let project = Project::empty();
     for seed in 0..6 {
         // a file of more than 4 MB is a unit of its own
         let rows = corpus(seed, 60).into_iter().cycle().take(2400);
         let rows: Vec<_> =
             rows.enumerate().map(|(i, (domain, text))| (domain, format!("{i} {text}"))).collect();
-        bench.jsonl(&format!("in/{seed}.jsonl"), &rows);
+        project.jsonl(&format!("in/{seed}.jsonl"), &rows);
     }
-    bench.conf("in/*", "jsonl", "");
-    bench.keep_tokenizer();
-    bench.change("conf.toml", "budget = \"40K\"", "budget = \"2M\"");
-    bench
+    project.conf("in/*", "jsonl", "");
+    project.keep_tokenizer();
+    project.change("conf.toml", "budget = \"40K\"", "budget = \"2M\"");
+    project
 }
 
 #[test]
 fn a_cluster_makes_the_bytes_of_a_run_without_one() {
-    let bench = bench();
-    let want = packed(&bench.run(&["--set", "run.output=alone"]));
+    let project = project();
+    let want = packed(&project.run(&["--set", "run.output=alone"]));
     let cluster = Cluster::start(2, |_| ());
-    let said = bench.say(&["run", "conf.toml", "--set", &cluster.set(), "--set", "run.output=together"]);
+    let said = project.say(&["run", "conf.toml", "--set", &cluster.set(), "--set", "run.output=together"]);
     assert_eq!(said.code, 0, "{said:?}");
     assert!(packed(Path::new(said.out.trim())) == want);
-    assert_eq!(bench.say(&["verify", said.out.trim()]).code, 0);
+    assert_eq!(project.say(&["verify", said.out.trim()]).code, 0);
     // a run without the cluster finds the outputs of a run with it
-    let plan = bench.say(&["plan", "conf.toml", "--set", "run.output=together"]);
+    let plan = project.say(&["plan", "conf.toml", "--set", "run.output=together"]);
     assert!(plan.out.lines().filter(|line| line.contains("cached")).count() >= 6, "{}", plan.out);
     // tasks that were passed through storage have been removed
-    assert_eq!(tree(&bench.path("together/tasks")), Vec::<std::path::PathBuf>::new());
+    assert_eq!(tree(&project.path("together/tasks")), Vec::<std::path::PathBuf>::new());
 }
 
 /// Kills an executor as soon as a stage has begun to write, and starts another.
 fn killed_in(stage: &str) {
-    let bench = bench();
-    let want = packed(&bench.run(&["--set", "run.output=alone"]));
+    let project = project();
+    let want = packed(&project.run(&["--set", "run.output=alone"]));
     let mut cluster = Cluster::start(2, |_| ());
-    let running = bench.command(&["run", "conf.toml", "--set", &cluster.set()]).spawn().unwrap();
-    let (folder, began) = (bench.path("out/stages").join(stage), Instant::now());
+    let running = project.command(&["run", "conf.toml", "--set", &cluster.set()]).spawn().unwrap();
+    let (folder, began) = (project.path("out/stages").join(stage), Instant::now());
     while tree(&folder).is_empty() {
         assert!(began.elapsed() < Duration::from_secs(100), "{stage} did not begin");
         std::thread::sleep(Duration::from_millis(5));
@@ -114,7 +114,7 @@ fn killed_in(stage: &str) {
     assert_eq!(said.code, 0, "{said:?}");
     // the rows of every stage add up, and the bytes are the same
     assert!(packed(Path::new(said.out.trim())) == want, "{stage}");
-    assert_eq!(bench.say(&["verify", said.out.trim()]).code, 0);
+    assert_eq!(project.say(&["verify", said.out.trim()]).code, 0);
 }
 
 #[test]
@@ -144,8 +144,8 @@ fn an_executor_killed_while_it_packs_changes_nothing() {
 
 #[test]
 fn what_an_executor_finds_broken_is_computed_again() {
-    let bench = bench();
-    let want = packed(&bench.run(&["--set", "run.output=alone"]));
+    let project = project();
+    let want = packed(&project.run(&["--set", "run.output=alone"]));
     let cluster = Cluster::start(1, |_| ());
     let arguments = ["run", "conf.toml", "--set", &cluster.set()];
     let broken = [
@@ -155,36 +155,36 @@ fn what_an_executor_finds_broken_is_computed_again() {
         ("tokens", "documents-", true),
     ];
     for (until, table, seen_whole) in broken {
-        assert_eq!(bench.say(&[&arguments[..], &["--until", until]].concat()).code, 0);
+        assert_eq!(project.say(&[&arguments[..], &["--until", until]].concat()).code, 0);
         if seen_whole {
-            assert_eq!(bench.say(&[&arguments[..], &["--until", "catalog"]].concat()).code, 0);
-            std::fs::remove_dir_all(bench.path("out/stages/catalog")).unwrap();
+            assert_eq!(project.say(&[&arguments[..], &["--until", "catalog"]].concat()).code, 0);
+            std::fs::remove_dir_all(project.path("out/stages/catalog")).unwrap();
         }
-        let files = tree(&bench.path("out/stages"));
+        let files = tree(&project.path("out/stages"));
         let name = |file: &Path| file.file_name().unwrap().to_string_lossy().starts_with(table);
         rewrite(files.iter().find(|file| name(file)).unwrap(), |bytes| flip(bytes));
-        let said = bench.say(&arguments);
+        let said = project.say(&arguments);
         assert_eq!(said.code, 0, "{table}: {said:?}");
         assert!(said.err.contains("is broken") && said.err.contains(table), "{table}: {said:?}");
         assert!(packed(Path::new(said.out.trim())) == want, "{table}");
-        std::fs::remove_dir_all(bench.path("out")).unwrap();
+        std::fs::remove_dir_all(project.path("out")).unwrap();
     }
 }
 
 #[test]
 fn two_runs_at_once_share_a_cluster() {
-    let bench = Bench::empty();
+    let project = Project::empty();
     // the tasks are passed through storage, because they name thousands of files
     for (i, row) in corpus(9, 2000).into_iter().enumerate() {
-        bench.jsonl(&format!("in/{i:05}.jsonl"), &[row]);
+        project.jsonl(&format!("in/{i:05}.jsonl"), &[row]);
     }
-    bench.conf("in/*", "jsonl", "");
-    bench.keep_tokenizer();
+    project.conf("in/*", "jsonl", "");
+    project.keep_tokenizer();
     let cluster = Cluster::start(1, |_| ());
     let arguments = ["run", "conf.toml", "--set", &cluster.set(), "--set", "run.output=together"];
     let runs: Vec<_> = (0..2)
         .map(|_| {
-            let child = bench.command(&arguments).spawn().unwrap();
+            let child = project.command(&arguments).spawn().unwrap();
             std::thread::sleep(Duration::from_millis(200));
             child
         })
@@ -196,38 +196,38 @@ fn two_runs_at_once_share_a_cluster() {
 
 #[test]
 fn what_a_task_finds_wrong_is_said_as_without_a_cluster() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let cluster = Cluster::start(1, |_| ());
-    bench.keep_tokenizer();
-    bench.write("in/b.jsonl.zst", b"this is not zstd");
-    let alone = bench.say(&["run", "conf.toml"]);
-    let together = bench.say(&["run", "conf.toml", "--set", &cluster.set()]);
+    project.keep_tokenizer();
+    project.write("in/b.jsonl.zst", b"this is not zstd");
+    let alone = project.say(&["run", "conf.toml"]);
+    let together = project.say(&["run", "conf.toml", "--set", &cluster.set()]);
     assert_eq!((alone.code, together.code), (3, 3), "{alone:?} {together:?}");
     assert!(alone.err.contains("b.jsonl.zst") && together.err.contains("b.jsonl.zst"), "{together:?}");
 }
 
 #[test]
 fn a_cluster_that_is_not_there_is_said_and_nothing_is_lost() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let [port] = free_ports();
-    let said = bench.say(&["run", "conf.toml", "--set", &format!("engine.url=df://localhost:{port}")]);
+    let said = project.say(&["run", "conf.toml", "--set", &format!("engine.url=df://localhost:{port}")]);
     assert_eq!(said.code, 4, "{said:?}");
     assert!(said.err.contains("lengthwise cluster scheduler"), "{said:?}");
-    bench.run(&[]);
-    let odd = bench.say(&["run", "conf.toml", "--set", "engine.url=http://localhost"]);
+    project.run(&[]);
+    let odd = project.say(&["run", "conf.toml", "--set", "engine.url=http://localhost"]);
     assert!(odd.code == 2 && odd.err.contains("df://"), "{odd:?}");
 }
 
 #[test]
 fn a_cluster_on_s3_makes_the_same_bytes_and_leaks_no_secret() {
     let Some(server) = S3::start() else { return };
-    let bench = Bench::new(3);
-    let want = packed(&bench.run(&[]));
+    let project = Project::new(3);
+    let want = packed(&project.run(&[]));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(server.put_first("corpus/a.jsonl", std::fs::read(bench.path("in/a.jsonl")).unwrap()));
+    runtime.block_on(server.put_first("corpus/a.jsonl", std::fs::read(project.path("in/a.jsonl")).unwrap()));
     let cluster = Cluster::start(2, |command| _ = server.credentials(command, SECRET));
     let sets = ["--set", "source.0.url=s3://bucket/corpus/*", "--set", "run.output=s3://bucket/out"];
-    let mut command = bench.command(&[&["run", "conf.toml", "--set", &cluster.set()], &sets[..]].concat());
+    let mut command = project.command(&[&["run", "conf.toml", "--set", &cluster.set()], &sets[..]].concat());
     let done = said(server.credentials(&mut command, SECRET).output().unwrap());
     assert_eq!(done.code, 0, "{done:?}");
     let run = done.out.trim().strip_prefix("s3://bucket/").unwrap();
@@ -247,11 +247,11 @@ fn a_cluster_on_s3_makes_the_same_bytes_and_leaks_no_secret() {
 #[ignore = "a slow proof: run it by name"]
 fn a_hundred_random_kills_change_nothing() {
     let mut server = S3::start().expect("this proof needs `weed`");
-    let bench = bench();
-    let want = packed(&bench.run(&["--set", "run.output=alone"]));
+    let project = project();
+    let want = packed(&project.run(&["--set", "run.output=alone"]));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     for seed in 0..6 {
-        let text = std::fs::read(bench.path(&format!("in/{seed}.jsonl"))).unwrap();
+        let text = std::fs::read(project.path(&format!("in/{seed}.jsonl"))).unwrap();
         runtime.block_on(server.put_first(&format!("corpus/{seed}.jsonl"), text));
     }
     let with = |server: &S3, command: &mut Command| _ = server.credentials(command, SECRET);
@@ -267,7 +267,7 @@ fn a_hundred_random_kills_change_nothing() {
         let arguments = [&arguments[..], &["--set", "source.0.url=s3://bucket/corpus/*"]].concat();
         // repeats the same command until it succeeds
         let run = loop {
-            let mut command = bench.command(&arguments);
+            let mut command = project.command(&arguments);
             with(&server, &mut command);
             let mut running = command.spawn().unwrap();
             let mut killed = "nothing";
@@ -296,7 +296,7 @@ fn a_hundred_random_kills_change_nothing() {
                 break said.out.trim().to_owned();
             }
         };
-        let mut verify = bench.command(&["verify", &run]);
+        let mut verify = project.command(&["verify", &run]);
         with(&server, &mut verify);
         assert_eq!(verify.output().unwrap().status.code(), Some(0));
         let folder = run.strip_prefix("s3://bucket/").unwrap();

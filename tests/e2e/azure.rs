@@ -8,7 +8,7 @@ use object_store::azure::MicrosoftAzureBuilder;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 
-use crate::bench::{Bench, corpus, packed, said};
+use crate::project::{Project, corpus, packed, said};
 use crate::servers::{Process, free_ports, quiet};
 
 /// Creates the container. All emulators have the same account and key.
@@ -29,10 +29,10 @@ fn a_run_on_azure_gives_the_bytes_of_a_local_run() {
     let Ok(azurite) = std::env::var("AZURITE") else {
         return eprintln!("skipped: AZURITE names no azurite-blob (npm install azurite)");
     };
-    let bench = Bench::empty();
-    bench.jsonl("in/a.jsonl", &corpus(1, 240));
-    bench.conf("in/*", "jsonl", "");
-    let want = packed(&bench.run(&[]));
+    let project = Project::empty();
+    project.jsonl("in/a.jsonl", &corpus(1, 240));
+    project.conf("in/*", "jsonl", "");
+    let want = packed(&project.run(&[]));
 
     let ([port], dir) = (free_ports(), tempfile::tempdir().unwrap());
     let mut server = Command::new(azurite);
@@ -59,7 +59,7 @@ fn a_run_on_azure_gives_the_bytes_of_a_local_run() {
         .build()
         .unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let text = std::fs::read(bench.path("in/a.jsonl")).unwrap();
+    let text = std::fs::read(project.path("in/a.jsonl")).unwrap();
     runtime.block_on(store.put(&Path::from("corpus/a.jsonl"), PutPayload::from(text))).unwrap();
 
     let arguments = [
@@ -71,7 +71,7 @@ fn a_run_on_azure_gives_the_bytes_of_a_local_run() {
         "run.output=az://bucket/out",
     ];
     let run = |key: &str| {
-        let mut command = bench.command(&arguments);
+        let mut command = project.command(&arguments);
         command.env("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT).env("AZURE_STORAGE_ACCOUNT_KEY", key);
         command.env("AZURE_STORAGE_ENDPOINT", format!("{url}/{ACCOUNT}")).env("AZURE_ALLOW_HTTP", "true");
         said(command.output().unwrap())

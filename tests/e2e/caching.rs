@@ -2,13 +2,13 @@
 
 use serde_json::Value;
 
-use crate::bench::{Bench, corpus, packed, recipe, tree};
+use crate::project::{Project, corpus, packed, recipe, tree};
 
 /// The stages that a run computed.
-fn computed(bench: &Bench, more: &[&str]) -> Vec<String> {
+fn computed(project: &Project, more: &[&str]) -> Vec<String> {
     let mut arguments = vec!["run", "conf.toml", "--json"];
     arguments.extend(more);
-    let said = bench.say(&arguments);
+    let said = project.say(&arguments);
     assert_eq!(said.code, 0, "{}", said.err);
     let value: Value = serde_json::from_str(&said.out).unwrap();
     let stages = value["stages"].as_array().unwrap().iter().filter(|stage| stage["cached"] == false);
@@ -17,66 +17,66 @@ fn computed(bench: &Bench, more: &[&str]) -> Vec<String> {
 
 #[test]
 fn an_unchanged_run_computes_nothing_and_another_recipe_does_not_tokenise() {
-    let bench = Bench::new(1);
-    let first = computed(&bench, &[]);
+    let project = Project::new(1);
+    let first = computed(&project, &[]);
     assert!(first.contains(&"tokens".to_owned()) && first.contains(&"pack".to_owned()), "{first:?}");
-    assert!(computed(&bench, &[]).is_empty());
+    assert!(computed(&project, &[]).is_empty());
     let global = format!("mixture.recipe={}", recipe("global"));
-    let again = computed(&bench, &["--set", &global]);
+    let again = computed(&project, &["--set", &global]);
     assert!(again.starts_with(&["mixture".to_owned(), "draw".to_owned()]), "{again:?}");
 
-    let said = bench.say(&["plan", "conf.toml", "--set", "mixture.budget=30K"]);
+    let said = project.say(&["plan", "conf.toml", "--set", "mixture.budget=30K"]);
     assert!(said.out.contains("catalog    cached"), "{}", said.out);
     assert!(said.out.contains("mixture    to compute     changed: parameters"), "{}", said.out);
 }
 
 #[test]
 fn a_new_source_file_tokenises_only_itself() {
-    let bench = Bench::new(1);
+    let project = Project::new(1);
     // each of these files is large enough to be a unit of its own
     let big: Vec<_> = corpus(9, 60).into_iter().map(|(domain, text)| (domain, text.repeat(120))).collect();
     for name in ["in/b.jsonl", "in/c.jsonl"] {
-        bench.jsonl(name, &big.iter().map(|(d, t)| (d.clone(), format!("{name}{t}"))).collect::<Vec<_>>());
-        assert!(std::fs::metadata(bench.path(name)).unwrap().len() > 4 << 20);
+        project.jsonl(name, &big.iter().map(|(d, t)| (d.clone(), format!("{name}{t}"))).collect::<Vec<_>>());
+        assert!(std::fs::metadata(project.path(name)).unwrap().len() > 4 << 20);
     }
-    bench.run(&["--until", "tokens"]);
+    project.run(&["--until", "tokens"]);
     let parts = || {
-        tree(&bench.path("out/stages/tokens"))
+        tree(&project.path("out/stages/tokens"))
             .into_iter()
             .filter(|p| p.to_string_lossy().contains("/jobs/"))
             .count()
     };
     let before = parts();
-    bench.keep_tokenizer();
-    bench.jsonl("in/d.jsonl", &big);
-    bench.run(&["--until", "tokens"]);
+    project.keep_tokenizer();
+    project.jsonl("in/d.jsonl", &big);
+    project.run(&["--until", "tokens"]);
     assert_eq!(parts(), before + 1);
 }
 
 #[test]
 fn from_a_stage_on_everything_is_computed_again_and_compared() {
-    let bench = Bench::new(2);
-    bench.run(&[]);
-    let again = computed(&bench, &["--from", "domains"]);
+    let project = Project::new(2);
+    project.run(&[]);
+    let again = computed(&project, &["--from", "domains"]);
     for stage in ["domains", "mixture", "draw", "shuffle", "pack"] {
         assert!(again.contains(&stage.to_owned()), "{again:?}");
     }
     assert!(!again.contains(&"tokens".to_owned()));
-    let said = bench.say(&["run", "conf.toml", "--until", "domains"]);
+    let said = project.say(&["run", "conf.toml", "--until", "domains"]);
     assert_eq!((said.code, said.out.trim()), (0, ""));
 }
 
 #[test]
 fn a_preview_shows_what_the_run_then_draws() {
-    let bench = Bench::new(3);
-    let said = bench.say(&["preview", "conf.toml", "--json"]);
+    let project = Project::new(3);
+    let said = project.say(&["preview", "conf.toml", "--json"]);
     assert_eq!(said.code, 0, "{}", said.err);
     let preview: Value = serde_json::from_str(&said.out).unwrap();
-    bench.run(&[]);
+    project.run(&[]);
     for domain in preview["domains"].as_array().unwrap() {
         let name = domain["domain"].as_str().unwrap();
-        let drawn =
-            bench.sql(&format!("select sum(stop - start) as drawn from drawn where domain = '{name}'"), &[]);
+        let drawn = project
+            .sql(&format!("select sum(stop - start) as drawn from drawn where domain = '{name}'"), &[]);
         let (expected, drawn) = (domain["drawn"].as_f64().unwrap(), drawn[0]["drawn"].as_f64().unwrap());
         assert!((expected - drawn).abs() <= 2.0, "{name}: {expected} {drawn}");
     }
@@ -85,32 +85,32 @@ fn a_preview_shows_what_the_run_then_draws() {
 #[test]
 fn another_seed_is_another_sample_to_train_the_tokenizer_on() {
     let sets = ["--set", "tokenizer.train.sample=20KB", "--set", "run.seed=2"];
-    let bench = Bench::new(1);
-    bench.run(&sets[..2]);
-    let after = packed(&bench.run(&sets));
-    let fresh = Bench::new(1);
+    let project = Project::new(1);
+    project.run(&sets[..2]);
+    let after = packed(&project.run(&sets));
+    let fresh = Project::new(1);
     assert!(packed(&fresh.run(&sets)) == after);
 }
 
 #[test]
 fn a_new_check_is_applied_to_what_is_there() {
-    let bench = Bench::new(1);
-    bench.run(&[]);
-    bench.write("sql/checks/catalog_is_empty.sql", "select doc_id from catalog\n");
-    let said = bench.say(&["run", "conf.toml"]);
+    let project = Project::new(1);
+    project.run(&[]);
+    project.write("sql/checks/catalog_is_empty.sql", "select doc_id from catalog\n");
+    let said = project.say(&["run", "conf.toml"]);
     assert!(said.code == 3 && said.err.contains("catalog_is_empty.sql found rows"), "{said:?}");
-    assert!(bench.say(&["plan", "conf.toml"]).out.contains("checks"));
+    assert!(project.say(&["plan", "conf.toml"]).out.contains("checks"));
 }
 
 #[test]
 fn an_own_check_adds_to_the_built_in_ones_and_one_that_would_never_run_is_refused() {
-    let bench = Bench::new(1);
-    bench.own_recipe();
-    bench.write("sql/checks/mixture_is_mine.sql", "select doc_id from mixture where copies < 0\n");
-    bench.write("sql/checks/.mixture_is_mine.sql.swp.sql", "not SQL");
-    bench.write("sql/checks/README.md", "not SQL");
-    bench.git(&["init", "-q"]);
-    bench.commit("a check");
+    let project = Project::new(1);
+    project.own_recipe();
+    project.write("sql/checks/mixture_is_mine.sql", "select doc_id from mixture where copies < 0\n");
+    project.write("sql/checks/.mixture_is_mine.sql.swp.sql", "not SQL");
+    project.write("sql/checks/README.md", "not SQL");
+    project.git(&["init", "-q"]);
+    project.commit("a check");
     let checks = |run: &std::path::Path| -> Vec<String> {
         let manifest: Value =
             serde_json::from_slice(&std::fs::read(run.join("manifest.json")).unwrap()).unwrap();
@@ -125,40 +125,40 @@ fn an_own_check_adds_to_the_built_in_ones_and_one_that_would_never_run_is_refuse
         "mixture_has_spans_inside_their_documents.sql",
         "mixture_is_mine.sql",
     ];
-    assert_eq!(checks(&bench.run(&[])), all);
+    assert_eq!(checks(&project.run(&[])), all);
     // a check of the same name replaces the built-in one
     let own = "select doc_id from mixture where stop > 5\n";
-    bench.write("sql/checks/mixture_has_spans_inside_their_documents.sql", own);
-    let said = bench.say(&["run", "conf.toml"]);
+    project.write("sql/checks/mixture_has_spans_inside_their_documents.sql", own);
+    let said = project.say(&["run", "conf.toml"]);
     assert!(said.code == 3 && said.err.contains("spans_inside_their_documents.sql found rows"), "{said:?}");
-    let run = bench.run(&["--at", "HEAD"]);
+    let run = project.run(&["--at", "HEAD"]);
     assert_eq!(checks(&run), all);
     for file in ["draw_is_mine.SQL", "mine/draw_is_mine.sql"] {
-        bench.write(&format!("sql/checks/{file}"), "select 1 where false");
-        let said = bench.say(&["run", "conf.toml"]);
+        project.write(&format!("sql/checks/{file}"), "select 1 where false");
+        let said = project.say(&["run", "conf.toml"]);
         assert!(said.code == 2 && said.err.contains("no check that would ever run"), "{said:?}");
-        let _ = std::fs::remove_dir_all(bench.path("sql/checks/mine"));
-        let _ = std::fs::remove_file(bench.path("sql/checks/draw_is_mine.SQL"));
+        let _ = std::fs::remove_dir_all(project.path("sql/checks/mine"));
+        let _ = std::fs::remove_file(project.path("sql/checks/draw_is_mine.SQL"));
     }
     for file in ["pack_is_empty.sql", "tokens_are_few.sql", "mixtures_are_mine.sql", "mixture.sql"] {
-        bench.write(&format!("sql/checks/{file}"), "select 1 where false");
+        project.write(&format!("sql/checks/{file}"), "select 1 where false");
         for command in [&["run", "conf.toml"][..], &["plan", "conf.toml"]] {
-            let said = bench.say(command);
+            let said = project.say(command);
             let cure = "checks run after catalog, domains, mixture, draw";
             assert!(said.code == 2 && said.err.contains(file) && said.err.contains(cure), "{said:?}");
         }
-        assert_eq!(bench.say(&["run", "conf.toml", "--at", "HEAD"]).code, 0);
-        std::fs::remove_file(bench.path(&format!("sql/checks/{file}"))).unwrap();
+        assert_eq!(project.say(&["run", "conf.toml", "--at", "HEAD"]).code, 0);
+        std::fs::remove_file(project.path(&format!("sql/checks/{file}"))).unwrap();
     }
     // a run is reproduced with its own checks, whatever the folder has
-    bench.write("sql/checks/pack_is_empty.sql", "select 1");
-    let said = bench.say(&["reproduce", run.to_str().unwrap()]);
+    project.write("sql/checks/pack_is_empty.sql", "select 1");
+    let said = project.say(&["reproduce", run.to_str().unwrap()]);
     assert_eq!(said.code, 0, "{said:?}");
 }
 
 #[test]
 fn recipes_and_checks_that_print_alike_are_not_taken_for_each_other() {
-    let bench = Bench::new(1);
+    let project = Project::new(1);
     let recipe = |quotes: &str| {
         format!(
             "-- Mine.\nselect doc_id, 0 as start, tokens as stop, 1.0 as copies,\n    \
@@ -175,33 +175,33 @@ fn recipes_and_checks_that_print_alike_are_not_taken_for_each_other() {
     ];
     let ask = "select distinct stratum from mixture";
     for (quotes, stratum) in [("''", "it's"), ("''''", "it''s")] {
-        bench.write("mine.sql", recipe(quotes));
-        assert_eq!(bench.say(&[&["run", "conf.toml", "--until", "mixture"][..], &sets].concat()).code, 0);
-        let said = bench.say(&[&["sql", "conf.toml", ask, "--json"][..], &sets].concat());
+        project.write("mine.sql", recipe(quotes));
+        assert_eq!(project.say(&[&["run", "conf.toml", "--until", "mixture"][..], &sets].concat()).code, 0);
+        let said = project.say(&[&["sql", "conf.toml", ask, "--json"][..], &sets].concat());
         assert_eq!(said.out.trim(), format!(r#"{{"stratum":"{stratum}"}}"#), "{said:?}");
     }
     let run = [&["run", "conf.toml", "--until", "mixture"][..], &sets].concat();
-    bench.write("sql/checks/mixture_own.sql", "select doc_id from mixture where stratum = 'it''s'\n");
-    assert_eq!(bench.say(&run).code, 0);
-    bench.write("sql/checks/mixture_own.sql", "select doc_id from mixture where stratum = 'it''''s'\n");
-    let said = bench.say(&run);
+    project.write("sql/checks/mixture_own.sql", "select doc_id from mixture where stratum = 'it''s'\n");
+    assert_eq!(project.say(&run).code, 0);
+    project.write("sql/checks/mixture_own.sql", "select doc_id from mixture where stratum = 'it''''s'\n");
+    let said = project.say(&run);
     assert!(said.code == 3 && said.err.contains("mixture_own.sql found rows"), "{said:?}");
-    bench.write(
+    project.write(
         "sql/checks/mixture_own.sql",
         "select doc_id from mixture where tokens * 9000000000000000000 < 0\n",
     );
-    let said = bench.say(&run);
+    let said = project.say(&run);
     assert!(said.code == 3 && said.err.contains("is beyond bigint"), "{said:?}");
 }
 
 #[test]
 fn an_output_folder_may_have_any_name_and_lie_in_the_source_folder() {
-    let bench = Bench::new(1);
-    let want = packed(&bench.run(&[]));
+    let project = Project::new(1);
+    let want = packed(&project.run(&[]));
     for name in ["out%20x", "out#1", "out?q", "in/out"] {
         let set = format!("run.output='{name}'");
         for _ in 0..2 {
-            assert!(packed(&bench.run(&["--set", &set, "--set", "source.0.url=in"])) == want, "{name}");
+            assert!(packed(&project.run(&["--set", &set, "--set", "source.0.url=in"])) == want, "{name}");
         }
     }
 }

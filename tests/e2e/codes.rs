@@ -5,17 +5,17 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::os::unix::ffi::OsStrExt;
 
-use crate::bench::{Bench, said};
+use crate::project::{Project, said};
 use crate::servers::{S3, SECRET};
 
 #[test]
 fn what_trying_again_does_not_mend_is_not_to_be_tried_again() {
-    let bench = Bench::new(3);
-    std::fs::create_dir_all(bench.path("folder.toml")).unwrap();
-    bench.write("latin.toml", b"# caf\xe9\n");
-    bench.write("file", "x");
-    bench.write("binary/a.jsonl", "{}\n");
-    std::fs::write(bench.path("binary").join(OsStr::from_bytes(b"caf\xe9.jsonl")), "{}\n").unwrap();
+    let project = Project::new(3);
+    std::fs::create_dir_all(project.path("folder.toml")).unwrap();
+    project.write("latin.toml", b"# caf\xe9\n");
+    project.write("file", "x");
+    project.write("binary/a.jsonl", "{}\n");
+    std::fs::write(project.path("binary").join(OsStr::from_bytes(b"caf\xe9.jsonl")), "{}\n").unwrap();
     for (arguments, why) in [
         (
             &["run", "conf.toml", "--set", "source.0.url=https://example.com/a.jsonl"][..],
@@ -38,7 +38,7 @@ fn what_trying_again_does_not_mend_is_not_to_be_tried_again() {
         (&["gc", "file/below"], "file/below"),
         (&["generate", "nowhere", "--prompt-file", "folder.toml", "--tokens", "1"], "nowhere"),
     ] {
-        let said = bench.say(arguments);
+        let said = project.say(arguments);
         assert_eq!(said.code, 2, "{arguments:?}: {said:?}");
         assert!(said.err.contains(why), "{arguments:?}: {said:?}");
         assert!(!said.err.contains("the same command goes on"), "{arguments:?}: {said:?}");
@@ -48,11 +48,11 @@ fn what_trying_again_does_not_mend_is_not_to_be_tried_again() {
 #[test]
 fn a_bucket_that_is_not_there_is_said_to_be_so() {
     let Some(server) = S3::start() else { return };
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(server.put_first("x", vec![]));
     let set = "source.0.url=s3://nowhere/corpus/*";
-    let mut command = bench.command(&["run", "conf.toml", "--until", "tokenizer", "--set", set]);
+    let mut command = project.command(&["run", "conf.toml", "--until", "tokenizer", "--set", set]);
     let nowhere = said(server.credentials(&mut command, SECRET).output().unwrap());
     assert!(nowhere.code == 2 && nowhere.err.contains("there is no such bucket"), "{nowhere:?}");
 }
@@ -91,9 +91,9 @@ fn listing(keys: &'static [&'static str]) -> String {
 
 #[test]
 fn a_key_that_can_not_be_read_is_named_and_the_credentials_are_not() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let set = "source.0.url=s3://bucket/corpus/*";
-    let mut command = bench.command(&["run", "conf.toml", "--set", set]);
+    let mut command = project.command(&["run", "conf.toml", "--set", set]);
     command
         .env("AWS_ENDPOINT", listing(&["corpus/a.jsonl", "corpus//b.jsonl"]))
         .env("AWS_ALLOW_HTTP", "true");

@@ -8,14 +8,14 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::bench::{Bench, PROGRAM, Said, packed, said, tree};
+use crate::project::{PROGRAM, Project, Said, packed, said, tree};
 
 /// Runs the command under strace, which writes its system calls to `log`. Without strace it returns `None`
 /// and says that the test is skipped.
-fn traced(bench: &Bench, calls: &[&str], log: &Path, arguments: &[&str]) -> Option<Said> {
+fn traced(project: &Project, calls: &[&str], log: &Path, arguments: &[&str]) -> Option<Said> {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-y", "-qq", "-s", "4096", "--seccomp-bpf", "-o"]).arg(log).args(calls).arg("--");
-    strace.arg(PROGRAM).args(arguments).current_dir(bench.dir.path());
+    strace.arg(PROGRAM).args(arguments).current_dir(project.dir.path());
     match strace.stdout(Stdio::piped()).stderr(Stdio::piped()).output() {
         Ok(output) => Some(said(output)),
         Err(_) => {
@@ -81,14 +81,14 @@ fn files_of(manifest: &Path) -> Vec<PathBuf> {
 
 #[test]
 fn what_a_manifest_names_is_on_the_disk_before_the_manifest_has_its_name() {
-    let bench = Bench::new(3);
-    let log = bench.path("strace.log");
+    let project = Project::new(3);
+    let log = project.path("strace.log");
     let calls = ["-e", "trace=fsync,fdatasync,link,linkat,rename,renameat,renameat2"];
     let train = crate::training::train("steps = 2");
-    let Some(said) = traced(&bench, &calls, &log, &["run", "conf.toml", "--set", &train]) else { return };
+    let Some(said) = traced(&project, &calls, &log, &["run", "conf.toml", "--set", &train]) else { return };
     assert_eq!(said.code, 0, "{said:?}");
     let calls = syncs_and_names(&log);
-    let out = bench.path("out").canonicalize().unwrap();
+    let out = project.path("out").canonicalize().unwrap();
     let place = |what: &str, path: &Path| calls.iter().position(|(did, of)| *did == what && of == path);
     // a hard link has the inode of the file that was synced under its first name
     let inode = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
@@ -119,17 +119,17 @@ fn what_a_manifest_names_is_on_the_disk_before_the_manifest_has_its_name() {
 }
 
 /// Runs and verifies, leaves what a killed run would leave, and runs again.
-fn is_at_home(bench: &Bench, run: impl Fn(&[&str]) -> Said) {
-    let alone = Bench::new(3);
+fn is_at_home(project: &Project, run: impl Fn(&[&str]) -> Said) {
+    let alone = Project::new(3);
     let want = packed(&alone.run(&[]));
     let first = run(&["run", "conf.toml"]);
     assert_eq!(first.code, 0, "{first:?}");
-    let folder = bench.path(first.out.trim());
+    let folder = project.path(first.out.trim());
     assert!(packed(&folder) == want);
     let verdict = run(&["verify", folder.to_str().unwrap()]);
     assert_eq!(verdict.code, 0, "{verdict:?}");
     // a process that is killed while it writes a manifest leaves a part of it
-    for manifest in tree(&bench.path("out")).iter().filter(|path| path.ends_with("manifest.json")) {
+    for manifest in tree(&project.path("out")).iter().filter(|path| path.ends_with("manifest.json")) {
         let text = std::fs::read(manifest).unwrap();
         std::fs::write(manifest, &text[..text.len() / 2]).unwrap();
     }
@@ -142,15 +142,15 @@ fn is_at_home(bench: &Bench, run: impl Fn(&[&str]) -> Said) {
 
 #[test]
 fn a_file_system_that_knows_neither_links_nor_renames_that_spare_is_one_to_run_on() {
-    let bench = Bench::new(3);
-    let log = bench.path("strace.log");
+    let project = Project::new(3);
+    let log = project.path("strace.log");
     let calls = ["-e", "trace=link,linkat,renameat2", "-e", "inject=link,linkat:error=EPERM", "-e"];
     let calls = [&calls[..], &["inject=renameat2:error=EINVAL"]].concat();
-    if traced(&bench, &calls, &log, &["--version"]).is_none() {
+    if traced(&project, &calls, &log, &["--version"]).is_none() {
         return;
     }
-    is_at_home(&bench, |arguments| {
-        let said = traced(&bench, &calls, &log, arguments).unwrap();
+    is_at_home(&project, |arguments| {
+        let said = traced(&project, &calls, &log, arguments).unwrap();
         let text = std::fs::read_to_string(&log).unwrap();
         let refused = |error| text.lines().any(|line| line.contains(error) && line.contains("(INJECTED)"));
         assert!(arguments[0] != "run" || refused("EPERM") && refused("EINVAL"), "{text}");
@@ -166,8 +166,8 @@ struct ExFat {
 
 impl ExFat {
     /// `None`, with a message, if it cannot be mounted.
-    fn mount(bench: &Bench, at: &str) -> Option<Self> {
-        let (image, at) = (bench.path("exfat.img"), bench.path(at));
+    fn mount(project: &Project, at: &str) -> Option<Self> {
+        let (image, at) = (project.path("exfat.img"), project.path(at));
         std::fs::File::create(&image).unwrap().set_len(256 << 20).unwrap();
         std::fs::create_dir(&at).unwrap();
         let ask = |program: &str, arguments: &[&std::ffi::OsStr]| {
@@ -199,54 +199,54 @@ impl Drop for ExFat {
 
 #[test]
 fn a_run_goes_to_exfat_which_knows_no_links() {
-    let bench = Bench::new(3);
-    let Some(_mounted) = ExFat::mount(&bench, "out") else { return };
-    let refused = std::fs::hard_link(bench.path("conf.toml"), bench.path("out/link")).unwrap_err();
+    let project = Project::new(3);
+    let Some(_mounted) = ExFat::mount(&project, "out") else { return };
+    let refused = std::fs::hard_link(project.path("conf.toml"), project.path("out/link")).unwrap_err();
     assert!(refused.raw_os_error().is_some(), "{refused}");
-    is_at_home(&bench, |arguments| bench.say(arguments));
+    is_at_home(&project, |arguments| project.say(arguments));
 }
 
 #[test]
 fn a_run_whose_folder_is_on_another_disk_has_copies_there() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let Ok(other) = tempfile::tempdir_in("/dev/shm") else { return eprintln!("skipped: no /dev/shm") };
-    std::fs::create_dir(bench.path("out")).unwrap();
-    std::os::unix::fs::symlink(other.path(), bench.path("out/runs")).unwrap();
-    is_at_home(&bench, |arguments| bench.say(arguments));
+    std::fs::create_dir(project.path("out")).unwrap();
+    std::os::unix::fs::symlink(other.path(), project.path("out/runs")).unwrap();
+    is_at_home(&project, |arguments| project.say(arguments));
 }
 
 #[test]
 fn an_output_may_be_called_anything() {
-    let bench = Bench::new(3);
-    let plain = packed(&bench.run(&["--set", "run.output=plain"]));
+    let project = Project::new(3);
+    let plain = packed(&project.run(&["--set", "run.output=plain"]));
     let name = "out ü%20#1/語 {a}*?";
     let set = format!("run.output={name}");
     let sets = ["--set", set.as_str()];
-    let folder = bench.run(&sets);
-    assert!(folder.starts_with(bench.path(name)), "{}", folder.display());
+    let folder = project.run(&sets);
+    assert!(folder.starts_with(project.path(name)), "{}", folder.display());
     assert!(packed(&folder) == plain);
     let run = folder.to_str().unwrap();
-    let again = bench.say(&[&["run", "conf.toml"][..], &sets].concat());
+    let again = project.say(&[&["run", "conf.toml"][..], &sets].concat());
     assert!(again.code == 0 && again.err.contains("done in") && again.err.contains(": 0 of "), "{again:?}");
-    let verdict = bench.say(&["verify", run]);
+    let verdict = project.say(&["verify", run]);
     assert_eq!(verdict.code, 0, "{verdict:?}");
-    assert_eq!(bench.sql("select count(*) as n from documents", &sets)[0]["n"], 240);
-    let reproduced = bench.say(&["reproduce", run]);
+    assert_eq!(project.sql("select count(*) as n from documents", &sets)[0]["n"], 240);
+    let reproduced = project.say(&["reproduce", run]);
     assert!(reproduced.code == 0 && reproduced.out.contains("the same bytes"), "{reproduced:?}");
-    assert!(bench.path(name).join("reproduced/runs").is_dir());
-    let report = bench.say(&["report", run]);
+    assert!(project.path(name).join("reproduced/runs").is_dir());
+    let report = project.say(&["report", run]);
     assert!(report.code == 0 && report.out.contains("<html"), "{report:?}");
 
     // a dead run may leave files with unusual names
-    let dead = bench.path(name).join("stages/tokens/deaddeaddeaddeaddeaddeaddeaddead/jobs/é %41#b.json");
+    let dead = project.path(name).join("stages/tokens/deaddeaddeaddeaddeaddeaddeaddead/jobs/é %41#b.json");
     std::fs::create_dir_all(dead.parent().unwrap()).unwrap();
     let file = std::fs::File::create(&dead).unwrap();
     file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(3600)).unwrap();
-    let gone = bench.say(&["gc", name, "--older-than", "30m"]);
+    let gone = project.say(&["gc", name, "--older-than", "30m"]);
     assert!(gone.code == 0 && gone.out.contains("é %41#b.json") && !dead.exists(), "{gone:?}");
-    assert_eq!(bench.say(&["verify", run]).code, 0);
+    assert_eq!(project.say(&["verify", run]).code, 0);
     // and nothing was written beside the output
-    let beside: BTreeSet<String> = std::fs::read_dir(bench.dir.path())
+    let beside: BTreeSet<String> = std::fs::read_dir(project.dir.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::bench::Bench;
+use crate::project::Project;
 
 const TRAIN: &str = "train={ shape = { hidden_size = 16, intermediate_size = 24, layers = 2, heads = 2, kv_heads = 1 }, \
                      steps = 2, rope_theta = 50000.0, rope_scaling = { rope_type = \"yarn\", factor = 4.0 } }";
@@ -23,17 +23,17 @@ fn transformers_and_datasets_read_a_run_s_directory() {
         eprintln!("skipped: neither TRANSFORMERS_4 nor TRANSFORMERS_5 names a Python");
         return;
     }
-    let bench = Bench::new(3);
-    let run = bench.run(&["--set", TRAIN]);
+    let project = Project::new(3);
+    let run = project.run(&["--set", TRAIN]);
     let run = run.to_str().unwrap();
     let text = "The sea was calm and wide, until dawn.";
     let checkpoint = format!("{run}/checkpoint");
-    let ours = bench.say(&["generate", &checkpoint, "--prompt", text, "--tokens", "8", "--ids"]);
+    let ours = project.say(&["generate", &checkpoint, "--prompt", text, "--tokens", "8", "--ids"]);
     assert_eq!(ours.code, 0, "{ours:?}");
     let ours: Vec<i64> = ours.out.lines().map(|id| id.parse().unwrap()).collect();
     for python in pythons {
         let script = format!("{}/../tests/e2e/ecosystem.py", env!("CARGO_MANIFEST_DIR"));
-        let cache = bench.path("cache");
+        let cache = project.path("cache");
         let mut command = Command::new(&python);
         command.args([&script, run, text]).arg(&cache).env("HF_HUB_OFFLINE", "1").env("HF_HOME", &cache);
         let done = command.output().unwrap();

@@ -3,14 +3,14 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use crate::bench::{Bench, said};
+use crate::project::{Project, said};
 use crate::servers::{S3, SECRET};
 
 #[test]
 fn a_variable_that_is_set_wrong_is_named_and_its_value_is_not() {
-    let bench = Bench::new(3);
-    bench.write("planted-key.json", "{\"private_key\": 7, \"x\": \"planted-secret\"}");
-    let key = bench.path("planted-key.json").into_os_string().into_string().unwrap();
+    let project = Project::new(3);
+    project.write("planted-key.json", "{\"private_key\": 7, \"x\": \"planted-secret\"}");
+    let key = project.path("planted-key.json").into_os_string().into_string().unwrap();
     let pasted = "{\"type\": \"service_account\", \"private_key\": \"planted-secret\"}";
     let secret = "planted-secret";
     let (s3, gs, az) = ("s3://bucket/x", "gs://bucket/x", "az://bucket/x");
@@ -45,7 +45,7 @@ fn a_variable_that_is_set_wrong_is_named_and_its_value_is_not() {
         ("out", "OTEL_EXPORTER_OTLP_ENDPOINT", "planted-secret:4318"),
     ] {
         let set = format!("run.output={output}");
-        let mut command = bench.command(&["run", "conf.toml", "--set", &set]);
+        let mut command = project.command(&["run", "conf.toml", "--set", &set]);
         if output == az && name != "AZURE_STORAGE_ACCOUNT_NAME" {
             command.env("AZURE_STORAGE_ACCOUNT_NAME", "account");
         }
@@ -60,7 +60,7 @@ fn a_variable_that_is_set_wrong_is_named_and_its_value_is_not() {
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_HEADERS", "planted-secret"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_HEADERS", "a=planted-\nsecret"),
     ] {
-        let mut command = bench.command(&["run", "conf.toml"]);
+        let mut command = project.command(&["run", "conf.toml"]);
         let said = said(command.env(listener, "http://127.0.0.1:9").env(name, value).output().unwrap());
         assert!(said.code == 2 && said.err.contains(name) && !said.err.contains("planted"), "{said:?}");
     }
@@ -69,12 +69,12 @@ fn a_variable_that_is_set_wrong_is_named_and_its_value_is_not() {
         [(s3, "AWS_REGION"), (az, "AZURE_STORAGE_ACCOUNT_NAME"), ("out", "LENGTHWISE_METRICS")]
     {
         let set = format!("run.output={output}");
-        let mut command = bench.command(&["run", "conf.toml", "--set", &set]);
+        let mut command = project.command(&["run", "conf.toml", "--set", &set]);
         let said = said(command.env(name, &binary).output().unwrap());
         assert!(said.code == 2 && said.err.contains(name) && !said.err.contains("planted"), "{said:?}");
     }
     // other variables are ignored, and an empty variable counts as not set
-    let mut command = bench.command(&["run", "conf.toml"]);
+    let mut command = project.command(&["run", "conf.toml"]);
     command
         .env("AWS_REGION", &binary)
         .env("UNUSED", &binary)
@@ -85,18 +85,18 @@ fn a_variable_that_is_set_wrong_is_named_and_its_value_is_not() {
     );
     assert_eq!(done.code, 0, "{done:?}");
     // without an account the error names the missing variable
-    let lacking = bench.say(&["run", "conf.toml", "--set", "run.output=az://bucket/x"]);
+    let lacking = project.say(&["run", "conf.toml", "--set", "run.output=az://bucket/x"]);
     assert!(lacking.code == 2 && lacking.err.contains("AZURE_STORAGE_ACCOUNT_NAME"), "{lacking:?}");
 }
 
 #[test]
 fn white_space_around_what_s3_takes_is_none_of_it() {
     let Some(server) = S3::start() else { return };
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(server.put_first("x", vec![]));
     for proxy in ["", "not a proxy", "http://", "\n"] {
-        let mut command = bench.command(&["run", "conf.toml", "--set", "run.output=s3://bucket/out"]);
+        let mut command = project.command(&["run", "conf.toml", "--set", "run.output=s3://bucket/out"]);
         command.env("AWS_ENDPOINT_URL", format!(" http://127.0.0.1:{}/\n", server.port()));
         command.env("AWS_ACCESS_KEY_ID", "key\n").env("AWS_SECRET_ACCESS_KEY", format!("{SECRET}\r\n"));
         command.env("AWS_ALLOW_HTTP", "true\n").env("AWS_REGION", "us-east-1 ").env("AWS_SESSION_TOKEN", "");

@@ -20,7 +20,7 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
-use crate::bench::{Bench, packed};
+use crate::project::{Project, packed};
 
 /// A store that counts down with every operation, and fails the operation at which it reaches zero.
 #[derive(Debug)]
@@ -100,10 +100,10 @@ impl ObjectStore for Failing {
 
 /// Runs to the end in this process, on a store that fails at its `left`-th operation (never, if 0). Returns
 /// the run's directory, and the number of operations.
-async fn run(bench: &Bench, left: i64) -> (lengthwise::Result<PathBuf>, i64) {
-    let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+async fn run(project: &Project, left: i64) -> (lengthwise::Result<PathBuf>, i64) {
+    let text = std::fs::read_to_string(project.path("conf.toml")).unwrap();
     let conf = Conf::parse(&text, "conf.toml", &[], &|_| None).unwrap();
-    let files = Files { root: bench.dir.path().to_owned(), ..Files::default() };
+    let files = Files { root: project.dir.path().to_owned(), ..Files::default() };
     let mut run = Run::new(conf, "conf.toml", files, Goal::Compute { from: None }).unwrap();
     let counter = Arc::new(AtomicI64::new(left));
     run.stores.replace("/", Arc::new(Failing { inner: LocalFileSystem::new(), left: counter.clone() }));
@@ -120,21 +120,21 @@ async fn run(bench: &Bench, left: i64) -> (lengthwise::Result<PathBuf>, i64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_fails_at_any_operation_ends_in_an_error_and_the_next_run_in_the_same_bytes() {
-    let undisturbed = Bench::new(1);
+    let undisturbed = Project::new(1);
     let (folder, operations) = run(&undisturbed, 0).await;
     let want = packed(&folder.unwrap());
     assert!(operations > 50, "{operations}");
 
     // a fresh start each time: every operation of a whole run fails once
     for k in 1..=operations {
-        let bench = Bench::new(1);
-        let (result, _) = run(&bench, k).await;
+        let project = Project::new(1);
+        let (result, _) = run(&project, k).await;
         match result {
             // the operation may be one that is allowed to fail; then the result is right
             Ok(folder) => assert!(packed(&folder) == want, "operation {k}"),
             Err(error) => assert_eq!(error.exit_code(), 4, "operation {k}: {error:?}"),
         }
-        let (folder, _) = run(&bench, 0).await;
+        let (folder, _) = run(&project, 0).await;
         assert!(packed(&folder.unwrap()) == want, "after operation {k}");
     }
 }

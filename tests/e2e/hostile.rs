@@ -11,13 +11,13 @@ use arrow::datatypes::{DataType, Field, Fields, Schema};
 use parquet::arrow::ArrowWriter;
 use parquet::file::properties::WriterProperties;
 
-use crate::bench::{Bench, terminate};
+use crate::project::{Project, terminate};
 
 /// Runs up to the stage `tokens`. Returns the exit code, the peak resident memory in MB, and stderr.
-fn run(bench: &Bench, sets: &[&str]) -> (i32, u64, String) {
+fn run(project: &Project, sets: &[&str]) -> (i32, u64, String) {
     let sets = sets.iter().flat_map(|set| ["--set", set]);
     let arguments: Vec<&str> = ["run", "conf.toml", "--until", "tokens"].into_iter().chain(sets).collect();
-    let mut command = bench.command(&arguments);
+    let mut command = project.command(&arguments);
     let mut child = command.stdout(Stdio::null()).spawn().unwrap();
     let status = format!("/proc/{}/status", child.id());
     let mut most = 0;
@@ -36,12 +36,12 @@ fn run(bench: &Bench, sets: &[&str]) -> (i32, u64, String) {
 }
 
 /// A folder with a corpus and its tokenizer, and the peak memory in MB of a run over it.
-fn ordinary() -> (Bench, u64) {
-    let bench = Bench::new(5);
-    bench.keep_tokenizer();
-    let (code, most, said) = run(&bench, &["run.output=before"]);
+fn ordinary() -> (Project, u64) {
+    let project = Project::new(5);
+    project.keep_tokenizer();
+    let (code, most, said) = run(&project, &["run.output=before"]);
     assert_eq!(code, 0, "{said}");
-    (bench, most)
+    (project, most)
 }
 
 /// JSON lines, one of which has a text of `bytes` bytes.
@@ -56,20 +56,20 @@ fn bomb(mut out: impl Write, bytes: usize) {
 
 #[test]
 fn a_line_of_five_gigabytes_in_a_small_file_is_a_reject_and_takes_no_memory() {
-    let (bench, before) = ordinary();
+    let (project, before) = ordinary();
     let mut zst = zstd::Encoder::new(vec![], 1).unwrap();
     bomb(&mut zst, 5 << 30);
-    bench.write("in/b.jsonl.zst", zst.finish().unwrap());
+    project.write("in/b.jsonl.zst", zst.finish().unwrap());
     let mut gz = flate2::write::GzEncoder::new(vec![], flate2::Compression::fast());
     bomb(&mut gz, 1 << 30);
-    bench.write("in/c.jsonl.gz", gz.finish().unwrap());
+    project.write("in/c.jsonl.gz", gz.finish().unwrap());
     // a line may be as long as its text with every letter escaped
     let sets = ["source.0.max_reject_share=0.5", "source.0.max_document_bytes=1MB"];
-    let (code, most, said) = run(&bench, &sets);
+    let (code, most, said) = run(&project, &sets);
     assert_eq!(code, 0, "{said}");
     assert!(most < before + 100, "{most} MB, {before} MB without: {said}");
     let sql = "select file, line, reason from rejects order by file";
-    let rejects = bench.say(&["sql", "conf.toml", sql, "--json", "--set", sets[0], "--set", sets[1]]);
+    let rejects = project.say(&["sql", "conf.toml", sql, "--json", "--set", sets[0], "--set", sets[1]]);
     let lines: Vec<&str> = rejects.out.lines().collect();
     assert_eq!(lines.len(), 2, "{rejects:?}");
     for (line, file) in lines.iter().zip(["b.jsonl.zst", "c.jsonl.gz"]) {
@@ -79,7 +79,7 @@ fn a_line_of_five_gigabytes_in_a_small_file_is_a_reject_and_takes_no_memory() {
 
 #[test]
 fn a_parquet_file_whose_pages_say_the_same_text_thousands_of_times_takes_no_memory() {
-    let (bench, before) = ordinary();
+    let (project, before) = ordinary();
     let text = "a ".repeat(1 << 19);
     let set = Fields::from(vec![Field::new("set", DataType::Utf8, false)]);
     let schema = Arc::new(Schema::new(vec![
@@ -93,23 +93,23 @@ fn a_parquet_file_whose_pages_say_the_same_text_thousands_of_times_takes_no_memo
         let sets = StructArray::new(set.clone(), vec![Arc::new(StringArray::from(vec!["web"; 50]))], None);
         writer.write(&RecordBatch::try_new(schema.clone(), vec![texts, Arc::new(sets)]).unwrap()).unwrap();
     }
-    bench.write("bomb/a.parquet", writer.into_inner().unwrap());
-    assert!(std::fs::metadata(bench.path("bomb/a.parquet")).unwrap().len() < 20 << 20);
-    let (code, most, said) = run(&bench, &["source.0.url=bomb/*", "source.0.format=parquet"]);
+    project.write("bomb/a.parquet", writer.into_inner().unwrap());
+    assert!(std::fs::metadata(project.path("bomb/a.parquet")).unwrap().len() < 20 << 20);
+    let (code, most, said) = run(&project, &["source.0.url=bomb/*", "source.0.format=parquet"]);
     assert_eq!(code, 0, "{said}");
     // the file holds one document three thousand times
     assert!(most < before + 600, "{most} MB, {before} MB without: {said}");
     let documents = "select count(*) as n from documents";
     let sets = ["--set", "source.0.url=bomb/*", "--set", "source.0.format=parquet"];
-    let said = bench.say(&[&["sql", "conf.toml", documents, "--json"][..], &sets].concat());
+    let said = project.say(&[&["sql", "conf.toml", documents, "--json"][..], &sets].concat());
     assert!(said.out.contains(r#""n":1"#), "{said:?}");
 }
 
 #[test]
 fn millions_of_bad_rows_in_a_small_file_take_no_memory() {
-    let (bench, before) = ordinary();
-    bench.write("in/b.jsonl", "1\n".repeat(8 << 20));
-    let (code, most, said) = run(&bench, &["source.0.max_reject_share=1", "engine.partitions=2"]);
+    let (project, before) = ordinary();
+    project.write("in/b.jsonl", "1\n".repeat(8 << 20));
+    let (code, most, said) = run(&project, &["source.0.max_reject_share=1", "engine.partitions=2"]);
     assert_eq!(code, 0, "{said}");
     assert!(most < before + 1500, "{most} MB, {before} MB without: {said}");
 }
@@ -136,23 +136,23 @@ with pairs as (
 
 #[test]
 fn a_recipe_that_never_ends_is_ended_by_the_clock_and_by_a_signal() {
-    let bench = Bench::new(5);
-    bench.keep_tokenizer();
-    assert_eq!(bench.say(&["run", "conf.toml", "--until", "domains"]).code, 0);
+    let project = Project::new(5);
+    project.keep_tokenizer();
+    assert_eq!(project.say(&["run", "conf.toml", "--until", "domains"]).code, 0);
     for (i, recipe) in ENDLESS.iter().enumerate() {
-        bench.write("endless.sql", recipe);
+        project.write("endless.sql", recipe);
         let run = ["run", "conf.toml", "--set", "mixture.recipe=endless.sql"];
-        let said = bench.say(&[&run[..], &["--set", "engine.recipe_seconds=2"]].concat());
+        let said = project.say(&[&run[..], &["--set", "engine.recipe_seconds=2"]].concat());
         assert_eq!(said.code, 3, "{i}: {said:?}");
         assert!(said.err.contains("endless.sql has run for 2 seconds"), "{said:?}");
         assert!(said.err.contains("engine.recipe_seconds"), "{said:?}");
 
-        let mut child = bench.command(&run).spawn().unwrap();
+        let mut child = project.command(&run).spawn().unwrap();
         std::thread::sleep(Duration::from_secs(2));
         terminate(&child);
         let told = std::time::Instant::now();
         assert_eq!(child.wait().unwrap().code(), Some(75));
         assert!(told.elapsed() < Duration::from_secs(5), "{:?}", told.elapsed());
     }
-    assert_eq!(bench.say(&["run", "conf.toml"]).code, 0);
+    assert_eq!(project.say(&["run", "conf.toml"]).code, 0);
 }

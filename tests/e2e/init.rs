@@ -2,23 +2,23 @@
 
 use std::path::Path;
 
-use crate::bench::{Bench, PROGRAM, corpus, said, tree};
+use crate::project::{PROGRAM, Project, corpus, said, tree};
 
 /// Runs the lines that `init` printed in a shell.
-fn typed(bench: &Bench, printed: &str) -> crate::bench::Said {
-    std::os::unix::fs::symlink(PROGRAM, bench.path("lengthwise")).unwrap();
-    let path = format!("{}:{}", bench.dir.path().display(), std::env::var("PATH").unwrap_or_default());
+fn typed(project: &Project, printed: &str) -> crate::project::Said {
+    std::os::unix::fs::symlink(PROGRAM, project.path("lengthwise")).unwrap();
+    let path = format!("{}:{}", project.dir.path().display(), std::env::var("PATH").unwrap_or_default());
     let mut shell = std::process::Command::new("sh");
-    shell.args(["-ec", printed]).current_dir(bench.dir.path()).env("PATH", path);
+    shell.args(["-ec", printed]).current_dir(project.dir.path()).env("PATH", path);
     said(shell.output().unwrap())
 }
 
 #[test]
 fn what_it_prints_is_what_to_type_next() {
-    let bench = Bench::empty();
-    let printed = bench.say(&["init", "a first/project"]);
+    let project = Project::empty();
+    let printed = project.say(&["init", "a first/project"]);
     assert_eq!(printed.code, 0, "{printed:?}");
-    let ran = typed(&bench, &printed.out);
+    let ran = typed(&project, &printed.out);
     assert_eq!(ran.code, 0, "{ran:?}");
     assert!(!ran.err.contains("WARN"), "{ran:?}");
     let run = Path::new(ran.out.lines().last().unwrap());
@@ -29,8 +29,8 @@ fn what_it_prints_is_what_to_type_next() {
 
 #[test]
 fn its_recipes_are_those_of_the_repository() {
-    let bench = Bench::empty();
-    assert_eq!(bench.say(&["init", "project"]).code, 0);
+    let project = Project::empty();
+    assert_eq!(project.say(&["init", "project"]).code, 0);
     let texts = |folder: &Path| -> Vec<_> {
         let text = |path: &std::path::PathBuf| {
             (path.file_name().unwrap().to_owned(), std::fs::read_to_string(path).unwrap())
@@ -38,46 +38,46 @@ fn its_recipes_are_those_of_the_repository() {
         tree(folder).iter().map(text).collect()
     };
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../sql/mixtures");
-    assert_eq!(texts(&bench.path("project/sql/mixtures")), texts(&repository));
+    assert_eq!(texts(&project.path("project/sql/mixtures")), texts(&repository));
 }
 
 #[test]
 fn it_never_overwrites() {
-    let bench = Bench::empty();
-    bench.write("project/sql/mixtures/global.sql", "mine");
-    let refused = bench.say(&["init", "project"]);
+    let project = Project::empty();
+    project.write("project/sql/mixtures/global.sql", "mine");
+    let refused = project.say(&["init", "project"]);
     assert_eq!(refused.code, 2, "{refused:?}");
     assert!(refused.err.contains("project/sql/mixtures/global.sql is there already"), "{refused:?}");
-    assert_eq!(tree(&bench.path("project")), [bench.path("project/sql/mixtures/global.sql")]);
+    assert_eq!(tree(&project.path("project")), [project.path("project/sql/mixtures/global.sql")]);
 
     // existing files with other names do not matter
-    bench.write("other/notes.txt", "mine");
-    assert_eq!(bench.say(&["init", "other"]).code, 0);
-    assert_eq!(bench.say(&["init", "other"]).code, 2);
-    assert_eq!(std::fs::read_to_string(bench.path("other/notes.txt")).unwrap(), "mine");
+    project.write("other/notes.txt", "mine");
+    assert_eq!(project.say(&["init", "other"]).code, 0);
+    assert_eq!(project.say(&["init", "other"]).code, 2);
+    assert_eq!(std::fs::read_to_string(project.path("other/notes.txt")).unwrap(), "mine");
 }
 
 #[test]
 fn a_source_that_is_named_is_read_as_what_it_is() {
-    let bench = Bench::empty();
+    let project = Project::empty();
     let rows = corpus(3, 240);
-    bench.jsonl("tables/a.jsonl.zst", &rows);
+    project.jsonl("tables/a.jsonl.zst", &rows);
     for (i, (_, text)) in rows.iter().enumerate() {
-        bench.write(&format!("texts/{i}.md"), text);
+        project.write(&format!("texts/{i}.md"), text);
     }
-    bench.write("texts/package.json", "{\n}\n");
+    project.write("texts/package.json", "{\n}\n");
     for (source, format) in [("tables", "jsonl"), ("tables/*.jsonl.zst", "jsonl"), ("texts", "text")] {
-        let project = format!("of-{}", source.len());
-        let made = bench.say(&["init", &project, "--source", source]);
+        let folder = format!("of-{}", source.len());
+        let made = project.say(&["init", &folder, "--source", source]);
         assert_eq!(made.code, 0, "{source}: {made:?}");
-        assert!(!bench.path(&project).join("text").exists());
-        let mut command = bench.command(&["run", "conf/first.toml", "--until", "pack", "--json"]);
-        let ran = said(command.current_dir(bench.path(&project)).output().unwrap());
+        assert!(!project.path(&folder).join("text").exists());
+        let mut command = project.command(&["run", "conf/first.toml", "--until", "pack", "--json"]);
+        let ran = said(command.current_dir(project.path(&folder)).output().unwrap());
         assert_eq!(ran.code, 0, "{source}: {ran:?}");
-        let conf = std::fs::read_to_string(bench.path(&project).join("conf/first.toml")).unwrap();
+        let conf = std::fs::read_to_string(project.path(&folder).join("conf/first.toml")).unwrap();
         assert!(conf.contains(&format!("format = \"{format}\"")), "{conf}");
     }
-    let nowhere = bench.say(&["init", "nowhere", "--source", "not/there"]);
+    let nowhere = project.say(&["init", "nowhere", "--source", "not/there"]);
     assert!(nowhere.code == 2 && nowhere.err.contains("not/there"), "{nowhere:?}");
-    assert!(!bench.path("nowhere").exists());
+    assert!(!project.path("nowhere").exists());
 }

@@ -1,7 +1,6 @@
 //! End to end: the program as users run it, on inputs made here.
 
 mod azure;
-mod bench;
 mod broken;
 mod caching;
 mod codes;
@@ -15,6 +14,7 @@ mod init;
 mod network;
 mod packed;
 mod printing;
+mod project;
 mod rejects;
 mod s3;
 mod same_bytes;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::bench::{Bench, Said, corpus, packed, said};
+use crate::project::{Project, Said, corpus, packed, said};
 use crate::servers::{S3, SECRET};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,8 +71,8 @@ impl Proxy {
         proxy
     }
 
-    fn run(&self, server: &S3, bench: &Bench, arguments: &[&str]) -> Said {
-        let mut command = bench.command(arguments);
+    fn run(&self, server: &S3, project: &Project, arguments: &[&str]) -> Said {
+        let mut command = project.command(arguments);
         server
             .credentials(&mut command, SECRET)
             .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.port));
@@ -131,16 +131,16 @@ fn pass(mut client: TcpStream, server: u16, fault: Option<Fault>) -> std::io::Re
     Ok(method)
 }
 
-/// A server with the corpus of `bench`, and the packed bytes of an undisturbed run.
-fn prepared() -> Option<(S3, Bench, BTreeMap<String, Vec<u8>>)> {
+/// A server with the corpus of `project`, and the packed bytes of an undisturbed run.
+fn prepared() -> Option<(S3, Project, BTreeMap<String, Vec<u8>>)> {
     let server = S3::start()?;
-    let bench = Bench::empty();
-    bench.jsonl("in/a.jsonl", &corpus(1, 240));
-    bench.conf("in/*", "jsonl", "");
-    let want = packed(&bench.run(&[]));
-    let text = std::fs::read(bench.path("in/a.jsonl")).unwrap();
+    let project = Project::empty();
+    project.jsonl("in/a.jsonl", &corpus(1, 240));
+    project.conf("in/*", "jsonl", "");
+    let want = packed(&project.run(&[]));
+    let text = std::fs::read(project.path("in/a.jsonl")).unwrap();
     block_on(server.put_first("corpus/a.jsonl", text));
-    Some((server, bench, want))
+    Some((server, project, want))
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {
@@ -183,14 +183,14 @@ fn arguments(output: &str) -> Vec<String> {
 /// In each of `rounds`, one run has every fifth request disturbed, with each kind of fault in turn. The round
 /// selects the first request and the first fault.
 fn a_run_outlasts(rounds: std::ops::Range<usize>) {
-    let Some((server, bench, want)) = prepared() else { return };
+    let Some((server, project, want)) = prepared() else { return };
     let mut table = BTreeMap::<(String, Fault), usize>::new();
     let mut requests = 0;
     for round in rounds {
         let fault = move |i: usize| (i % 5 == round % 5).then(|| ALL[(i / 5 + round / 5) % ALL.len()]);
         let proxy = Proxy::start(server.port(), fault);
         let arguments = arguments(&format!("s3://bucket/out-{round}"));
-        let done = proxy.run(&server, &bench, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        let done = proxy.run(&server, &project, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
         assert_eq!(done.code, 0, "round {round}: {}", done.err);
         assert!(packed_there(&server, &done.out) == want, "round {round}");
         requests += proxy.requests.load(Ordering::Relaxed);
@@ -223,7 +223,7 @@ fn every_request_with_each_fault_changes_no_byte() {
 #[test]
 #[ignore = "minutes: as long as storage is waited for"]
 fn storage_that_stays_away_ends_a_run_with_a_clear_error_and_the_next_one_goes_on() {
-    let Some((server, bench, want)) = prepared() else { return };
+    let Some((server, project, want)) = prepared() else { return };
     for (fault, from) in
         [(Fault::Status(503), 3), (Fault::Status(503), 60), (Fault::Reset, 40), (Fault::Cut, 80)]
     {
@@ -231,7 +231,7 @@ fn storage_that_stays_away_ends_a_run_with_a_clear_error_and_the_next_one_goes_o
         let arguments = arguments(&format!("s3://bucket/{fault:?}-{from}").replace(['(', ')'], "-"));
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let began = Instant::now();
-        let ended = proxy.run(&server, &bench, &arguments);
+        let ended = proxy.run(&server, &project, &arguments);
         eprintln!(
             "{fault:?} from request {from}: exit {} after {:?}\n{}",
             ended.code,
@@ -245,7 +245,7 @@ fn storage_that_stays_away_ends_a_run_with_a_clear_error_and_the_next_one_goes_o
             "{}",
             ended.err
         );
-        let mut command = bench.command(&arguments);
+        let mut command = project.command(&arguments);
         let next = said(server.credentials(&mut command, SECRET).output().unwrap());
         assert_eq!(next.code, 0, "{}", next.err);
         assert!(packed_there(&server, &next.out) == want);

@@ -8,7 +8,7 @@ use arrow::datatypes::Int32Type;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use proptest::prelude::*;
 
-use crate::bench::{Bench, Row, corpus, recipe, tree};
+use crate::project::{Project, Row, corpus, recipe, tree};
 
 struct Sequence {
     ids: Vec<i32>,
@@ -71,8 +71,9 @@ struct Known {
 
 /// The documents of a corpus by `doc_id`, computed without this project's code, and the tokenizer that the
 /// run trained on them.
-fn known(bench: &Bench, rows: &[Row]) -> (BTreeMap<String, Known>, tokenizers::Tokenizer) {
-    let file = tree(&bench.path("out/stages/tokenizer")).into_iter().find(|p| p.ends_with("tokenizer.json"));
+fn known(project: &Project, rows: &[Row]) -> (BTreeMap<String, Known>, tokenizers::Tokenizer) {
+    let file =
+        tree(&project.path("out/stages/tokenizer")).into_iter().find(|p| p.ends_with("tokenizer.json"));
     let tokenizer = tokenizers::Tokenizer::from_file(file.unwrap()).unwrap();
     let documents = rows.iter().map(|(domain, text)| {
         let named = [&(domain.len() as u64).to_le_bytes(), domain.as_bytes(), text.as_bytes()].concat();
@@ -137,8 +138,8 @@ fn spans(
 }
 
 /// Compares a run's packed files with its documents.
-fn check(bench: &Bench, rows: &[Row], run: &Path, sequence: usize, longest: usize, concat: bool) {
-    let (known, tokenizer) = known(bench, rows);
+fn check(project: &Project, rows: &[Row], run: &Path, sequence: usize, longest: usize, concat: bool) {
+    let (known, tokenizer) = known(project, rows);
     let sequences = read(&run.join("data"));
     for pair in sequences.windows(2).filter(|_| concat) {
         assert_eq!(pair[0].label, pair[1].ids[0], "the label is the next id");
@@ -173,13 +174,13 @@ fn check(bench: &Bench, rows: &[Row], run: &Path, sequence: usize, longest: usiz
     }
     assert!(whole > 0, "documents are packed whole");
     assert!(copies.values().all(|copies| *copies <= 4), "max_copies: {copies:?}");
-    let verdict = bench.say(&["verify", run.to_str().unwrap()]);
+    let verdict = project.say(&["verify", run.to_str().unwrap()]);
     assert_eq!(verdict.code, 0, "{verdict:?}");
 }
 
 /// Compares what was drawn and packed with the budget.
 fn check_budget(
-    bench: &Bench,
+    project: &Project,
     rows: &[Row],
     run: &Path,
     budget: u64,
@@ -188,7 +189,7 @@ fn check_budget(
     set: &[&str],
 ) {
     let packed = by_domain(&read(&run.join("data")));
-    let drawn = bench.sql("select domain, sum(stop - start) as tokens from drawn group by domain", set);
+    let drawn = project.sql("select domain, sum(stop - start) as tokens from drawn group by domain", set);
     let drawn: BTreeMap<String, u64> = drawn
         .iter()
         .map(|row| (row["domain"].as_str().unwrap().into(), row["tokens"].as_u64().unwrap()))
@@ -199,7 +200,7 @@ fn check_budget(
         drawn.iter().map(|(domain, tokens)| tokens - packed.get(domain).copied().unwrap_or(0)).sum();
     assert!(dropped < sequence, "{dropped} tokens are missing, more than the last sequence's");
     if keeps_shares {
-        let (known, _) = known(bench, rows);
+        let (known, _) = known(project, rows);
         let mut tokens = BTreeMap::<&str, u64>::new();
         known.values().for_each(|d| *tokens.entry(&d.domain).or_default() += d.ids.len() as u64);
         let total: u64 = tokens.values().sum();
@@ -235,10 +236,10 @@ proptest! {
         partitions in 1..5usize,
         best_fit in any::<bool>(),
     ) {
-        let bench = Bench::empty();
+        let project = Project::empty();
         let rows = corpus(seed, documents);
-        bench.jsonl("in/a.jsonl", &rows);
-        bench.conf("in/*", "jsonl", "shortfall = \"allow\"");
+        project.jsonl("in/a.jsonl", &rows);
+        project.conf("in/*", "jsonl", "shortfall = \"allow\"");
         let set = [
             format!("mixture.recipe={}", recipe(name)),
             format!("mixture.budget={kilo_tokens}K"),
@@ -249,19 +250,19 @@ proptest! {
             format!("engine.partitions={partitions}"),
         ];
         let set = sets(&set);
-        let run = bench.run(&set);
-        check(&bench, &rows, &run, sequence, longest, !best_fit);
+        let run = project.run(&set);
+        check(&project, &rows, &run, sequence, longest, !best_fit);
         if !best_fit {
             let keeps_shares = holdout == 0.0 && ["per_source", "cut_128k", "cut_4k"].contains(&name);
-            check_budget(&bench, &rows, &run, kilo_tokens * 1000, sequence as u64, keeps_shares, &set);
+            check_budget(&project, &rows, &run, kilo_tokens * 1000, sequence as u64, keeps_shares, &set);
         }
     }
 }
 
 #[test]
 fn held_out_documents_are_packed_by_themselves() {
-    let bench = Bench::new(5);
-    let run = bench.run(&["--set", "mixture.holdout=0.2"]);
+    let project = Project::new(5);
+    let run = project.run(&["--set", "mixture.holdout=0.2"]);
     let ids = |folder: &str| -> BTreeSet<String> {
         read(&run.join(folder))
             .iter()
@@ -270,7 +271,7 @@ fn held_out_documents_are_packed_by_themselves() {
     };
     let (train, heldout) = (ids("data"), ids("heldout"));
     assert!(!heldout.is_empty() && train.is_disjoint(&heldout));
-    for row in bench.sql("select c.domain, sum(c.tokens) as tokens, coalesce(sum(h.tokens), 0) as held from catalog c left join heldout h on c.doc_id = h.doc_id group by c.domain", &["--set", "mixture.holdout=0.2"]) {
+    for row in project.sql("select c.domain, sum(c.tokens) as tokens, coalesce(sum(h.tokens), 0) as held from catalog c left join heldout h on c.doc_id = h.doc_id group by c.domain", &["--set", "mixture.holdout=0.2"]) {
         let (tokens, held) = (row["tokens"].as_f64().unwrap(), row["held"].as_f64().unwrap());
         assert!(held > 0.0 && held <= 0.2 * tokens, "{row}");
     }
@@ -279,10 +280,10 @@ fn held_out_documents_are_packed_by_themselves() {
 /// The loss by position needs whole documents, or their pieces one after the other.
 #[test]
 fn held_out_documents_are_packed_alike_in_either_mode() {
-    let bench = Bench::new(5);
+    let project = Project::new(5);
     let heldout = |mode: &str| {
-        let run = bench.run(&["--set", "mixture.holdout=0.2", "--set", &format!("pack.mode={mode}")]);
-        let files = crate::bench::packed(&run).into_iter();
+        let run = project.run(&["--set", "mixture.holdout=0.2", "--set", &format!("pack.mode={mode}")]);
+        let files = crate::project::packed(&run).into_iter();
         files.filter(|(name, _)| name.starts_with("heldout/")).collect::<Vec<_>>()
     };
     assert!(heldout("concat") == heldout("best_fit"));
@@ -290,14 +291,14 @@ fn held_out_documents_are_packed_alike_in_either_mode() {
 
 #[test]
 fn best_fit_cuts_no_document_that_fits() {
-    let bench = Bench::new(6);
-    let run = bench.run(&["--set", "pack.mode=best_fit"]);
-    let lengths: BTreeMap<String, u64> = bench
+    let project = Project::new(6);
+    let run = project.run(&["--set", "pack.mode=best_fit"]);
+    let lengths: BTreeMap<String, u64> = project
         .sql("select encode(doc_id, 'hex') as id, tokens from catalog", &[])
         .iter()
         .map(|row| (row["id"].as_str().unwrap().to_owned(), row["tokens"].as_u64().unwrap()))
         .collect();
-    let cut = bench.sql("select count(*) as n from drawn where stop < tokens", &[]);
+    let cut = project.sql("select count(*) as n from drawn where stop < tokens", &[]);
     let mut short = 0;
     for s in read(&run.join("data")) {
         for (domain, doc_id, start, end) in &s.segments {

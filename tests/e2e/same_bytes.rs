@@ -7,7 +7,7 @@ use arrow::datatypes::{DataType, Field};
 
 use serde_json::Value;
 
-use crate::bench::{Bench, Row, corpus, packed, tree};
+use crate::project::{Project, Row, corpus, packed, tree};
 
 fn parquet(rows: &[Row]) -> Vec<u8> {
     let sets: ArrayRef = Arc::new(StringArray::from_iter_values(rows.iter().map(|row| &row.0)));
@@ -22,11 +22,11 @@ fn parquet(rows: &[Row]) -> Vec<u8> {
 #[test]
 fn the_same_documents_in_other_files_give_the_same_bytes() {
     let rows = corpus(1, 240);
-    let bench = Bench::new(1);
-    let want = packed(&bench.run(&[]));
+    let project = Project::new(1);
+    let want = packed(&project.run(&[]));
 
     // other files, another order, other compression, and a third of the documents duplicated
-    let other = Bench::empty();
+    let other = Project::empty();
     let mut reversed: Vec<Row> = rows.iter().rev().cloned().collect();
     reversed.rotate_left(31);
     other.jsonl("in/z.jsonl.zst", &reversed[..100]);
@@ -36,7 +36,7 @@ fn the_same_documents_in_other_files_give_the_same_bytes() {
     other.conf("in", "jsonl", "");
     assert!(packed(&other.run(&[])) == want, "other files");
 
-    let table = Bench::empty();
+    let table = Project::empty();
     table.write("in/a.parquet", parquet(&reversed[..50]));
     table.write("in/b.parquet", parquet(&reversed[50..]));
     table.conf("in", "parquet", "");
@@ -45,56 +45,56 @@ fn the_same_documents_in_other_files_give_the_same_bytes() {
 
 #[test]
 fn cores_and_memory_change_no_byte() {
-    let bench = Bench::new(2);
-    let want = packed(&bench.run(&[]));
+    let project = Project::new(2);
+    let want = packed(&project.run(&[]));
     for set in ["engine.partitions=1", "engine.partitions=2", "engine.partitions=7", "engine.memory=64MB"] {
-        std::fs::remove_dir_all(bench.path("out")).unwrap();
-        assert!(packed(&bench.run(&["--set", set])) == want, "{set}");
+        std::fs::remove_dir_all(project.path("out")).unwrap();
+        assert!(packed(&project.run(&["--set", set])) == want, "{set}");
     }
 }
 
 #[test]
 fn another_seed_gives_other_bytes() {
-    let bench = Bench::new(3);
-    assert!(packed(&bench.run(&[])) != packed(&bench.run(&["--set", "run.seed=8"])));
+    let project = Project::new(3);
+    assert!(packed(&project.run(&[])) != packed(&project.run(&["--set", "run.seed=8"])));
 }
 
 #[test]
 fn a_run_is_reproduced_from_its_manifest_and_a_changed_input_is_named() {
-    let bench = Bench::new(4);
-    let run = bench.run(&[]);
+    let project = Project::new(4);
+    let run = project.run(&[]);
     let run = run.to_str().unwrap();
-    std::fs::remove_file(bench.path("conf.toml")).unwrap();
-    let said = bench.say(&["reproduce", run, "--into", "again"]);
+    std::fs::remove_file(project.path("conf.toml")).unwrap();
+    let said = project.say(&["reproduce", run, "--into", "again"]);
     assert!(said.code == 0 && said.out.contains("the same bytes"), "{said:?}");
 
-    bench.jsonl("in/a.jsonl", &corpus(5, 240));
-    let said = bench.say(&["reproduce", run, "--into", "changed"]);
+    project.jsonl("in/a.jsonl", &corpus(5, 240));
+    let said = project.say(&["reproduce", run, "--into", "changed"]);
     assert_eq!(said.code, 5, "{said:?}");
     assert!(said.out.contains("inputs differ") && said.out.contains("in/a.jsonl"), "{said:?}");
 }
 
 #[test]
 fn a_conf_of_a_commit_is_run_as_it_was() {
-    let bench = Bench::new(6);
+    let project = Project::new(6);
     // the recipe has to be in the commit, too
-    bench.own_recipe();
-    bench.git(&["init", "-q"]);
-    bench.commit("conf");
-    let want = packed(&bench.run(&[]));
-    bench.change("conf.toml", "seed = 7", "seed = 9");
-    assert!(packed(&bench.run(&[])) != want);
-    assert!(packed(&bench.run(&["--at", "HEAD"])) == want);
-    let manifest = std::fs::read_to_string(bench.run(&["--at", "HEAD"]).join("manifest.json")).unwrap();
+    project.own_recipe();
+    project.git(&["init", "-q"]);
+    project.commit("conf");
+    let want = packed(&project.run(&[]));
+    project.change("conf.toml", "seed = 7", "seed = 9");
+    assert!(packed(&project.run(&[])) != want);
+    assert!(packed(&project.run(&["--at", "HEAD"])) == want);
+    let manifest = std::fs::read_to_string(project.run(&["--at", "HEAD"]).join("manifest.json")).unwrap();
     assert!(manifest.contains("\"dirty\": false"));
 }
 
 #[test]
 fn a_stage_s_rows_change_only_with_its_version() {
-    let bench = Bench::new(1);
-    bench.run(&[]);
+    let project = Project::new(1);
+    project.run(&[]);
     let mut lines = vec![];
-    for path in tree(&bench.path("out/stages")).iter().filter(|path| path.ends_with("manifest.json")) {
+    for path in tree(&project.path("out/stages")).iter().filter(|path| path.ends_with("manifest.json")) {
         let manifest: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         for (name, table) in manifest["tables"].as_object().unwrap() {
             let digest = &table["digest"].as_str().unwrap()[..8];
@@ -131,19 +131,19 @@ fn a_stage_s_rows_change_only_with_its_version() {
 
 #[test]
 fn what_runs_wrote_is_no_source_of_the_next_one() {
-    let bench = Bench::empty();
+    let project = Project::empty();
     for (i, (_, text)) in corpus(3, 60).into_iter().enumerate() {
-        bench.write(&format!("data/{i}.txt"), text);
+        project.write(&format!("data/{i}.txt"), text);
     }
-    bench.conf("data", "text", "shortfall = \"allow\"");
+    project.conf("data", "text", "shortfall = \"allow\"");
     let sets = ["--set", "source.0.domain={ const = \"T\" }", "--set", "run.output=data/out"];
-    let run = bench.run(&sets);
-    let again = bench.say(&["reproduce", run.to_str().unwrap()]);
+    let run = project.run(&sets);
+    let again = project.say(&["reproduce", run.to_str().unwrap()]);
     assert_eq!(again.code, 0, "{again:?}");
-    assert_eq!(bench.run(&sets), run);
+    assert_eq!(project.run(&sets), run);
     // but if the conf names the folder, it is read
     let own = format!("source.0.url={}/*.md", run.display());
     let named =
-        bench.say(&["run", "conf.toml", "--json", "--until", "tokens", "--set", &own, "--set", sets[1]]);
+        project.say(&["run", "conf.toml", "--json", "--until", "tokens", "--set", &own, "--set", sets[1]]);
     assert!(named.code == 0 && named.out.contains("\"documents\": 1"), "{named:?}");
 }

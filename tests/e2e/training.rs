@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use crate::bench::{Bench, said, tree};
+use crate::project::{Project, said, tree};
 
 /// The settings of a small training, as a value of `--set`.
 pub fn train(settings: &str) -> String {
@@ -28,73 +28,73 @@ fn losses(run: &Path) -> Vec<(u64, f64)> {
 
 #[test]
 fn sigterm_is_a_stop_that_goes_on() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let train = train("steps = 300, ranks = 2");
-    let undisturbed = Bench::new(3);
+    let undisturbed = Project::new(3);
     let want = losses(&undisturbed.run(&["--set", &train]));
 
-    let child = bench.command(&["run", "conf.toml", "--set", &train]).spawn().unwrap();
+    let child = project.command(&["run", "conf.toml", "--set", &train]).spawn().unwrap();
     // training starts once the packed files exist
-    while !tree(&bench.path("out/stages/pack")).iter().any(|path| path.ends_with("manifest.json")) {
+    while !tree(&project.path("out/stages/pack")).iter().any(|path| path.ends_with("manifest.json")) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    crate::bench::terminate(&child);
+    crate::project::terminate(&child);
     let said = said(child.wait_with_output().unwrap());
     assert_eq!(said.code, 75, "{said:?}");
     assert!(said.err.contains("stopped by a signal") && said.out.is_empty(), "{said:?}");
     if said.err.contains("stopping after this step") {
-        assert!(tree(&bench.path("out/stages/train")).iter().any(|path| saved(path)));
+        assert!(tree(&project.path("out/stages/train")).iter().any(|path| saved(path)));
     }
 
-    let run = bench.run(&["--set", &train]);
+    let run = project.run(&["--set", &train]);
     assert_eq!(losses(&run), want);
     assert!(
-        !tree(&bench.path("out/stages/train")).iter().any(|path| saved(path)),
+        !tree(&project.path("out/stages/train")).iter().any(|path| saved(path)),
         "a finished training leaves none"
     );
-    assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+    assert_eq!(project.say(&["verify", run.to_str().unwrap()]).code, 0);
 }
 
 #[test]
 fn a_killed_training_goes_on_from_its_last_checkpoint_with_the_same_losses() {
     let train = train("steps = 60, checkpoint_every = 3");
-    let undisturbed = Bench::new(3);
+    let undisturbed = Project::new(3);
     undisturbed.run(&[]);
     let started = std::time::Instant::now();
     let want = losses(&undisturbed.run(&["--set", &train]));
     let training = started.elapsed();
-    let bench = Bench::new(3);
-    bench.run(&[]);
+    let project = Project::new(3);
+    project.run(&[]);
     for i in 0..10u32 {
-        let mut child = bench.command(&["train", "conf.toml", "--set", &train]).spawn().unwrap();
+        let mut child = project.command(&["train", "conf.toml", "--set", &train]).spawn().unwrap();
         std::thread::sleep(training.mul_f64(f64::from(3 + (i * 5) % 7) / 12.0));
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    assert_eq!(losses(&bench.run(&["--set", &train])), want);
+    assert_eq!(losses(&project.run(&["--set", &train])), want);
 }
 
 #[test]
 fn two_trainings_at_once_leave_a_run_that_is_whole() {
-    let bench = Bench::new(3);
-    bench.run(&[]);
+    let project = Project::new(3);
+    project.run(&[]);
     let train = train("steps = 12, checkpoint_every = 5");
     for _ in 0..3 {
-        let both = [(); 2].map(|()| bench.command(&["run", "conf.toml", "--set", &train]).spawn().unwrap());
+        let both = [(); 2].map(|()| project.command(&["run", "conf.toml", "--set", &train]).spawn().unwrap());
         let both = both.map(|child| said(child.wait_with_output().unwrap()));
         assert!(both.iter().all(|said| said.code == 0), "{both:?}");
         assert_eq!(both[0].out, both[1].out);
-        let verified = bench.say(&["verify", both[0].out.trim()]);
+        let verified = project.say(&["verify", both[0].out.trim()]);
         assert_eq!(verified.code, 0, "{verified:?}");
-        std::fs::remove_dir_all(bench.path("out/stages/train")).unwrap();
-        std::fs::remove_dir_all(bench.path("out/runs")).unwrap();
+        std::fs::remove_dir_all(project.path("out/stages/train")).unwrap();
+        std::fs::remove_dir_all(project.path("out/runs")).unwrap();
     }
 }
 
 #[test]
 fn a_reader_of_the_log_may_go_away() {
-    let bench = Bench::new(3);
-    let mut child = bench.command(&["run", "conf.toml"]).spawn().unwrap();
+    let project = Project::new(3);
+    let mut child = project.command(&["run", "conf.toml"]).spawn().unwrap();
     drop(child.stderr.take());
     let said = said(child.wait_with_output().unwrap());
     assert!(said.code == 0 && said.out.contains("/runs/"), "{said:?}");
@@ -102,52 +102,52 @@ fn a_reader_of_the_log_may_go_away() {
 
 #[test]
 fn processes_without_libtorch_say_what_they_need() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let train = train("steps = 3");
-    let said = bench.say(&["train", "conf.toml", "--set", &train, "--nproc", "2"]);
+    let said = project.say(&["train", "conf.toml", "--set", &train, "--nproc", "2"]);
     assert!(said.code == 6 && said.err.contains("build with --features libtorch"), "{said:?}");
-    let said = bench.say(&["train", "conf.toml"]);
+    let said = project.say(&["train", "conf.toml"]);
     assert!(said.code == 2 && said.err.contains("the conf has no [train] table"), "{said:?}");
 }
 
 #[test]
 fn a_checkpoint_goes_on_with_a_text() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let train = train("steps = 3");
-    let run = bench.run(&["--set", &train]);
+    let run = project.run(&["--set", &train]);
     let checkpoint = run.join("checkpoint");
     let ask = |more: &[&str]| {
         let mut all = vec!["generate", checkpoint.to_str().unwrap(), "--prompt", "the sea", "--tokens", "5"];
         all.extend(more);
-        bench.say(&all)
+        project.say(&all)
     };
     let (one, three) = (ask(&[]), ask(&["--ranks", "3"]));
     assert_eq!((one.code, &one.out), (0, &three.out), "{one:?} {three:?}");
     assert!(!one.out.trim().is_empty());
     let wrong = ask(&["--device", "gpu"]);
     assert!(wrong.code == 2 && wrong.err.contains("there is no device `gpu`"), "{wrong:?}");
-    let nowhere = bench.say(&["generate", "nowhere", "--prompt", "a", "--tokens", "1"]);
+    let nowhere = project.say(&["generate", "nowhere", "--prompt", "a", "--tokens", "1"]);
     assert!(nowhere.err.contains("there is no") && nowhere.err.contains("tokenizer.json"), "{nowhere:?}");
 }
 
 #[cfg(not(feature = "libtorch"))]
 #[test]
 fn devices_of_another_build_are_planned_with_and_refused_before_any_work() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let train = train("steps = 3, devices = [\"libtorch-cuda:0\", \"libtorch-cuda:1\"]");
-    let said = bench.say(&["run", "conf.toml", "--set", &train]);
+    let said = project.say(&["run", "conf.toml", "--set", &train]);
     assert!(said.code == 2 && said.err.contains("`libtorch-cuda:0` needs LibTorch"), "{said:?}");
-    assert!(!bench.path("out").exists());
-    let said = bench.say(&["plan", "conf.toml", "--set", &train]);
+    assert!(!project.path("out").exists());
+    let said = project.say(&["plan", "conf.toml", "--set", &train]);
     assert!(said.code == 0 && said.out.contains("2 ranks (2 a sequence)"), "{said:?}");
-    bench.run(&["--set", &train, "--until", "pack"]);
+    project.run(&["--set", &train, "--until", "pack"]);
 }
 
 #[test]
 fn from_is_for_one_process() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let train = train("steps = 3");
-    let mut command = bench.command(&["train", "conf.toml", "--set", &train, "--from", "pack"]);
+    let mut command = project.command(&["train", "conf.toml", "--set", &train, "--from", "pack"]);
     let environment =
         [("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")];
     let said = said(command.envs(environment).output().unwrap());
@@ -160,9 +160,9 @@ mod processes {
     use super::*;
 
     /// A training of two processes that has written its first checkpoint, and the pid of rank 1.
-    fn started(bench: &Bench, train: &str) -> (std::process::Child, u32) {
-        let child = bench.command(&["train", "conf.toml", "--nproc", "2", "--set", train]).spawn().unwrap();
-        while !tree(&bench.path("out/stages/train")).iter().any(|path| saved(path)) {
+    fn started(project: &Project, train: &str) -> (std::process::Child, u32) {
+        let child = project.command(&["train", "conf.toml", "--nproc", "2", "--set", train]).spawn().unwrap();
+        while !tree(&project.path("out/stages/train")).iter().any(|path| saved(path)) {
             std::thread::sleep(Duration::from_millis(20));
         }
         let rank_1 = std::fs::read_dir("/proc").unwrap().find_map(|entry| {
@@ -180,10 +180,10 @@ mod processes {
     #[test]
     fn processes_train_as_threads_do_and_print_the_run_alone() {
         let train = |ranks| train(&format!("steps = 12, devices = [\"libtorch-cpu\"]{ranks}"));
-        let threads = Bench::new(3);
+        let threads = Project::new(3);
         let want = losses(&threads.run(&["--set", &train(", ranks = 2")]));
-        let bench = Bench::new(3);
-        let said = bench.say(&["train", "conf.toml", "--nproc", "2", "--set", &train("")]);
+        let project = Project::new(3);
+        let said = project.say(&["train", "conf.toml", "--nproc", "2", "--set", &train("")]);
         assert_eq!(said.code, 0, "{said:?}");
         assert_eq!(said.out.lines().count(), 1, "{said:?}");
         let got = losses(Path::new(said.out.trim()));
@@ -195,9 +195,9 @@ mod processes {
 
     #[test]
     fn a_killed_process_ends_the_others_with_its_name_and_training_goes_on() {
-        let bench = Bench::new(3);
+        let project = Project::new(3);
         let train = train("steps = 400, checkpoint_every = 5, devices = [\"libtorch-cpu\"]");
-        let (child, rank_1) = started(&bench, &train);
+        let (child, rank_1) = started(&project, &train);
         let killed = std::time::Instant::now();
         std::process::Command::new("kill").args(["-9", &rank_1.to_string()]).status().unwrap();
         let said = said(child.wait_with_output().unwrap());
@@ -205,39 +205,39 @@ mod processes {
         assert_eq!(said.code, 6, "{said:?}");
         assert!(said.err.contains("rank 1 ended with signal: 9"), "{said:?}");
         assert!(said.err.contains("rank 0") && said.out.is_empty(), "{said:?}");
-        let again = bench.say(&["train", "conf.toml", "--nproc", "2", "--set", &train]);
+        let again = project.say(&["train", "conf.toml", "--nproc", "2", "--set", &train]);
         assert!(again.code == 0 && again.err.contains("training goes on from"), "{again:?}");
     }
 
     #[test]
     fn a_signal_stops_all_processes_after_a_step() {
-        let bench = Bench::new(3);
+        let project = Project::new(3);
         let train = train("steps = 400, checkpoint_every = 5, devices = [\"libtorch-cpu\"]");
-        let (child, _) = started(&bench, &train);
-        crate::bench::terminate(&child);
+        let (child, _) = started(&project, &train);
+        crate::project::terminate(&child);
         let said = said(child.wait_with_output().unwrap());
         assert!(said.code == 75 && said.out.is_empty(), "{said:?}");
-        let again = bench.say(&["train", "conf.toml", "--nproc", "2", "--set", &train]);
+        let again = project.say(&["train", "conf.toml", "--nproc", "2", "--set", &train]);
         assert!(again.code == 0 && again.err.contains("training goes on from"), "{again:?}");
     }
 }
 
 #[test]
 fn a_longer_training_says_that_it_begins_anew() {
-    let bench = Bench::new(3);
-    let short = bench.run(&["--set", &train("steps = 3")]);
-    let said = bench.say(&["run", "conf.toml", "--set", &train("steps = 5")]);
+    let project = Project::new(3);
+    let short = project.run(&["--set", &train("steps = 3")]);
+    let said = project.say(&["run", "conf.toml", "--set", &train("steps = 5")]);
     assert_eq!(said.code, 0, "{said:?}");
     assert!(said.err.contains("a training of 3 steps with the same settings is finished"), "{said:?}");
     let checkpoint =
         said.err.split("set train.checkpoint to ").nth(1).unwrap().split_whitespace().next().unwrap();
     assert!(Path::new(checkpoint).join("model.safetensors").exists(), "{checkpoint}");
     assert_eq!(losses(&short).len(), 3);
-    let mut child = bench
+    let mut child = project
         .command(&["run", "conf.toml", "--set", &train("steps = 3000, checkpoint_every = 2")])
         .spawn()
         .unwrap();
-    while !tree(&bench.path("out/stages/train"))
+    while !tree(&project.path("out/stages/train"))
         .iter()
         .any(|path| saved(path) && path.ends_with("manifest.json"))
     {
@@ -245,24 +245,24 @@ fn a_longer_training_says_that_it_begins_anew() {
     }
     child.kill().unwrap();
     child.wait().unwrap();
-    let said = bench.say(&["run", "conf.toml", "--set", &train("steps = 6")]);
+    let said = project.say(&["run", "conf.toml", "--set", &train("steps = 6")]);
     assert_eq!(said.code, 0, "{said:?}");
     assert!(
         said.err.contains("a training of another length with the same settings was stopped after step"),
         "{said:?}"
     );
     // with other settings it is another training, and the warning is not given
-    let said = bench.say(&["run", "conf.toml", "--set", &train("steps = 5, learning_rate = 1e-3")]);
+    let said = project.say(&["run", "conf.toml", "--set", &train("steps = 5, learning_rate = 1e-3")]);
     assert!(said.code == 0 && !said.err.contains("with the same settings"), "{said:?}");
 }
 
 #[test]
 fn what_goes_between_documents_is_asked_for_by_name_and_nothing_is_said_aloud() {
-    let bench = Bench::new(3);
-    bench.keep_tokenizer();
-    let said = bench.say(&["run", "conf.toml", "--until", "tokenizer", "--set", "tokenizer.bos=false"]);
+    let project = Project::new(3);
+    project.keep_tokenizer();
+    let said = project.say(&["run", "conf.toml", "--until", "tokenizer", "--set", "tokenizer.bos=false"]);
     assert!(said.code == 0 && said.err.contains("there is no token between documents"), "{said:?}");
-    let said = bench.say(&["run", "conf.toml", "--until", "tokenizer"]);
+    let said = project.say(&["run", "conf.toml", "--until", "tokenizer"]);
     assert!(said.code == 0 && !said.err.contains("there is no token between documents"), "{said:?}");
     let none = [
         "run",
@@ -274,18 +274,18 @@ fn what_goes_between_documents_is_asked_for_by_name_and_nothing_is_said_aloud() 
         "--set",
         "tokenizer.eos=false",
     ];
-    let said = bench.say(&none);
+    let said = project.say(&none);
     assert!(said.code == 0 && !said.err.contains("there is no token between documents"), "{said:?}");
     for wrong in ["tokenizer.eos=70000", "tokenizer.eos=<eos>"] {
-        let said = bench.say(&["run", "conf.toml", "--set", wrong]);
+        let said = project.say(&["run", "conf.toml", "--set", wrong]);
         assert!(said.code == 2 && said.err.contains("special tokens are"), "{said:?}");
-        assert!(!bench.path("out/stages/tokens").exists(), "it is said before anything is computed");
+        assert!(!project.path("out/stages/tokens").exists(), "it is said before anything is computed");
     }
-    let run = bench.run(&["--set", "tokenizer.eos=</s>"]);
-    let asked = bench.run(&["--set", "tokenizer.eos=true"]);
+    let run = project.run(&["--set", "tokenizer.eos=</s>"]);
+    let asked = project.run(&["--set", "tokenizer.eos=true"]);
     let data = |run: &Path| {
         std::fs::read(run.join("data").read_dir().unwrap().next().unwrap().unwrap().path()).unwrap()
     };
     assert!(data(&run) == data(&asked));
-    assert!(data(&run) != data(&bench.run(&[])));
+    assert!(data(&run) != data(&project.run(&[])));
 }

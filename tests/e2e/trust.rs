@@ -8,11 +8,11 @@ use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Value, json};
 
-use crate::bench::{Bench, corpus, flip, packed, recipe, rewrite, tree};
+use crate::project::{Project, corpus, flip, packed, recipe, rewrite, tree};
 
 /// Files of an output whose paths have all of these parts.
-fn files(bench: &Bench, parts: &[&str]) -> Vec<PathBuf> {
-    let all = tree(&bench.path("out"));
+fn files(project: &Project, parts: &[&str]) -> Vec<PathBuf> {
+    let all = tree(&project.path("out"));
     let has = |path: &PathBuf| parts.iter().all(|part| path.to_string_lossy().contains(part));
     all.into_iter().filter(has).collect()
 }
@@ -34,8 +34,8 @@ fn reseal(path: &Path, change: impl FnOnce(&mut Value)) {
 
 #[test]
 fn what_a_killed_attempt_left_is_used_only_with_its_digest() {
-    let bench = Bench::new(6);
-    let want = packed(&bench.run(&[]));
+    let project = Project::new(6);
+    let want = packed(&project.run(&[]));
     for (stage, file) in [
         ("shuffle", "ids-"),
         ("pack", "train-00000"),
@@ -45,62 +45,62 @@ fn what_a_killed_attempt_left_is_used_only_with_its_digest() {
     ] {
         // as if the run had been killed after the stage's jobs were done, and a bit on the disk had flipped
         // since
-        std::fs::remove_dir_all(bench.path("out/runs")).unwrap();
+        std::fs::remove_dir_all(project.path("out/runs")).unwrap();
         for after in ["shuffle", "pack"] {
-            for manifest in files(&bench, &["/stages/", &format!("/{after}/"), "/manifest.json"]) {
+            for manifest in files(&project, &["/stages/", &format!("/{after}/"), "/manifest.json"]) {
                 std::fs::remove_file(manifest).unwrap();
             }
         }
-        for manifest in files(&bench, &["/stages/", &format!("/{stage}/"), "/manifest.json"]) {
+        for manifest in files(&project, &["/stages/", &format!("/{stage}/"), "/manifest.json"]) {
             std::fs::remove_file(manifest).unwrap();
         }
         if stage == "shuffle" {
             // as if nothing of it had been packed yet
-            std::fs::remove_dir_all(bench.path("out/stages/pack")).unwrap();
+            std::fs::remove_dir_all(project.path("out/stages/pack")).unwrap();
         }
-        let mut broken = files(&bench, &[&format!("/{stage}/"), &format!("/{file}")]);
+        let mut broken = files(&project, &[&format!("/{stage}/"), &format!("/{file}")]);
         broken.retain(|path| !path.to_string_lossy().contains("/jobs/"));
         assert!(!broken.is_empty(), "{stage}");
         broken.iter().for_each(|path| rewrite(path, |bytes| flip(bytes)));
-        let run = bench.run(&[]);
+        let run = project.run(&[]);
         assert!(packed(&run) == want, "{stage}");
-        let verdict = bench.say(&["verify", run.to_str().unwrap()]);
+        let verdict = project.say(&["verify", run.to_str().unwrap()]);
         assert_eq!(verdict.code, 0, "{stage}: {verdict:?}");
     }
 }
 
 #[test]
 fn what_is_broken_in_a_run_s_directory_is_mended_by_the_next_run() {
-    let bench = Bench::new(7);
-    let run = bench.run(&[]);
+    let project = Project::new(7);
+    let run = project.run(&[]);
     let want = packed(&run);
     let harm = || rewrite(&run.join("data/train-00000-of-00004.parquet"), |bytes| flip(bytes));
     for more in [&["--from", "pack"][..], &[]] {
         harm();
         assert!(packed(&run) != want);
-        assert!(packed(&bench.run(more)) == want, "{more:?}");
-        let verdict = bench.say(&["verify", run.to_str().unwrap()]);
+        assert!(packed(&project.run(more)) == want, "{more:?}");
+        let verdict = project.say(&["verify", run.to_str().unwrap()]);
         assert_eq!(verdict.code, 0, "{more:?}: {verdict:?}");
     }
     // the stage's own file is checked, too, if the run's directory has to be written again
     std::fs::remove_dir_all(&run).unwrap();
-    for file in files(&bench, &["/pack/", "/train-00000"]) {
+    for file in files(&project, &["/pack/", "/train-00000"]) {
         rewrite(&file, |bytes| flip(bytes));
     }
-    assert!(packed(&bench.run(&[])) == want);
+    assert!(packed(&project.run(&[])) == want);
 }
 
 #[test]
 fn a_manifest_says_what_the_last_run_read_and_attempts_what_it_said_before() {
-    let bench = Bench::new(8);
-    bench.keep_tokenizer();
-    let run = bench.run(&[]);
+    let project = Project::new(8);
+    project.keep_tokenizer();
+    let run = project.run(&[]);
     let before = json(&run.join("manifest.json"));
     // the same documents in another file, a third of them twice
     let rows = corpus(8, 240);
-    std::fs::remove_file(bench.path("in/a.jsonl")).unwrap();
-    bench.jsonl("in/b.jsonl", &[rows.as_slice(), &rows[..80]].concat());
-    assert_eq!(bench.run(&[]), run);
+    std::fs::remove_file(project.path("in/a.jsonl")).unwrap();
+    project.jsonl("in/b.jsonl", &[rows.as_slice(), &rows[..80]].concat());
+    assert_eq!(project.run(&[]), run);
     let after = json(&run.join("manifest.json"));
     let inputs = |manifest: &Value| manifest["inputs"][0]["url"].as_str().unwrap().to_owned();
     assert!(inputs(&before).ends_with("in/a.jsonl") && inputs(&after).ends_with("in/b.jsonl"));
@@ -110,36 +110,36 @@ fn a_manifest_says_what_the_last_run_read_and_attempts_what_it_said_before() {
         kept.iter().filter(|path| path.to_string_lossy().contains("before")).map(|path| json(path)).collect();
     assert_eq!(kept, [before]);
     // a manifest that did not change is not kept a second time
-    bench.run(&[]);
+    project.run(&[]);
     let olds = tree(&run.join("attempts"));
     assert_eq!(olds.iter().filter(|path| path.to_string_lossy().contains("before")).count(), 1);
-    assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+    assert_eq!(project.say(&["verify", run.to_str().unwrap()]).code, 0);
 }
 
 #[test]
 fn verify_sees_strays_and_what_else_was_changed_in_a_run_s_directory() {
-    let bench = Bench::new(9);
-    let run = bench.run(&[]);
+    let project = Project::new(9);
+    let run = project.run(&[]);
     let url = run.to_str().unwrap();
     for name in ["README.md", "report.html"] {
         let text = std::fs::read_to_string(run.join(name)).unwrap();
         std::fs::write(run.join(name), text.replace("tokens", "apples")).unwrap();
-        let verdict = bench.say(&["verify", url]);
+        let verdict = project.say(&["verify", url]);
         assert!(verdict.code == 5 && verdict.out.contains(name), "{name}: {verdict:?}");
-        bench.run(&[]);
-        assert_eq!(bench.say(&["verify", url]).code, 0, "{name}");
+        project.run(&[]);
+        assert_eq!(project.say(&["verify", url]).code, 0, "{name}");
     }
     let stray = run.join("data/train-00009-of-00010.parquet");
     std::fs::copy(run.join("data/train-00000-of-00004.parquet"), &stray).unwrap();
     for _ in 0..2 {
-        let verdict = bench.say(&["verify", url]);
+        let verdict = project.say(&["verify", url]);
         assert!(verdict.code == 5 && verdict.out.contains("train-00009-of-00010.parquet"), "{verdict:?}");
         assert!(!verdict.out.contains("withdrawn"), "another run does not mend it: {verdict:?}");
     }
     std::fs::remove_file(stray).unwrap();
     // other files in the run's directory are ignored
     std::fs::write(run.join("notes.txt"), "mine").unwrap();
-    assert_eq!(bench.say(&["verify", url]).code, 0);
+    assert_eq!(project.say(&["verify", url]).code, 0);
 }
 
 /// Rewrites a packed file with other segments, and updates the run's manifest to match.
@@ -184,8 +184,8 @@ fn repack(
 
 #[test]
 fn verify_asks_packed_files_whether_they_are_what_the_recipe_asked_for() {
-    let bench = Bench::new(9);
-    let run = bench.run(&[]);
+    let project = Project::new(9);
+    let run = project.run(&[]);
     let url = run.to_str().unwrap().to_owned();
     let want = packed(&run);
 
@@ -193,9 +193,9 @@ fn verify_asks_packed_files_whether_they_are_what_the_recipe_asked_for() {
         starts[1] += 1;
         segments.clone()
     });
-    let verdict = bench.say(&["verify", &url]);
+    let verdict = project.say(&["verify", &url]);
     assert!(verdict.code == 5 && verdict.out.contains("do not tile"), "{verdict:?}");
-    assert!(packed(&bench.run(&[])) == want);
+    assert!(packed(&project.run(&[])) == want);
 
     // attributes a whole sequence to one document, which was never drawn so often
     repack(&run, "data/train-00000-of-00004.parquet", |_, _, segments| {
@@ -209,22 +209,22 @@ fn verify_asks_packed_files_whether_they_are_what_the_recipe_asked_for() {
             None,
         )
     });
-    let verdict = bench.say(&["verify", &url]);
+    let verdict = project.say(&["verify", &url]);
     assert!(verdict.code == 5 && verdict.out.contains("were drawn of it"), "{verdict:?}");
-    assert!(packed(&bench.run(&[])) == want);
-    assert_eq!(bench.say(&["verify", &url]).code, 0);
+    assert!(packed(&project.run(&[])) == want);
+    assert_eq!(project.say(&["verify", &url]).code, 0);
 }
 
 #[test]
 fn a_run_is_reproduced_anew_each_time_and_compared_as_it_lies_there() {
-    let bench = Bench::new(4);
-    let run = bench.run(&[]);
+    let project = Project::new(4);
+    let run = project.run(&[]);
     let url = run.to_str().unwrap();
-    let reproduce = || bench.say(&["reproduce", url, "--into", "again"]);
+    let reproduce = || project.say(&["reproduce", url, "--into", "again"]);
     let said = reproduce();
     assert!(said.code == 0 && said.out.contains("the same bytes"), "{said:?}");
     let name = "data/train-00000-of-00004.parquet";
-    let again = tree(&bench.path("again/runs"));
+    let again = tree(&project.path("again/runs"));
     let twin = again.iter().find(|path| path.ends_with(name)).unwrap();
     let sound = std::fs::read(run.join(name)).unwrap();
 
@@ -240,9 +240,9 @@ fn a_run_is_reproduced_anew_each_time_and_compared_as_it_lies_there() {
     assert!(said.code == 0 && said.out.contains("the same bytes"), "{said:?}");
 
     // nor is a run compared with itself, by any name of its output
-    std::os::unix::fs::symlink("out", bench.path("link")).unwrap();
+    std::os::unix::fs::symlink("out", project.path("link")).unwrap();
     for into in ["out", "link", "link/runs", &format!("{url}/data")] {
-        let said = bench.say(&["reproduce", url, "--into", into]);
+        let said = project.say(&["reproduce", url, "--into", into]);
         assert!(said.code == 2 && said.err.contains("the output that the run itself is in"), "{said:?}");
     }
 
@@ -261,10 +261,10 @@ fn a_run_is_reproduced_anew_each_time_and_compared_as_it_lies_there() {
 
 #[test]
 fn keys_of_ids_name_the_encoder_that_made_them() {
-    let bench = Bench::new(3);
-    bench.run(&[]);
+    let project = Project::new(3);
+    project.run(&[]);
     for stage in ["tokens", "pack", "tokenizer"] {
-        let manifests = files(&bench, &["/stages/", &format!("/{stage}/"), "/manifest.json"]);
+        let manifests = files(&project, &["/stages/", &format!("/{stage}/"), "/manifest.json"]);
         let ingredients = json(&manifests[0])["ingredients"].to_string();
         assert!(
             ingredients.contains("tokenizers 0.") && ingredients.contains("onig"),
@@ -275,18 +275,18 @@ fn keys_of_ids_name_the_encoder_that_made_them() {
 
 #[test]
 fn a_text_that_is_held_out_in_one_domain_is_drawn_in_no_other() {
-    let bench = Bench::empty();
+    let project = Project::empty();
     let mut rows = vec![];
     for (i, (domain, text)) in corpus(5, 120).into_iter().enumerate() {
         rows.push((domain, text.clone()));
         // every text also occurs in another domain
         rows.push((["copies", "more"][i % 2].to_owned(), text));
     }
-    bench.jsonl("in/a.jsonl", &rows);
-    bench.conf("in/*", "jsonl", "");
+    project.jsonl("in/a.jsonl", &rows);
+    project.conf("in/*", "jsonl", "");
     let sets = ["--set", "mixture.holdout=0.3"];
-    bench.run(&sets);
-    let one = |sql: &str| bench.sql(sql, &sets)[0]["n"].as_u64().unwrap();
+    project.run(&sets);
+    let one = |sql: &str| project.sql(sql, &sets)[0]["n"].as_u64().unwrap();
     let texts = "(select catalog.text_id from catalog inner join heldout on catalog.doc_id = heldout.doc_id)";
     let drawn = format!(
         "select count(*) as n from drawn inner join catalog on drawn.doc_id = catalog.doc_id
@@ -308,9 +308,9 @@ fn a_text_that_is_held_out_in_one_domain_is_drawn_in_no_other() {
 
 #[test]
 fn a_preview_s_figures_are_the_draw_s_where_copies_are_bounded() {
-    let bench = Bench::empty();
-    bench.jsonl("in/a.jsonl", &corpus(11, 3000));
-    bench.conf("in/*", "jsonl", "");
+    let project = Project::empty();
+    project.jsonl("in/a.jsonl", &corpus(11, 3000));
+    project.conf("in/*", "jsonl", "");
     let recipe = format!("mixture.recipe={}", recipe("length_power"));
     let sets = [
         "--set",
@@ -322,18 +322,18 @@ fn a_preview_s_figures_are_the_draw_s_where_copies_are_bounded() {
         "--set",
         "mixture.budget=1M",
     ];
-    let said = bench.say(&[&["preview", "conf.toml", "--json"][..], &sets].concat());
+    let said = project.say(&[&["preview", "conf.toml", "--json"][..], &sets].concat());
     assert_eq!(said.code, 0, "{}", said.err);
     let preview: Value = serde_json::from_str(&said.out).unwrap();
     let domains = preview["domains"].as_array().unwrap();
     let total: u64 = domains.iter().map(|domain| domain["drawn"].as_u64().unwrap()).sum();
     assert_eq!(total, 1_000_000);
-    bench.run(&sets);
+    project.run(&sets);
     let query =
         "select domain, sum(stop - start) as drawn, sum(stop - start) filter (where tokens > 512) as long,
         max(copy) as copy from drawn group by domain";
     let mut bounded = 0;
-    for row in bench.sql(query, &sets) {
+    for row in project.sql(query, &sets) {
         let domain = domains.iter().find(|domain| domain["domain"] == row["domain"]).unwrap();
         let drawn = domain["drawn"].as_f64().unwrap();
         assert!((drawn - row["drawn"].as_f64().unwrap()).abs() <= 1.0, "{row} {domain}");
@@ -347,54 +347,54 @@ fn a_preview_s_figures_are_the_draw_s_where_copies_are_bounded() {
 
 #[test]
 fn a_domain_that_the_conf_s_shares_leave_out_is_said() {
-    let bench = Bench::new(2);
+    let project = Project::new(2);
     let sets = ["--set", "mixture.shares={ book = 1, code = 1 }", "--set", "mixture.budget=10K"];
-    let said = bench.say(&[&["preview", "conf.toml"][..], &sets].concat());
+    let said = project.say(&[&["preview", "conf.toml"][..], &sets].concat());
     assert!(said.code == 0 && said.out.contains("gives no share to web"), "{said:?}");
-    let said = bench.say(&[&["run", "conf.toml", "--until", "mixture"][..], &sets].concat());
+    let said = project.say(&[&["run", "conf.toml", "--until", "mixture"][..], &sets].concat());
     assert!(said.code == 0 && said.err.contains("gives no share to web"), "{said:?}");
     // a share of 0 is deliberate
     let sets = ["--set", "mixture.shares={ book = 1, code = 1, web = 0 }", "--set", "mixture.budget=10K"];
-    let said = bench.say(&[&["preview", "conf.toml"][..], &sets].concat());
+    let said = project.say(&[&["preview", "conf.toml"][..], &sets].concat());
     assert!(said.code == 0 && !said.out.contains("gives no share"), "{said:?}");
 }
 
 #[test]
 fn until_shuffle_ends_before_anything_is_packed() {
-    let bench = Bench::new(2);
-    let said = bench.say(&["run", "conf.toml", "--until", "shuffle", "--json"]);
+    let project = Project::new(2);
+    let said = project.say(&["run", "conf.toml", "--until", "shuffle", "--json"]);
     assert_eq!(said.code, 0, "{said:?}");
     let value: Value = serde_json::from_str(&said.out).unwrap();
     let stages = value["stages"].as_array().unwrap().iter();
     let stages: Vec<&str> = stages.map(|stage| stage["stage"].as_str().unwrap()).collect();
     assert_eq!(stages.last(), Some(&"shuffle"), "{stages:?}");
-    assert!(!bench.path("out/stages/pack").exists());
+    assert!(!project.path("out/stages/pack").exists());
 }
 
 #[test]
 fn seven_hundred_domains_are_an_ordinary_corpus() {
-    let bench = Bench::empty();
+    let project = Project::empty();
     let rows: Vec<_> = corpus(1, 1400)
         .into_iter()
         .enumerate()
         .map(|(i, (_, text))| (format!("host-{:03}.org", i % 700), text))
         .collect();
-    bench.jsonl("in/a.jsonl", &rows);
-    bench.conf("in/*", "jsonl", "shortfall = \"allow\"");
-    let run = bench.run(&["--set", "mixture.holdout=0"]);
+    project.jsonl("in/a.jsonl", &rows);
+    project.conf("in/*", "jsonl", "shortfall = \"allow\"");
+    let run = project.run(&["--set", "mixture.holdout=0"]);
     let report = std::fs::read_to_string(run.join("report.html")).unwrap();
     assert!(report.len() < 2_000_000, "{}", report.len());
     assert!(report.contains("(all others)"));
     let card = std::fs::read_to_string(run.join("README.md")).unwrap();
     assert!(card.contains("| 600 others |"), "{card}");
-    assert_eq!(bench.say(&["verify", run.to_str().unwrap()]).code, 0);
+    assert_eq!(project.say(&["verify", run.to_str().unwrap()]).code, 0);
 }
 
 #[test]
 fn a_check_that_asks_for_a_number_is_asked_again_with_another_one() {
-    let bench = Bench::new(2);
-    bench.write("sql/checks/catalog_has_enough.sql", "select doc_id from catalog where $budget < 30000\n");
-    assert_eq!(bench.say(&["run", "conf.toml", "--until", "catalog"]).code, 0);
-    let said = bench.say(&["run", "conf.toml", "--until", "catalog", "--set", "mixture.budget=20K"]);
+    let project = Project::new(2);
+    project.write("sql/checks/catalog_has_enough.sql", "select doc_id from catalog where $budget < 30000\n");
+    assert_eq!(project.say(&["run", "conf.toml", "--until", "catalog"]).code, 0);
+    let said = project.say(&["run", "conf.toml", "--until", "catalog", "--set", "mixture.budget=20K"]);
     assert!(said.code == 3 && said.err.contains("catalog_has_enough.sql found rows"), "{said:?}");
 }

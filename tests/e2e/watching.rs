@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::bench::{Bench, recipe, said, terminate, tree};
+use crate::project::{Project, recipe, said, terminate, tree};
 
 /// A server that receives JSON posts, and answers each with success.
 fn listener() -> (String, mpsc::Receiver<(String, Value)>) {
@@ -52,9 +52,9 @@ fn slow_listener(
 
 #[test]
 fn openlineage_hears_of_the_run_and_of_each_stage_that_was_computed() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let (url, heard) = listener();
-    let mut command = bench.command(&["run", "conf.toml"]);
+    let mut command = project.command(&["run", "conf.toml"]);
     command.env("OPENLINEAGE_URL", &url).env("OPENLINEAGE_API_KEY", "planted-secret");
     let done = said(command.output().unwrap());
     assert_eq!(done.code, 0, "{done:?}");
@@ -86,9 +86,9 @@ fn openlineage_hears_of_the_run_and_of_each_stage_that_was_computed() {
 
 #[test]
 fn opentelemetry_hears_a_span_of_each_stage_inside_the_run_s_and_its_measures() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let (url, heard) = listener();
-    let mut command = bench.command(&["run", "conf.toml"]);
+    let mut command = project.command(&["run", "conf.toml"]);
     command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &url).env("OTEL_SERVICE_NAME", "nightly");
     command.env("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Basic planted-secret,x-tenant=t1");
     let done = said(command.output().unwrap());
@@ -139,7 +139,7 @@ fn opentelemetry_hears_a_span_of_each_stage_inside_the_run_s_and_its_measures() 
     assert_eq!(documents.unwrap()["asDouble"], 240.0);
     assert!(!done.err.contains("planted-secret"));
 
-    let mut command = bench.command(&["run", "conf.toml", "--set", "mixture.budget=400M"]);
+    let mut command = project.command(&["run", "conf.toml", "--set", "mixture.budget=400M"]);
     let (url, heard) = listener();
     let failed = said(command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &url).output().unwrap());
     assert_eq!(failed.code, 3, "{failed:?}");
@@ -149,16 +149,16 @@ fn opentelemetry_hears_a_span_of_each_stage_inside_the_run_s_and_its_measures() 
 
 #[test]
 fn a_run_that_fails_is_heard_to_fail_and_one_that_nobody_hears_goes_on() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let (url, heard) = listener();
-    let mut command = bench.command(&["run", "conf.toml", "--set", "mixture.budget=400M"]);
+    let mut command = project.command(&["run", "conf.toml", "--set", "mixture.budget=400M"]);
     let failed = said(command.env("OPENLINEAGE_URL", &url).output().unwrap());
     assert_eq!(failed.code, 3, "{failed:?}");
     let (_, last) = heard.try_iter().last().unwrap();
     assert_eq!(last["eventType"], "FAIL");
     assert!(last["run"]["facets"]["errorMessage"]["message"].is_string(), "{last}");
     for listener in ["OPENLINEAGE_URL", "OTEL_EXPORTER_OTLP_ENDPOINT"] {
-        let mut command = bench.command(&["run", "conf.toml"]);
+        let mut command = project.command(&["run", "conf.toml"]);
         let deaf = said(command.env(listener, "http://127.0.0.1:9").output().unwrap());
         assert_eq!(deaf.code, 0, "{deaf:?}");
         assert_eq!(deaf.err.matches(listener).count(), 1, "{deaf:?}");
@@ -167,17 +167,17 @@ fn a_run_that_fails_is_heard_to_fail_and_one_that_nobody_hears_goes_on() {
 
 #[test]
 fn prometheus_reads_how_a_run_ended() {
-    let bench = Bench::new(3);
-    let file = bench.path("run.prom");
+    let project = Project::new(3);
+    let file = project.path("run.prom");
     let run = |more: &[&str]| {
-        let mut command = bench.command(&[&["run", "conf.toml"], more].concat());
+        let mut command = project.command(&[&["run", "conf.toml"], more].concat());
         said(command.env("LENGTHWISE_METRICS", &file).output().unwrap())
     };
     assert_eq!(run(&["--set", "mixture.budget=400M"]).code, 3);
     let text = std::fs::read_to_string(&file).unwrap();
     assert!(text.contains("lengthwise_run_exit_code{run=\"t\"} 3\n"), "{text}");
     let recipes = recipe("cut_128k");
-    let mut sweep = bench.command(&["sweep", "conf.toml", "--recipes", &recipes]);
+    let mut sweep = project.command(&["sweep", "conf.toml", "--recipes", &recipes]);
     sweep.args(["--set", "train={ checkpoint = \"nowhere\", steps = 4 }"]);
     assert_eq!(said(sweep.env("LENGTHWISE_METRICS", &file).output().unwrap()).code, 2);
     let text = std::fs::read_to_string(&file).unwrap();
@@ -204,26 +204,26 @@ fn prometheus_reads_how_a_run_ended() {
 
 #[test]
 fn a_signal_between_two_runs_of_a_sweep_stops_it() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     let second = |event: &Value| event["job"]["name"] == "t-cut_128k" && event["eventType"] == "START";
     let (url, heard) = slow_listener(move |event| Duration::from_secs(if second(event) { 3 } else { 0 }));
     let recipes = format!("{},{}", recipe("per_source"), recipe("cut_128k"));
-    let mut command = bench.command(&["sweep", "conf.toml", "--recipes", &recipes]);
+    let mut command = project.command(&["sweep", "conf.toml", "--recipes", &recipes]);
     let mut child = command.env("OPENLINEAGE_URL", &url).spawn().unwrap();
     assert!(heard.iter().any(|(_, event)| second(&event)));
     // while the server delays its answer, no work is done
     terminate(&child);
     assert_eq!(child.wait().unwrap().code(), Some(75));
-    let mixtures = tree(&bench.path("out/stages/mixture"));
+    let mixtures = tree(&project.path("out/stages/mixture"));
     assert_eq!(mixtures.iter().filter(|path| path.ends_with("manifest.json")).count(), 1);
 }
 
 #[test]
 fn a_run_that_is_told_to_stop_says_so_to_all_who_listen() {
-    let bench = Bench::new(3);
-    bench.write("endless.sql", crate::hostile::ENDLESS[0]);
-    let ((lineage, events), (telemetry, spans), file) = (listener(), listener(), bench.path("run.prom"));
-    let mut command = bench.command(&["run", "conf.toml", "--set", "mixture.recipe=endless.sql"]);
+    let project = Project::new(3);
+    project.write("endless.sql", crate::hostile::ENDLESS[0]);
+    let ((lineage, events), (telemetry, spans), file) = (listener(), listener(), project.path("run.prom"));
+    let mut command = project.command(&["run", "conf.toml", "--set", "mixture.recipe=endless.sql"]);
     command.env("OPENLINEAGE_URL", lineage).env("OTEL_EXPORTER_OTLP_ENDPOINT", telemetry);
     let mut child = command.env("LENGTHWISE_METRICS", &file).spawn().unwrap();
     std::thread::sleep(std::time::Duration::from_secs(3));
@@ -238,9 +238,9 @@ fn a_run_that_is_told_to_stop_says_so_to_all_who_listen() {
 
 #[test]
 fn a_log_in_json_is_json_to_its_last_line_and_says_how_it_ended() {
-    let bench = Bench::new(3);
+    let project = Project::new(3);
     for (more, code) in [(&[][..], 0), (&["--set", "mixture.budget=400M"][..], 3)] {
-        let mut command = bench.command(&[&["run", "conf.toml"], more].concat());
+        let mut command = project.command(&[&["run", "conf.toml"], more].concat());
         let output = command.env("LENGTHWISE_LOG_FORMAT", "json").output().unwrap();
         assert_eq!(output.status.code(), Some(code));
         let lines: Vec<Value> = String::from_utf8_lossy(&output.stderr)

@@ -43,7 +43,7 @@ pub fn corpus(seed: u64, documents: usize) -> Vec<Row> {
     rows
 }
 
-pub struct Bench {
+pub struct Project {
     pub dir: tempfile::TempDir,
 }
 
@@ -55,7 +55,7 @@ pub struct Said {
     pub err: String,
 }
 
-impl Bench {
+impl Project {
     /// An empty folder.
     pub fn empty() -> Self {
         Self { dir: tempfile::tempdir().unwrap() }
@@ -63,10 +63,10 @@ impl Bench {
 
     /// A folder with a corpus in `in/` and a conf.
     pub fn new(seed: u64) -> Self {
-        let bench = Self::empty();
-        bench.jsonl("in/a.jsonl", &corpus(seed, 240));
-        bench.conf("in/*", "jsonl", "");
-        bench
+        let project = Self::empty();
+        project.jsonl("in/a.jsonl", &corpus(seed, 240));
+        project.conf("in/*", "jsonl", "");
+        project
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
