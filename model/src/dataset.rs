@@ -200,7 +200,8 @@ impl AsyncFileReader for ParquetObject {
 /// Refuses pages whose headers the Parquet library must not read, and dictionaries with fewer bytes than their headers claim
 /// values. For those the library would allocate up to 16 GiB before it looks at the data.
 fn check_pages(metadata: &ParquetMetaData, range: Range<u64>, bytes: &Bytes) -> Result<(), ParquetError> {
-    let mut columns = metadata.row_groups().iter().flat_map(|group| group.columns());
+    let mut columns =
+        metadata.row_groups().iter().flat_map(parquet::file::metadata::RowGroupMetaData::columns);
     let Some(column) = columns.find(|column| {
         let (start, length) = column.byte_range();
         (start..start + length) == range

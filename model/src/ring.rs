@@ -133,7 +133,7 @@ fn ring_shift<'a>(
     tensors: [&Tensor<3>; 2],
 ) -> Result<impl FnOnce() -> Result<[Tensor<3>; 2]> + 'a> {
     let (rank, ranks) = (comm.rank(), comm.size());
-    let shapes = tensors.map(|tensor| tensor.dims());
+    let shapes = tensors.map(burn_tensor::Tensor::dims);
     let flat = tensors.map(|tensor| tensor.clone().reshape([-1])).to_vec();
     let pending = comm.exchange((rank + 1) % ranks, (rank + ranks - 1) % ranks, flat)?;
     Ok(move || {

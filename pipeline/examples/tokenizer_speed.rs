@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for text in &texts {
             let mut ids = vec![];
             encoder.encode(text, &mut ids)?;
-            different += (ids != tokenizer.encode_plain(text)?) as usize;
+            different += usize::from(ids != tokenizer.encode_plain(text)?);
         }
         println!(
             "{different} of {} documents have other ids than Hugging Face's tokenizers gives",

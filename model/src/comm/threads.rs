@@ -35,7 +35,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Shared {
     fn failure(&self) -> Option<(usize, String)> {
-        self.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+        self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 }
 
@@ -56,7 +56,7 @@ impl ThreadGroup {
 
     /// Records this rank's failure, which makes the calls of all other ranks fail. The first failure counts.
     fn record_failure(&self, why: &str) {
-        let mut failed = self.shared.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut failed = self.shared.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         failed.get_or_insert((self.first + self.rank, why.to_owned()));
     }
 
@@ -66,7 +66,7 @@ impl ThreadGroup {
     }
 
     fn receive(&self, from: usize, doing: &'static str) -> Result<Message> {
-        let receiver = self.from[from].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let receiver = self.from[from].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let started = Instant::now();
         loop {
             match receiver.recv_timeout(POLL_INTERVAL) {

@@ -94,7 +94,8 @@ impl EvalModel {
     ) -> Result<T> {
         let ranks = self.prefixes.len();
         let all = threads::run(ranks, ranks, TIMEOUT, |comm, _| {
-            let mut prefix = self.prefixes[comm.rank()].lock().unwrap_or_else(|e| e.into_inner());
+            let mut prefix =
+                self.prefixes[comm.rank()].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             work(&self.models[comm.rank() % self.models.len()], comm, &mut prefix)
         });
         Ok(all?.swap_remove(0))
