@@ -48,7 +48,7 @@ pub struct Stratum {
     /// mixture.
     pub budget: u64,
     /// Expected tokens drawn, by document length, in the buckets of the paper's Figure 2 (Fu et al. 2024).
-    /// Their sum is what is drawn: the budget without its [`shortfall`](Self::shortfall).
+    /// Their sum is what is drawn: the budget, or what `max_copies` leaves of it.
     pub by_length: Vec<u64>,
     /// How many of these tokens are in long documents.
     pub long: u64,

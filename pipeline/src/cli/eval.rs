@@ -179,7 +179,7 @@ pub async fn main(arguments: EvalArguments) -> Result<()> {
     let value = json!({ "evaluation": evaluation.name(), "result": notes, "cases": cases, "against": rows });
     print(arguments.json, &value, || match (&rows, &other) {
         (Some(rows), Some((url, _))) => {
-            let names = [url.to_string(), arguments.target.clone()];
+            let names = [(*url).clone(), arguments.target.clone()];
             format!("{}\n{cases}", report::comparison::losses(&names, rows))
         }
         _ => format!("{}\n{cases}", text(&evaluation, notes)),

@@ -311,9 +311,9 @@ fn command_line() -> String {
     }
     out.push_str(
         "
-Results go to stdout, progress and the log to stderr. The variables that the program reads are in the
-[README](../../README.md#scheduling-it). A build with the feature `cluster` also has the command `cluster`; see
-[On a cluster](../../README.md#on-a-cluster) and `lengthwise cluster --help`.
+Results go to stdout, progress and the log to stderr. [Scheduling](../guides/scheduling.md) lists the
+variables that the program reads. A build with the feature `cluster` also has the command `cluster`; see
+[Cluster](../guides/cluster.md) and `lengthwise cluster --help`.
 
 ## Exit codes
 

@@ -206,6 +206,6 @@ fn inputs_differ(before: &RunManifest, now: &RunManifest) -> String {
     format!(
         "inputs differ: {} changed or gone ({}), {new} new",
         changed.len(),
-        changed.iter().take(5).cloned().collect::<Vec<_>>().join(", ")
+        changed.iter().take(5).copied().collect::<Vec<_>>().join(", ")
     )
 }

@@ -109,6 +109,7 @@ pub async fn list(run: &Run) -> Result<Vec<Source>> {
 pub async fn sample(run: &Run, sources: &[Source], bytes: u64) -> Result<Vec<String>> {
     let mut kept: BTreeMap<(u64, [u8; 16]), String> = BTreeMap::new();
     let mut kept_bytes = 0;
+    let (mut rejects, mut first_reject) = (0u64, None);
     let bar = run.progress.stage("tokenizer", sources.iter().flat_map(|s| &s.units).map(Unit::bytes).sum());
     for source in sources {
         for unit in &source.units {
@@ -116,7 +117,23 @@ pub async fn sample(run: &Run, sources: &[Source], bytes: u64) -> Result<Vec<Str
             while let Some(part) = parts.next().await? {
                 let spec = &source.spec;
                 part.rows(spec, &mut |row| {
-                    let Ok(Some(document)) = row.outcome else { return Ok(()) };
+                    let document = match row.outcome {
+                        Ok(Some(document)) => document,
+                        Ok(None) => return Ok(()),
+                        Err(reject) => {
+                            rejects += 1;
+                            first_reject.get_or_insert_with(|| {
+                                format!(
+                                    "{} line {}: {}: {}",
+                                    row.file,
+                                    row.line,
+                                    reject.reason.name(),
+                                    reject.detail
+                                )
+                            });
+                            return Ok(());
+                        }
+                    };
                     let id = doc_id(document.domain, document.text);
                     let place = (unit_hash("sample", run.conf.run.seed, &id, 0, 0), id);
                     if kept_bytes >= bytes && kept.last_key_value().is_some_and(|(last, _)| place > *last) {
@@ -139,9 +156,16 @@ pub async fn sample(run: &Run, sources: &[Source], bytes: u64) -> Result<Vec<Str
         }
     }
     if kept.is_empty() {
+        let message = "the sources have no document to train a tokenizer on".to_owned();
+        let Some(first) = first_reject else {
+            return Err(Error::data(
+                message,
+                "all texts are empty: do the sources' urls name the right files?",
+            ));
+        };
         return Err(Error::data(
-            "the sources have no document to train a tokenizer on",
-            "`lengthwise run CONF --until tokens` with a `tokenizer.url` shows why rows are rejected",
+            format!("{message}: {rejects} rows were rejected\n  the first: {first}"),
+            "compare the source's `text` and `domain` with a line of the file",
         ));
     }
     Ok(kept.into_values().collect())

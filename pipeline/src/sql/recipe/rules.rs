@@ -436,7 +436,7 @@ fn adding<'e>(
         },
         "avg" => Some((
             format!("avg({argument}) adds up floats: its last bits depend on the order of the rows"),
-            format!("write exact_sum(cast({argument} as double)) / count({argument})"),
+            format!("write (exact_sum(cast({argument} as double)) / count({argument}))"),
         )),
         "first_value" | "last_value" | "nth_value" | "array_agg" | "string_agg" => {
             let keys: Vec<&Expr> = keys.collect();
