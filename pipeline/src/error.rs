@@ -383,6 +383,7 @@ fn is_lasting(kind: ErrorKind) -> bool {
         PermissionDenied,
         ReadOnlyFilesystem,
         InvalidFilename,
+        AlreadyExists,
         Unsupported,
     ]
     .contains(&kind)
@@ -504,6 +505,7 @@ mod tests {
             (2, refused("gs://nowhere/x", "404: The specified bucket does not exist.")),
             (2, io(of(libc::ENOENT))),
             (2, io(of(libc::EISDIR))),
+            (2, io(of(libc::EEXIST))),
             (2, io(of(libc::EACCES))),
             (2, io(ErrorKind::InvalidData.into())),
             (2, Error::usage("", "")),

@@ -66,8 +66,14 @@ fn a_source_that_is_named_is_read_as_what_it_is() {
         project.write(&format!("texts/{i}.md"), text);
     }
     project.write("texts/package.json", "{\n}\n");
-    for (source, format) in [("tables", "jsonl"), ("tables/*.jsonl.zst", "jsonl"), ("texts", "text")] {
-        let folder = format!("of-{}", source.len());
+    // what people keep beside a shard
+    project.jsonl("shard/a.jsonl", &rows);
+    project.write("shard/README.md", "# A shard\n");
+    project.write("shard/dataset_infos.json", "{\n}\n");
+    let sources =
+        [("tables", "jsonl"), ("tables/*.jsonl.zst", "jsonl"), ("texts", "text"), ("shard", "jsonl")];
+    for (i, (source, format)) in sources.into_iter().enumerate() {
+        let folder = format!("of-{i}");
         let made = project.say(&["init", &folder, "--source", source]);
         assert_eq!(made.code, 0, "{source}: {made:?}");
         assert!(!project.path(&folder).join("text").exists());
@@ -77,6 +83,9 @@ fn a_source_that_is_named_is_read_as_what_it_is() {
         let conf = std::fs::read_to_string(project.path(&folder).join("conf/first.toml")).unwrap();
         assert!(conf.contains(&format!("format = \"{format}\"")), "{conf}");
     }
+    project.write("shard/b.parquet", "");
+    let mixed = project.say(&["init", "mixed", "--source", "shard"]);
+    assert!(mixed.code == 2 && mixed.err.contains("two formats"), "{mixed:?}");
     let nowhere = project.say(&["init", "nowhere", "--source", "not/there"]);
     assert!(nowhere.code == 2 && nowhere.err.contains("not/there"), "{nowhere:?}");
     assert!(!project.path("nowhere").exists());

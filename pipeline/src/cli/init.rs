@@ -34,6 +34,14 @@ pub struct InitArguments {
 
 pub async fn main(arguments: InitArguments) -> Result<()> {
     let folder = arguments.folder;
+    let name = folder.to_str().filter(|name| !name.contains("://") && !name.contains(char::is_control));
+    let Some(name) = name else {
+        let message = format!("a project cannot be made in {}", folder.display());
+        return Err(Error::usage(
+            message,
+            "name a folder of this machine, in UTF-8 and without control characters",
+        ));
+    };
     let mut files = vec![(".gitignore".to_owned(), "/out\n".to_owned())];
     match arguments.source {
         Some(url) => files.push(("conf/first.toml".into(), conf_of(&url).await?)),
@@ -52,11 +60,18 @@ pub async fn main(arguments: InitArguments) -> Result<()> {
             "name another folder, or move away what is in this one",
         ));
     }
-    for (name, text) in &files {
-        write_new(&folder.join(name), text)?;
+    for (i, (name, text)) in files.iter().enumerate() {
+        let path = folder.join(name);
+        if let Err(error) = write_new(&path, text) {
+            // nothing is left in the way of the next try
+            for (name, _) in &files[..i] {
+                let _ = std::fs::remove_file(folder.join(name));
+            }
+            return Err(error);
+        }
     }
     tracing::info!("wrote {} files below {}; what to type next:", files.len(), folder.display());
-    let enter = format!("cd {}\n", quoted(&folder.to_string_lossy()));
+    let enter = format!("cd {}\n", quoted(name));
     out(enter + "lengthwise preview conf/first.toml\nlengthwise run conf/first.toml\n").map(drop)
 }
 
@@ -74,14 +89,27 @@ async fn conf_of(url: &str) -> Result<String> {
     // as text, all files are read
     let files = list(at.store.as_ref(), &at.path, &at.url(), Format::Text, &[]).await?.files;
     let names: Vec<String> = files.iter().map(|file| file.path.as_ref().to_lowercase()).collect();
-    // a folder of texts may have a table among them
-    let most = |format| names.iter().filter(|name| reads(format, name)).count() * 2 > names.len();
-    let format = match () {
-        () if most(Format::Jsonl) => "jsonl",
-        () if most(Format::Parquet) => "parquet",
-        () => "text",
+    let count = |of: &dyn Fn(&str) -> bool| names.iter().filter(|name| of(name)).count();
+    // a `.json` may also be a setting of what it lies beside
+    let is_lines =
+        |name: &str| reads(Format::Jsonl, name) && !name.contains(".json.") && !name.ends_with(".json");
+    let json = count(&|name| reads(Format::Jsonl, name));
+    let format = match (count(&|name| reads(Format::Parquet, name)), count(&is_lines)) {
+        (1.., 1..) => {
+            let message = format!("{} has files of two formats, JSONL and Parquet", at.url());
+            return Err(Error::usage(message, "name those of one format, as in `--source 'data/*.parquet'`"));
+        }
+        (1.., 0) => Format::Parquet,
+        (0, 1..) => Format::Jsonl,
+        (0, 0) if json * 2 > names.len() => Format::Jsonl,
+        (0, 0) => Format::Text,
     };
-    tracing::info!("{} has {} files, to be read as {format}", at.url(), names.len());
+    let (read, format) = match format {
+        Format::Jsonl => (json, "jsonl"),
+        Format::Parquet => (count(&|name| reads(Format::Parquet, name)), "parquet"),
+        Format::Text => (names.len(), "text"),
+    };
+    tracing::info!("{} has {read} files to be read as {format}", at.url());
     let mut conf = conf();
     let source = &mut conf["source"][0];
     source["url"] = value(at.url());
@@ -95,13 +123,17 @@ fn write_new(path: &Path, text: &str) -> Result<()> {
     let folder = path.parent().unwrap_or(path);
     std::fs::create_dir_all(folder).doing(|| format!("cannot make {}", folder.display()))?;
     let file = OpenOptions::new().write(true).create_new(true).open(path);
-    let written = file.and_then(|mut file| file.write_all(text.as_bytes()));
+    let written = file.and_then(|mut file| {
+        file.write_all(text.as_bytes()).inspect_err(|_| drop(std::fs::remove_file(path)))
+    });
     written.doing(|| format!("cannot write {}", path.display()))
 }
 
 /// A name as a shell takes it.
 fn quoted(name: &str) -> String {
     let is_plain = |c: char| c.is_alphanumeric() || "-_./".contains(c);
+    // what begins with a dash is an option
+    let name = if name.starts_with('-') { &format!("./{name}") } else { name };
     if name.chars().all(is_plain) { name.into() } else { format!("'{}'", name.replace('\'', r"'\''")) }
 }
 

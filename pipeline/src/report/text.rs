@@ -3,12 +3,15 @@
 /// Escapes a text for an element or an attribute of HTML or SVG. Control characters, which neither allows,
 /// are replaced.
 pub fn escape(text: &str) -> String {
-    text.replace(|c: char| c.is_control() && !"\t\n\r".contains(c), "\u{fffd}")
-        .replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
-        .replace('\'', "&#39;")
+    text.replace(
+        |c: char| (c.is_control() && !"\t\n\r".contains(c)) || "\u{fffe}\u{ffff}".contains(c),
+        "\u{fffd}",
+    )
+    .replace('&', "&amp;")
+    .replace('<', "&lt;")
+    .replace('>', "&gt;")
+    .replace('"', "&quot;")
+    .replace('\'', "&#39;")
 }
 
 /// A number with narrow no-break spaces between thousands: 4 000 000.

@@ -44,8 +44,14 @@ pub const OURS: [(&str, &str); 8] = [
 /// same names.
 pub fn register(session: &SessionContext) {
     exact::install(session);
-    let unary_functions: [(&str, fn(f64) -> f64); 4] =
-        [("exp", libm::exp), ("ln", libm::log), ("log2", libm::log2), ("log10", libm::log10)];
+    let unary_functions: [(&str, fn(f64) -> f64); 5] = [
+        ("exp", libm::exp),
+        ("ln", libm::log),
+        ("log2", libm::log2),
+        ("log10", libm::log10),
+        // the library's ends at a number below zero; here, as elsewhere, what is no number is null
+        ("sqrt", f64::sqrt),
+    ];
     for (name, function) in unary_functions {
         let on_arrays =
             on_arrays(move |args| Ok(Arc::new(unary::<_, _, Float64Type>(floats(&args[0]), function))));
@@ -201,6 +207,8 @@ mod tests {
         }
         assert_eq!(number("select power(null, 2)").await.unwrap(), None);
         assert_eq!(number("select power(2, 10)").await.unwrap(), Some(1024.0));
+        assert_eq!(number("select sqrt(x) from (values (-1.0)) as t(x)").await.unwrap(), None);
+        assert_eq!(number("select sqrt(9)").await.unwrap(), Some(3.0));
     }
 
     #[tokio::test]
