@@ -17,7 +17,7 @@ use parquet::arrow::arrow_reader::ArrowReaderOptions;
 use parquet::arrow::async_reader::{
     AsyncFileReader, ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder,
 };
-use parquet::column::page::{Page, PageReader};
+use parquet::column::page::PageReader;
 use parquet::errors::ParquetError;
 use parquet::file::FOOTER_SIZE;
 use parquet::file::metadata::{FooterTail, ParquetMetaData, ParquetMetaDataReader};
@@ -218,11 +218,8 @@ fn check_pages(metadata: &ParquetMetaData, range: Range<u64>, bytes: &Bytes) -> 
     while let Ok(Some(page)) = pages.peek_next_page() {
         if !page.is_dict {
             pages.skip_next_page()?;
-        } else if let Some(Page::DictionaryPage { buf, num_values, .. }) = pages.get_next_page()?
-            && num_values as usize > buf.len()
-        {
-            let message = format!("a dictionary of {num_values} values has {} bytes", buf.len());
-            return Err(ParquetError::General(message));
+        } else if let Some(page) = pages.get_next_page()? {
+            headers::check_dictionary(&page)?;
         }
     }
     Ok(())

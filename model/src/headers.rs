@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use bytes::Bytes;
+use parquet::column::page::Page;
 use parquet::errors::ParquetError;
 
 /// The type of a field.
@@ -254,6 +255,20 @@ pub fn check_page_headers(
             .ok_or_else(|| damaged("a page ends before its header says"))?;
     }
     Ok(())
+}
+
+/// Checks that a dictionary has a byte for each of its values. The library allocates memory for all values that it claims,
+/// up to 64 GiB, before it looks at the bytes. Other pages pass.
+///
+/// # Errors
+/// If it has fewer bytes.
+pub fn check_dictionary(page: &Page) -> Result<(), ParquetError> {
+    match page {
+        Page::DictionaryPage { buf, num_values, .. } if *num_values as usize > buf.len() => {
+            Err(damaged(&format!("a dictionary of {num_values} values has {} bytes", buf.len())))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn damaged(what: &str) -> ParquetError {

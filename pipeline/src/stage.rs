@@ -1,4 +1,4 @@
-//! The stages as one table: name, version, inputs, tables.
+//! The stages as one table: name, version, inputs. [`crate::tables::SEEN`] has the tables that each gives to SQL.
 
 use clap::builder::PossibleValue;
 use serde::{Deserialize, Serialize};
@@ -29,8 +29,6 @@ pub struct About {
     pub version: u32,
     /// The stages whose outputs it reads.
     pub reads: &'static [Stage],
-    /// The tables of its output.
-    pub tables: &'static [&'static str],
     /// What it makes, in a line.
     pub makes: &'static str,
 }
@@ -42,7 +40,6 @@ pub const STAGES: [About; 10] = [
         name: "tokenizer",
         version: 1,
         reads: &[],
-        tables: &[],
         makes: "The tokenizer, which is trained where the conf asks for it",
     },
     About {
@@ -50,7 +47,6 @@ pub const STAGES: [About; 10] = [
         name: "tokens",
         version: 3,
         reads: &[Stage::Tokenizer],
-        tables: &["documents", "tokens", "rejects"],
         makes: "Documents, their ids and the rejected rows, a part at a time",
     },
     About {
@@ -58,7 +54,6 @@ pub const STAGES: [About; 10] = [
         name: "catalog",
         version: 3,
         reads: &[Stage::Tokens],
-        tables: &["catalog", "heldout"],
         makes: "One row a distinct document, and those that are held out",
     },
     About {
@@ -66,7 +61,6 @@ pub const STAGES: [About; 10] = [
         name: "domains",
         version: 1,
         reads: &[Stage::Catalog],
-        tables: &["domains", "shares"],
         makes: "One row a domain, and the target shares",
     },
     About {
@@ -74,7 +68,6 @@ pub const STAGES: [About; 10] = [
         name: "mixture",
         version: 3,
         reads: &[Stage::Catalog, Stage::Domains],
-        tables: &["mixture"],
         makes: "The recipe's result: one row a span to draw from",
     },
     About {
@@ -82,7 +75,6 @@ pub const STAGES: [About; 10] = [
         name: "draw",
         version: 2,
         reads: &[Stage::Mixture],
-        tables: &["drawn"],
         makes: "Whole copies of spans, to the token",
     },
     About {
@@ -90,7 +82,6 @@ pub const STAGES: [About; 10] = [
         name: "shuffle",
         version: 1,
         reads: &[Stage::Tokens, Stage::Catalog, Stage::Draw],
-        tables: &["plan", "ids", "ranges"],
         makes: "The place of each copy in the dataset",
     },
     About {
@@ -98,7 +89,6 @@ pub const STAGES: [About; 10] = [
         name: "pack",
         version: 2,
         reads: &[Stage::Shuffle],
-        tables: &["train", "heldout"],
         makes: "The packed sequences",
     },
     About {
@@ -106,7 +96,6 @@ pub const STAGES: [About; 10] = [
         name: "train",
         version: 5,
         reads: &[Stage::Pack],
-        tables: &["checkpoint", "logs"],
         makes: "The trained checkpoint",
     },
     About {
@@ -114,7 +103,6 @@ pub const STAGES: [About; 10] = [
         name: "eval",
         version: 3,
         reads: &[Stage::Train, Stage::Pack],
-        tables: &["cases"],
         makes: "What the checkpoint makes of long texts",
     },
 ];

@@ -94,6 +94,13 @@ pub struct Row<'a> {
 /// A row's document, `None` if its text is empty, or the reason why it is rejected.
 pub type Outcome<'a> = std::result::Result<Option<Document<'a>>, Reject>;
 
+impl Row<'_> {
+    /// Says in a line where the row is and why it is rejected.
+    pub fn rejected(&self, reject: &Reject) -> String {
+        format!("{} line {}: {}: {}", self.file, self.line, reject.reason.name(), reject.detail)
+    }
+}
+
 /// Called with the line and outcome of each row of a file.
 type Each<'f> = dyn FnMut(u64, Outcome<'_>) -> crate::Result<()> + 'f;
 

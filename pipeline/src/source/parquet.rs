@@ -272,19 +272,13 @@ impl Texts {
     }
 }
 
-/// A column's pages. A dictionary that claims more values than it has bytes is refused: the library would
-/// allocate memory for all of them, up to 64 GiB, before it looks at the bytes.
+/// A column's pages, with a check of each dictionary before the library takes it.
 struct Pages(Box<dyn PageReader>);
 
 impl PageReader for Pages {
     fn get_next_page(&mut self) -> parquet::errors::Result<Option<Page>> {
         let page = self.0.get_next_page()?;
-        if let Some(Page::DictionaryPage { buf, num_values, .. }) = &page
-            && *num_values as usize > buf.len()
-        {
-            let message = format!("a dictionary of {num_values} values has {} bytes", buf.len());
-            return Err(ParquetError::General(message));
-        }
+        page.as_ref().map_or(Ok(()), headers::check_dictionary)?;
         Ok(page)
     }
 

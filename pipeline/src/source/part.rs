@@ -6,7 +6,8 @@ use std::sync::atomic::AtomicBool;
 use tokio::sync::mpsc;
 
 use super::files::SourceFile;
-use super::{Cell, Each, Outcome, Row, Spec, stored};
+use super::{Cell, Each, Outcome, Row, Spec};
+use crate::stop::check_stop;
 use crate::{Error, Result};
 
 /// A part ends with the row that brings it to this many bytes, after decompression.
@@ -50,7 +51,7 @@ impl Part {
         for Piece { file, rows } in &self.pieces {
             let domain = spec.domain_of(file);
             let mut f = |line, outcome: Outcome<'_>| {
-                stored::check(&self.stop)?;
+                check_stop(&self.stop)?;
                 f(Row { file: &file.url, line, outcome })
             };
             rows.each(file, spec, domain, &mut f)?;
@@ -136,6 +137,6 @@ impl<'a> Pieces<'a> {
 
     /// Returns [`Error::Stopped`] once a signal has come.
     pub fn check(&self) -> Result<()> {
-        stored::check(&self.cutter.stop)
+        check_stop(&self.cutter.stop)
     }
 }

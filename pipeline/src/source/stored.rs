@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
 use bytes::{Buf, Bytes};
@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::files::{BUNDLE_FILE_BYTES, SourceFile, version};
 use crate::error::Doing;
+use crate::stop::check_stop;
 use crate::{Error, Result};
 
 /// How many chunks of a remote file are fetched ahead. Stores deliver some 16 KiB to 1 MiB at a time.
@@ -52,11 +53,6 @@ pub(super) struct Local {
 pub(super) enum RandomAccess {
     Whole(Bytes),
     File(Local),
-}
-
-/// Returns [`Error::Stopped`] once a signal has come.
-pub(super) fn check(stop: &AtomicBool) -> Result<()> {
-    if stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
 }
 
 /// The error of this crate that an I/O error carries, or the I/O error itself.
@@ -108,7 +104,7 @@ pub(super) async fn open(store: &dyn ObjectStore, file: SourceFile, stop: Arc<At
 
 impl Read for Stored {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        check(&self.stop).map_err(io::Error::other)?;
+        check_stop(&self.stop).map_err(io::Error::other)?;
         let bytes = match &mut self.bytes {
             Backing::Whole(bytes) => take(bytes, out),
             Backing::Local(local) => {

@@ -117,20 +117,12 @@ pub async fn sample(run: &Run, sources: &[Source], bytes: u64) -> Result<Vec<Str
             while let Some(part) = parts.next().await? {
                 let spec = &source.spec;
                 part.rows(spec, &mut |row| {
-                    let document = match row.outcome {
+                    let document = match &row.outcome {
                         Ok(Some(document)) => document,
                         Ok(None) => return Ok(()),
                         Err(reject) => {
                             rejects += 1;
-                            first_reject.get_or_insert_with(|| {
-                                format!(
-                                    "{} line {}: {}: {}",
-                                    row.file,
-                                    row.line,
-                                    reject.reason.name(),
-                                    reject.detail
-                                )
-                            });
+                            first_reject.get_or_insert_with(|| row.rejected(reject));
                             return Ok(());
                         }
                     };

@@ -226,7 +226,7 @@ impl PartRows {
         let mut ids = Vec::new();
         part.rows(spec, &mut |row| {
             rows += 1;
-            let document = match row.outcome {
+            let document = match &row.outcome {
                 Ok(Some(document)) => document,
                 Ok(None) => {
                     empty += 1;
@@ -235,9 +235,7 @@ impl PartRows {
                 Err(reject) => {
                     let reason = reject.reason.name();
                     *reasons.entry(reason.to_owned()).or_default() += 1;
-                    first_reject.get_or_insert_with(|| {
-                        format!("{} line {}: {reason}: {}", row.file, row.line, reject.detail)
-                    });
+                    first_reject.get_or_insert_with(|| row.rejected(reject));
                     reject_origins.append_value(&spec.origin);
                     files.append_value(row.file);
                     lines.append_value(row.line as i64);
