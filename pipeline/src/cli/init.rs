@@ -86,28 +86,24 @@ fn conf() -> DocumentMut {
 /// The conf over files that somebody has, which are looked at for their format.
 async fn conf_of(url: &str) -> Result<String> {
     let at = stores()?.open(url)?;
-    // as text, all files are read
+    // the format text lists all files
     let files = list(at.store.as_ref(), &at.path, &at.url(), Format::Text, &[]).await?.files;
     let names: Vec<String> = files.iter().map(|file| file.path.as_ref().to_lowercase()).collect();
     let count = |of: &dyn Fn(&str) -> bool| names.iter().filter(|name| of(name)).count();
     // a `.json` may also be a setting of what it lies beside
     let is_lines =
         |name: &str| reads(Format::Jsonl, name) && !name.contains(".json.") && !name.ends_with(".json");
+    let (tables, lines) = (count(&|name| reads(Format::Parquet, name)), count(&is_lines));
     let json = count(&|name| reads(Format::Jsonl, name));
-    let format = match (count(&|name| reads(Format::Parquet, name)), count(&is_lines)) {
+    let (format, read) = match (tables, lines) {
         (1.., 1..) => {
             let message = format!("{} has files of two formats, JSONL and Parquet", at.url());
             return Err(Error::usage(message, "name those of one format, as in `--source 'data/*.parquet'`"));
         }
-        (1.., 0) => Format::Parquet,
-        (0, 1..) => Format::Jsonl,
-        (0, 0) if json * 2 > names.len() => Format::Jsonl,
-        (0, 0) => Format::Text,
-    };
-    let (read, format) = match format {
-        Format::Jsonl => (json, "jsonl"),
-        Format::Parquet => (count(&|name| reads(Format::Parquet, name)), "parquet"),
-        Format::Text => (names.len(), "text"),
+        (1.., 0) => ("parquet", tables),
+        (0, 1..) => ("jsonl", json),
+        (0, 0) if json * 2 > names.len() => ("jsonl", json),
+        (0, 0) => ("text", names.len()),
     };
     tracing::info!("{} has {read} files to be read as {format}", at.url());
     let mut conf = conf();
@@ -137,8 +133,8 @@ fn quoted(name: &str) -> String {
     if name.chars().all(is_plain) { name.into() } else { format!("'{}'", name.replace('\'', r"'\''")) }
 }
 
-/// Documents of two domains, as JSONL: words of no language, the frequent ones short, in documents of which each
-/// doubling of length halves the number; letters end at some 2,500 words, and books at 40,000. Always the same.
+/// Documents of two domains as JSONL, the same on every call. The words are made up, and frequent words are short.
+/// Half as many documents have twice the length. Letters have up to 2,500 words, and books up to 40,000.
 fn own_text() -> String {
     const SYLLABLES: [&str; 16] =
         ["bi", "cor", "da", "el", "fi", "ga", "in", "ka", "lo", "mer", "no", "pi", "ra", "su", "ta", "ve"];
@@ -154,7 +150,7 @@ fn own_text() -> String {
         let words = (40 + next(40)) << doublings;
         let mut text = String::new();
         for word in 1..=words {
-            // its number has up to three digits, of which each is a syllable; small numbers are more frequent
+            // each of up to three digits of the word's number is a syllable; small numbers are more frequent
             let most = next(1 << 12);
             let mut number = next(most + 1);
             text.push_str(SYLLABLES[(number % 16) as usize]);
